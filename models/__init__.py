@@ -1,0 +1,1 @@
+"""LLaMA-family models: configuration, weights, tokenizer, chat template, forward pass."""
