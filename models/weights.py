@@ -7,11 +7,19 @@ Q and K (and the Q/K norm weights) are stored in interleaved-pair order: rotary 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from kernels.weight import Weight
+from models.checkpoint import GGUF_ROPE_FACTORS, Checkpoint
+from models.config import LlamaConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -37,3 +45,239 @@ class LlamaWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # [C]
     lm_head: Weight  # [V, C]
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LlamaWeights:
+    """Reads a checkpoint into `dtype` on `device`, one tensor at a time.
+
+    All names and shapes are compared with the configuration before anything is allocated. The
+    peak is the model itself plus its largest tensor. `on_progress(done, total)` counts bytes of
+    the loaded model, after each tensor. Raises ValueError naming the tensor when one is missing,
+    unexpected, of another shape, not finite, or too large for `dtype`.
+    """
+    config = checkpoint.config
+    parts = _parts(config)
+    _check_names_and_shapes(checkpoint, {name: part.shape for name, part in parts.items()})
+    weights = _allocate(config, torch.device(device), dtype)
+    targets = _targets(config, weights)
+    total = dtype.itemsize * sum(math.prod(part.shape) for part in parts.values())
+    done = 0
+    for name, part in parts.items():
+        source = _read(checkpoint, name, dtype)
+        if part.is_rotary and checkpoint.rope_order == "half":
+            source = _rotary_pairs(source, config.head_dim).transpose(1, 2)
+            _rotary_view(targets[name], config.head_dim).copy_(source)
+        else:
+            targets[name].copy_(source)
+        done += dtype.itemsize * math.prod(part.shape)
+        if on_progress is not None:
+            on_progress(done, total)
+    return weights
+
+
+def random_weights(
+    config: LlamaConfig,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LlamaWeights:
+    """Weights for tests and benchmarks, drawn on `device`: matrices N(0, 1/K), norms about 1.
+
+    A seed gives the same values in every dtype (up to rounding), but others on another device.
+    The scale keeps activations and logits near 1 at every width, so that sampling has choices.
+    """
+    weights = _allocate(config, torch.device(device), dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, target in _targets(config, weights).items():
+        noise = torch.randn(target.shape, generator=generator, device=device)
+        if name.endswith("norm.weight"):
+            target.copy_(1 + 0.1 * noise)
+        elif name.endswith(".bias"):
+            target.copy_(0.1 * noise)
+        else:
+            target.copy_(noise * target.shape[-1] ** -0.5)
+    return weights
+
+
+def to_hf_state_dict(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:
+    """The weights under their Hugging Face names and in its row order, as copies.
+
+    With tied embeddings there is no `lm_head.weight`, as in published checkpoints.
+    """
+    state = {}
+    parts = _parts(config)
+    for name, target in _targets(config, weights).items():
+        if parts[name].is_rotary:
+            pairs = _rotary_view(target, config.head_dim).transpose(1, 2)
+            state[name] = pairs.reshape(target.shape).clone()
+        else:
+            state[name] = target.clone()
+    return state
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One stored tensor: its shape, and whether the rotary order applies to its first axis."""
+
+    shape: tuple[int, ...]
+    is_rotary: bool = False
+
+
+def _parts(config: LlamaConfig) -> dict[str, _Part]:
+    """Every tensor that a checkpoint of `config` must hold, by Hugging Face name."""
+    C, F, D = config.hidden_size, config.ffn_size, config.head_dim
+    q_rows, kv_rows = config.num_heads * D, config.num_kv_heads * D
+    layer = {
+        "input_layernorm.weight": _Part((C,)),
+        "self_attn.q_proj.weight": _Part((q_rows, C), True),
+        "self_attn.k_proj.weight": _Part((kv_rows, C), True),
+        "self_attn.v_proj.weight": _Part((kv_rows, C)),
+        "self_attn.o_proj.weight": _Part((C, q_rows)),
+        "post_attention_layernorm.weight": _Part((C,)),
+        "mlp.gate_proj.weight": _Part((F, C)),
+        "mlp.up_proj.weight": _Part((F, C)),
+        "mlp.down_proj.weight": _Part((C, F)),
+    }
+    if config.has_qkv_bias:
+        layer["self_attn.q_proj.bias"] = _Part((q_rows,), True)
+        layer["self_attn.k_proj.bias"] = _Part((kv_rows,), True)
+        layer["self_attn.v_proj.bias"] = _Part((kv_rows,))
+    if config.has_qk_norm:
+        layer["self_attn.q_norm.weight"] = _Part((D,), True)
+        layer["self_attn.k_norm.weight"] = _Part((D,), True)
+    parts = {EMBEDDING: _Part((config.vocab_size, C))}
+    for i in range(config.num_layers):
+        parts |= {f"model.layers.{i}.{name}": part for name, part in layer.items()}
+    parts[FINAL_NORM] = _Part((C,))
+    if not config.tie_embeddings:
+        parts[LM_HEAD] = _Part((config.vocab_size, C))
+    return parts
+
+
+def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
+    C, F, D = config.hidden_size, config.ffn_size, config.head_dim
+    q_rows, kv_rows = config.num_heads * D, config.num_kv_heads * D
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    embedding = empty(config.vocab_size, C)
+    layers = tuple(
+        LayerWeights(
+            attn_norm=empty(C),
+            qkv=Weight(empty(q_rows + 2 * kv_rows, C)),
+            qkv_bias=empty(q_rows + 2 * kv_rows) if config.has_qkv_bias else None,
+            q_norm=empty(D) if config.has_qk_norm else None,
+            k_norm=empty(D) if config.has_qk_norm else None,
+            attn_out=Weight(empty(C, q_rows)),
+            mlp_norm=empty(C),
+            gate_up=Weight(empty(2 * F, C)),
+            down=Weight(empty(C, F)),
+        )
+        for _ in range(config.num_layers)
+    )
+    lm_head = embedding if config.tie_embeddings else empty(config.vocab_size, C)
+    return LlamaWeights(embedding, layers, empty(C), Weight(lm_head))
+
+
+def _targets(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:
+    """Where each stored tensor lies in `weights`: views, in the order and names of `_parts`."""
+    q_end = config.num_heads * config.head_dim
+    k_end = q_end + config.num_kv_heads * config.head_dim
+    targets = {EMBEDDING: weights.embedding}
+    for i, layer in enumerate(weights.layers):
+        found = {
+            "input_layernorm.weight": layer.attn_norm,
+            "self_attn.q_proj.weight": layer.qkv.full[:q_end],
+            "self_attn.k_proj.weight": layer.qkv.full[q_end:k_end],
+            "self_attn.v_proj.weight": layer.qkv.full[k_end:],
+            "self_attn.o_proj.weight": layer.attn_out.full,
+            "post_attention_layernorm.weight": layer.mlp_norm,
+            "mlp.gate_proj.weight": layer.gate_up.full[: config.ffn_size],
+            "mlp.up_proj.weight": layer.gate_up.full[config.ffn_size :],
+            "mlp.down_proj.weight": layer.down.full,
+        }
+        if layer.qkv_bias is not None:
+            found["self_attn.q_proj.bias"] = layer.qkv_bias[:q_end]
+            found["self_attn.k_proj.bias"] = layer.qkv_bias[q_end:k_end]
+            found["self_attn.v_proj.bias"] = layer.qkv_bias[k_end:]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            found["self_attn.q_norm.weight"] = layer.q_norm
+            found["self_attn.k_norm.weight"] = layer.k_norm
+        targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in found.items()}
+    targets[FINAL_NORM] = weights.final_norm
+    if not config.tie_embeddings:
+        targets[LM_HEAD] = weights.lm_head.full
+    return targets
+
+
+def _rotary_pairs(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[n*D, ...] in half order as [n, 2, D/2, ...]: transposing axes 1 and 2 interleaves it."""
+    return tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:])
+
+
+def _rotary_view(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[n*D, ...] in interleaved order as [n, D/2, 2, ...]: transposing gives the half order."""
+    return tensor.view(-1, head_dim // 2, 2, *tensor.shape[1:])
+
+
+def _check_names_and_shapes(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    where = checkpoint.path
+    for name, shape in expected.items():
+        got = checkpoint.shapes.get(name)
+        if got is None:
+            raise ValueError(
+                f"{where}: has no tensor {name}; expected shape {shape}; the weights and the "
+                "configuration do not belong together, download the model again"
+            )
+        if got != shape:
+            raise ValueError(
+                f"{where}: tensor {name} has shape {got}; expected {shape}; the weights and the "
+                "configuration do not belong together, download the model again"
+            )
+    for name in checkpoint.shapes:
+        if name not in expected and not _may_be_left_out(checkpoint, name):
+            raise ValueError(
+                f"{where}: tensor {name!r:.120} is not part of a {checkpoint.config.architecture} "
+                "model of this configuration; expected every tensor to be used; choose another "
+                "model"
+            )
+
+
+def _may_be_left_out(checkpoint: Checkpoint, name: str) -> bool:
+    """Tables that the configuration already says, and a head that equals the embedding."""
+    if name == LM_HEAD:
+        return checkpoint.config.tie_embeddings
+    is_gguf = checkpoint.gguf_metadata is not None
+    return name.endswith(".rotary_emb.inv_freq") or (is_gguf and name == GGUF_ROPE_FACTORS)
+
+
+def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A stored tensor, every value of which is finite in `dtype`."""
+    try:
+        tensor = checkpoint.read(name)
+    except OSError as error:
+        raise ValueError(f"{checkpoint.path}: tensor {name} cannot be read: {error}") from error
+    # Unlike isfinite, this pass needs no temporary of the tensor's size.
+    low, high = (float(value) for value in torch.aminmax(tensor))
+    largest = max(abs(low), abs(high))
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError(
+            f"{checkpoint.path}: tensor {name} has values from {low} to {high}; expected finite "
+            "numbers; the file is damaged, download it again"
+        )
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{checkpoint.path}: tensor {name} has values up to {largest}; {dtype} holds at most "
+            f"{torch.finfo(dtype).max}; choose float32 or bfloat16"
+        )
+    return tensor

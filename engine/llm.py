@@ -1,0 +1,182 @@
+"""The engine as a Python object: load a model once, answer any number of requests."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from engine.generate import generate
+from engine.kv_cache import SlotPool, make_kv_cache
+from engine.loading import Loaded, choose_device, choose_dtype, load
+from engine.params import SamplingParams
+from engine.prefill import prefill
+from engine.sequence import RunningSequence
+from engine.stream import TextStream
+from engine.types import RequestOutput, RequestStats, TokenEvent
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, str]]
+MAX_SEED = 2**63 - 1
+
+
+class LLM:
+    """One model, its KV cache, and the requests that run on it.
+
+    model: a directory, a `.gguf` file or a hub id; None is the default model.
+    device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+    dtype: "auto" (bfloat16 on CUDA, float32 on a CPU), "float32", "float16" or "bfloat16".
+    max_sequences: how many requests can hold a slot of the cache at once.
+    max_length: tokens of context of each; None is the model's own, at most 8192.
+    seed: makes the seeds of requests that name none reproducible.
+    on_progress: called with (bytes done, bytes in all) while weights load.
+
+    Raises ValueError, in one line, for whatever is wrong with an argument or the model.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_sequences: int = 1,
+        max_length: int | None = None,
+        seed: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ):
+        torch_device = choose_device(device)
+        torch_dtype = choose_dtype(dtype, torch_device)
+        loaded = load(model, revision, torch_device, torch_dtype, max_length, on_progress)
+        self._start(loaded, max_sequences, seed)
+
+    @classmethod
+    def from_loaded(cls, loaded: Loaded, *, max_sequences: int = 1, seed: int | None = None) -> LLM:
+        """An engine around a model that is in memory already."""
+        llm = cls.__new__(cls)
+        llm._start(loaded, max_sequences, seed)
+        return llm
+
+    def _start(self, loaded: Loaded, max_sequences: int, seed: int | None) -> None:
+        if isinstance(max_sequences, bool) or not isinstance(max_sequences, int):
+            raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
+        if max_sequences < 1:
+            raise ValueError(f"max_sequences: got {max_sequences}, expected at least 1")
+        model = loaded.model
+        self.model_name = loaded.name
+        self.generation = loaded.generation
+        self.device = str(model.device)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.max_length = model.cos.shape[0]
+        self.last_stats: RequestStats | None = None
+        self.model = model
+        self._tokenizer = loaded.tokenizer
+        self._chat_template = loaded.chat_template
+        self._seeds = random.Random(seed)
+        self._pool = SlotPool(max_sequences)
+        self._cache = make_kv_cache(
+            model.config, max_sequences, self.max_length, model.device, model.dtype
+        )
+        # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
+        with torch.inference_mode():
+            prefill(model, self._cache, 0, [0, 0], 0)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Answer prompts (strings or token-id lists), decoding up to max_sequences together."""
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
+        sequences = [self._sequence(self._encode(prompt), params) for prompt in batch]
+        for sequence, event in generate(self.model, self._cache, self._pool, sequences):
+            if event.finish_reason is not None:
+                self.last_stats = sequence.stats()
+        return [sequence.output() for sequence in sequences]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+        """Yield the answer token by token. Closing the iterator ends the request.
+
+        Wrong arguments raise ValueError here, not at the first event.
+        """
+        return self._run(self._sequence(self._encode(prompt), params))
+
+    def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation of {"role": ..., "content": ...} messages.
+
+        What the cache holds of the conversation is not computed again.
+        """
+        return self.generate([self.encode_chat(messages)], params)[0]
+
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None
+    ) -> Iterator[TokenEvent]:
+        """Yield the answer to a conversation token by token."""
+        return self.stream(self.encode_chat(messages), params)
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """The conversation as the model's chat template writes it, in token ids.
+
+        Raises ValueError for a model without a template, or messages it refuses.
+        """
+        if self._chat_template is None:
+            raise ValueError(
+                f"{self.model_name} has no chat template; use generate() with a plain prompt"
+            )
+        text = self._chat_template.render(
+            messages,
+            bos_token=self._tokenizer.bos_token,
+            eos_token=self._tokenizer.eos_token,
+        )
+        # The template writes the special tokens itself.
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _run(self, sequence: RunningSequence) -> Iterator[TokenEvent]:
+        steps = generate(self.model, self._cache, self._pool, [sequence])
+        try:
+            for _, event in steps:
+                yield event
+        finally:
+            steps.close()
+            self.last_stats = sequence.stats()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            token_ids = self._tokenizer.encode(prompt)
+        elif not isinstance(prompt, Sequence):
+            raise ValueError(f"prompt: got {prompt!r}, expected a string or a list of token ids")
+        else:
+            token_ids = list(prompt)
+            size = self.model.config.vocab_size
+            for token_id in token_ids:
+                is_integer = isinstance(token_id, int) and not isinstance(token_id, bool)
+                if not is_integer or not 0 <= token_id < size:
+                    raise ValueError(
+                        f"prompt: got token id {token_id!r}, expected integers from 0 to {size - 1}"
+                    )
+        if not token_ids:
+            raise ValueError("prompt: got no tokens, expected at least one; give it some text")
+        if len(token_ids) >= self.max_length:
+            raise ValueError(
+                f"prompt: got {len(token_ids)} tokens, but the context holds {self.max_length} "
+                "with the answer; shorten the prompt or raise max_length"
+            )
+        return token_ids
+
+    def _sequence(self, prompt: Sequence[int], params: SamplingParams | None) -> RunningSequence:
+        params = (params or SamplingParams()).with_defaults(self.generation)
+        assert isinstance(params.stop, tuple)
+        config = self.model.config
+        for token_id in params.stop_token_ids:
+            if token_id >= config.vocab_size:
+                raise ValueError(
+                    f"stop_token_ids: got {token_id}, expected ids below {config.vocab_size}"
+                )
+        end_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_ids.update(config.eos_token_ids)
+        seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
+        text = TextStream(self._tokenizer, params.stop)
+        return RunningSequence(prompt, params, seed, text, frozenset(end_ids), self.max_length)

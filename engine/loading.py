@@ -1,0 +1,108 @@
+"""From the arguments of `LLM` to a model in memory, ready to run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kernels.numba_ops import NUMBA
+from kernels.ops import TORCH, Ops
+from kernels.triton_ops import TRITON, TRITON_PREFILL
+from models.chat_template import ChatTemplate, load_chat_template
+from models.checkpoint import open_checkpoint
+from models.config import LlamaConfig
+from models.hub import resolve_model
+from models.llama import Llama, make_llama
+from models.tokenizer import Tokenizer, load_tokenizer
+from models.weights import load_weights
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEFAULT_MAX_LENGTH = 8192
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model directory or file holds, in memory."""
+
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    generation: Mapping[str, object]  # generation_config.json, or empty
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for anything else."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: got {device!r}, but {torch.cuda.device_count()} CUDA devices are visible; "
+            "use device='cpu', or install a CUDA build of torch"
+        )
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA and float32 on a CPU. Raises ValueError for unknown names."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def choose_ops(device: torch.device, dtype: torch.dtype) -> tuple[Ops, Ops]:
+    """The operations of prefill and of decode passes.
+
+    Triton on CUDA, numba for float32 on a CPU. Plain torch is the choice, not a fallback, for
+    16-bit dtypes on a CPU: they save memory there, no time.
+    """
+    if device.type == "cuda":
+        return TRITON_PREFILL, TRITON
+    return (NUMBA, NUMBA) if dtype == torch.float32 else (TORCH, TORCH)
+
+
+def choose_max_length(max_length: int | None, config: LlamaConfig) -> int:
+    """Tokens of context: what was asked for, at most what the model was made for."""
+    if max_length is None:
+        return min(config.max_positions, DEFAULT_MAX_LENGTH)
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
+        raise ValueError(f"max_length: got {max_length!r}, expected an integer of at least 2")
+    if max_length > config.max_positions:
+        raise ValueError(
+            f"max_length: got {max_length}, but the model was made for {config.max_positions} "
+            "positions; ask for no more than that"
+        )
+    return max_length
+
+
+def load(
+    model: str | os.PathLike[str] | None,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_length: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Loaded:
+    """Find, check and read a model. Raises ValueError in one line for whatever is wrong with it."""
+    path = resolve_model(model, revision)
+    checkpoint = open_checkpoint(path)
+    num_positions = choose_max_length(max_length, checkpoint.config)
+    tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)
+    chat_template = load_chat_template(path, checkpoint.gguf_metadata)
+    weights = load_weights(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
+    ops = choose_ops(device, dtype)
+    return Loaded(
+        name=path.name if model is None else os.fspath(model),
+        model=make_llama(checkpoint.config, weights, num_positions, *ops),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        generation=checkpoint.generation,
+    )

@@ -1,0 +1,113 @@
+"""What a caller may ask of one request, checked at the border."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling parameters under vLLM's names.
+
+    temperature, top_p, top_k and min_p left at None take the model's `generation_config.json`, and
+    where that is silent 1.0, 1.0, 0 and 0.0. A token is drawn from softmax(logits / temperature)
+    restricted by top-k, then top-p, then min-p.
+
+    max_tokens: tokens to generate at most; None runs to the end of the context.
+    temperature: 0 is greedy decoding.
+    top_p: in (0, 1]; 1 is off. top_k: 0 or -1 is off. min_p: in [0, 1]; 0 is off.
+    seed: the same seed gives the same text; None draws one from the engine's generator.
+    stop: strings that end the answer, cut from it. stop_token_ids: tokens that end it.
+    ignore_eos: go on past the end-of-sequence token.
+    min_tokens: neither end-of-sequence nor `stop_token_ids` are drawn before so many tokens.
+    logprobs: report the log-probabilities of so many top tokens beside the chosen one.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_int("max_tokens", self.max_tokens, 1, None)
+        _check_float("temperature", self.temperature, 0.0, None)
+        _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_int("top_k", self.top_k, -1, None)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_int("seed", self.seed, 0, 2**63 - 1)
+        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop: got {stop!r}, expected at most {MAX_STOPS} non-empty strings")
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, None)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos: got {self.ignore_eos!r}, expected True or False")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Build from names and values; raises ValueError for a name that is not a parameter."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown sampling parameter {', '.join(map(repr, unknown))}; "
+                f"expected some of: {', '.join(known)}"
+            )
+        return cls(**values)
+
+    def with_defaults(self, generation: Mapping[str, Any]) -> SamplingParams:
+        """Fill what is None from a generation_config.json mapping, then from the neutral values.
+
+        A configuration that says `do_sample: false` asks for greedy decoding.
+        """
+        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        if generation.get("do_sample") is False:
+            generation = {"temperature": 0.0}
+        chosen: dict[str, Any] = {
+            name: generation[name] if generation.get(name) is not None else default
+            for name, default in neutral.items()
+            if getattr(self, name) is None
+        }
+        return replace(self, **chosen)
+
+
+def _check_int(name: str, value: object, low: int, high: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}: got {value!r}, expected an integer")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: got {value}, expected {_range(low, high)}")
+
+
+def _check_float(
+    name: str, value: object, low: float, high: float | None, *, open_low: bool = False
+) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number")
+    if value < low or (open_low and value == low) or (high is not None and value > high):
+        raise ValueError(f"{name}: got {value}, expected {_range(low, high, open_low)}")
+
+
+def _range(low: float, high: float | None, open_low: bool = False) -> str:
+    least = f"more than {low}" if open_low else f"at least {low}"
+    return least if high is None else f"{least} and at most {high}"

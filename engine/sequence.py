@@ -1,0 +1,96 @@
+"""A request while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.params import SamplingParams
+from engine.stream import TextStream
+from engine.types import (
+    CompletionOutput,
+    FinishReason,
+    RequestOutput,
+    RequestStats,
+    TokenEvent,
+)
+
+
+class RunningSequence:
+    """Tokens, text and accounts of one request. `token_ids` is the prompt and all that followed."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        text: TextStream,
+        end_ids: frozenset[int],
+        max_length: int,
+    ):
+        self.num_prompt = len(prompt)
+        self.token_ids = list(prompt)
+        self.params = params
+        self.seed = seed
+        self.text = text
+        self.end_ids = end_ids  # end-of-sequence and stop tokens in force
+        room = max_length - len(prompt)
+        self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        self.slot = -1
+        self.num_reused = 0  # prompt tokens found in the cache
+        self.num_cached = 0  # tokens whose keys and values the cache holds
+        self.logprobs: list[dict[int, float]] = []
+        self.finish_reason: FinishReason | None = None
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def banned_ids(self) -> frozenset[int]:
+        """Tokens that may not be drawn next: those that would end the answer too early."""
+        return self.end_ids if self.num_generated < self.params.min_tokens else frozenset()
+
+    def append(self, token_id: int, logprobs: dict[int, float] | None) -> TokenEvent:
+        """Take the next token; decide whether it ends the answer, and what may be shown."""
+        assert self.finish_reason is None, self.finish_reason
+        self.token_ids.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        if token_id in self.end_ids:
+            piece = ""
+            self.finish_reason = "stop"
+        else:
+            piece = self.text.push(token_id)
+            if self.text.is_stopped:
+                self.finish_reason = "stop"
+            elif self.num_generated >= self.max_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason is not None and not self.text.is_stopped:
+            piece += self.text.finish()
+        logprob = None if logprobs is None else logprobs[token_id]
+        return TokenEvent(token_id, piece, False, logprob, self.finish_reason)
+
+    def stats(self) -> RequestStats:
+        later = self.num_generated - 1
+        is_timed = later > 0 and self.decode_seconds > 0
+        return RequestStats(
+            prompt_tokens=self.num_prompt,
+            reused_tokens=self.num_reused,
+            generated_tokens=self.num_generated,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            tokens_per_second=later / self.decode_seconds if is_timed else 0.0,
+        )
+
+    def output(self) -> RequestOutput:
+        assert self.finish_reason is not None
+        completion = CompletionOutput(
+            text=self.text.text,
+            token_ids=tuple(self.token_ids[self.num_prompt :]),
+            finish_reason=self.finish_reason,
+            logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
+        )
+        prompt = tuple(self.token_ids[: self.num_prompt])
+        return RequestOutput(prompt, (completion,), self.stats())

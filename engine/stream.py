@@ -1,0 +1,85 @@
+"""Token ids of one answer, turned into text that can be shown at once.
+
+Nothing shown is ever taken back: bytes wait until they make a character, and the end of the text
+waits while it may be the beginning of a stop string.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from models.tokenizer import Tokenizer
+
+
+class TextStream:
+    """The text of one request, piece by piece.
+
+    The pieces joined are `tokenizer.decode` of the same ids, cut before the first stop string.
+    The text is searched one character after the other, so how it was cut into tokens does not
+    matter: the stop string that is completed first wins, and of several completed by the same
+    character the one that begins first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        """Raises ValueError unless `stop` is a sequence of non-empty strings."""
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop must be a list of non-empty strings, got {stop!r}")
+        self.is_stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_space_due = tokenizer.is_leading_space_dropped
+        self._held = ""
+        self._shown: list[str] = []
+        self._is_finished = False
+
+    @property
+    def text(self) -> str:
+        """Everything shown so far."""
+        return "".join(self._shown)
+
+    def push(self, token_id: int) -> str:
+        """The text that may be shown now that this token has come; "" after a stop string.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        assert not self._is_finished, "push after finish"
+        if self.is_stopped:
+            return ""
+        new = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        if new and self._is_space_due:
+            new = new.removeprefix(" ")
+            self._is_space_due = False
+        text = self._held + new
+        end = self._stop_begin(text)
+        self.is_stopped = end is not None
+        if end is None:
+            end = len(text) - self._num_held(text)
+        self._held = "" if self.is_stopped else text[end:]
+        return self._show(text[:end])
+
+    def finish(self) -> str:
+        """The text still held back when no more tokens come; half a character is dropped."""
+        self._is_finished = True
+        held, self._held = self._held, ""
+        return self._show(held)
+
+    def _show(self, piece: str) -> str:
+        self._shown.append(piece)
+        return piece
+
+    def _stop_begin(self, text: str) -> int | None:
+        """Where the text ends because of a stop string; None when none is complete."""
+        begins = ((text.find(s), len(s)) for s in self._stop)
+        matches = [(begin + length, begin) for begin, length in begins if begin >= 0]
+        return min(matches)[1] if matches else None
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        longest = max((len(s) - 1 for s in self._stop), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            end = text[-length:]
+            if any(s.startswith(end) for s in self._stop):
+                return length
+        return 0

@@ -1,0 +1,140 @@
+"""What the chat shows: model text on stdout; loading progress, notes and statistics on stderr.
+
+Colour and cursor control are used only on a terminal, and no colour at all where NO_COLOR is set.
+`rich` is imported when something is drawn, because importing it would slow down `--help`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from engine.types import RequestStats
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# C0 without tab and newline, DEL, and C1, whose U+009B starts an escape sequence like ESC [.
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\n\t"
+}
+
+
+def visible(text: str) -> str:
+    """Replace the control characters with which a model's text could drive a terminal."""
+    return text.translate(_CONTROLS)
+
+
+def one_line(message: object) -> str:
+    """A message on a single line; for an exception without a text, the name of its type."""
+    text = visible(" ".join(str(message).split()))
+    return text or type(message).__name__
+
+
+class AnswerWriter:
+    """Writes the pieces of an answer as they come, and ends it with a newline."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.has_started = False
+        self._stream = stream
+        self._is_terminal = stream.isatty()
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        """Write one piece and flush it."""
+        self.has_started = True
+        self._last = text[-1:]
+        self._stream.write(visible(text) if self._is_terminal else text)
+        self._stream.flush()
+
+    def end(self) -> None:
+        """End the line, unless the text has done so itself."""
+        if self._last != "\n":
+            self.write("\n")
+
+
+def note(message: str) -> None:
+    """Print a message of the chat itself, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def report_error(error: BaseException) -> None:
+    """Print an error as one line on stderr."""
+    note(f"error: {one_line(error)}")
+
+
+def print_stats(stats: RequestStats | None) -> None:
+    """Print what an answer cost as one line on stderr."""
+    from rich.text import Text
+
+    text = "no statistics yet" if stats is None else stats_line(stats)
+    _console().print(Text(text, style="dim"), soft_wrap=True)
+
+
+def stats_line(stats: RequestStats) -> str:
+    """The statistics of one request in words."""
+    return (
+        f"prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused), "
+        f"generated {stats.generated_tokens} tokens; prefill {stats.prefill_seconds:.3f} s, "
+        f"decode {stats.decode_seconds:.3f} s, {stats.tokens_per_second:.1f} tokens/s"
+    )
+
+
+@contextmanager
+def loading_progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr, fed with (bytes done, bytes total); None without a terminal."""
+    console = _console()
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
+    # Redirection would send what is written to stdout meanwhile to the console, which is stderr.
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as progress:
+        task = progress.add_task("loading", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def prepare_streams() -> None:
+    """Make sure that no character of an answer can fail to be printed."""
+    # A stream closed by the parent is None, and `print` would take stdout for such a stderr.
+    if sys.stdout is None:
+        sys.stdout = io.StringIO()
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def drop_unwritable_output() -> None:
+    """Where stdout has failed, point it at nothing, so that the flush at exit does not fail too."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Said explicitly because rich also obeys variables that force colour into a pipe.
+    is_terminal = sys.stderr.isatty()
+    has_colour = is_terminal and not os.environ.get("NO_COLOR")
+    return Console(
+        stderr=True,
+        force_terminal=is_terminal,
+        color_system="auto" if has_colour else None,
+        highlight=False,
+    )

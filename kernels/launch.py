@@ -1,0 +1,103 @@
+"""Launch parameters: pure functions of an operation's matrix shape and dtype.
+
+Nothing here sees how many rows or sequences a pass has. A tile shape fixes the order in which a
+row's products are added, so tiles chosen from the number of rows would make a one-row decode and
+an eight-row verify disagree in the last bit, and speculation would no longer be lossless.
+
+Shapes marked "measured" were the fastest of a sweep on one H100 (bf16, Llama-2-7B); the rest
+follow from them by the rules written beside them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+BLOCK_ROWS = 16  # rows of a matrix tile: the narrowest tensor-core operand
+SPLIT_KV = 128  # cache positions of one split of decode attention
+BLOCK_S = 64  # positions loaded at a time in decode attention
+SAMPLE_BLOCK_V = 4096  # logits loaded at a time by the sampler
+
+
+class MatrixLaunch(NamedTuple):
+    """Tile [block_n, block_k] of a weight, pipeline depth and warps."""
+
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+
+    def constants(self, k: int) -> dict[str, int | bool]:
+        """The keyword arguments that every matrix kernel takes, for a weight of width `k`."""
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_R": BLOCK_ROWS,
+            "BLOCK_K": self.block_k,
+            "EVEN_K": k % self.block_k == 0,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+class AttentionLaunch(NamedTuple):
+    """Tile of queries and of keys, pipeline depth and warps."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    num_warps: int
+
+
+def _fit(launch: MatrixLaunch, k: int, dtype: torch.dtype) -> MatrixLaunch:
+    """Keep a tile's bytes for wider elements, and let tiles fill K (576, say) where 64 can."""
+    block_k = launch.block_k * 2 // max(2, dtype.itemsize)
+    while block_k > 64 and k % block_k != 0:
+        block_k //= 2
+    return launch._replace(block_k=block_k)
+
+
+def _spread(n: int) -> int:
+    """Output rows of a tile: 64 where that makes 64 tiles or more, less for a small matrix."""
+    return next((block for block in (64, 32) if n // block >= 64), 16)
+
+
+def qkv_launch(head_dim: int, k: int, dtype: torch.dtype) -> MatrixLaunch:
+    """Tiles of whole heads, because a head's norm needs all of its outputs."""
+    block_n = max(64, triton.next_power_of_2(head_dim))
+    if block_n == 64:
+        return _fit(MatrixLaunch(64, 128, 6, 4), k, dtype)  # within 1% of the next, measured
+    return _fit(MatrixLaunch(block_n, 128 * 128 // block_n, 4, 8), k, dtype)  # measured at 128
+
+
+def linear_residual_launch(n: int, k: int, dtype: torch.dtype) -> MatrixLaunch:
+    """[4096, 4096] and [4096, 11008] measured."""
+    if k <= n:
+        return _fit(MatrixLaunch(_spread(n), 256, 4, 4), k, dtype)
+    return _fit(MatrixLaunch(_spread(n), 128, 8, 4), k, dtype)
+
+
+def gated_mlp_launch(n: int, k: int, dtype: torch.dtype) -> MatrixLaunch:
+    """A gate and an up tile to a program, `n` rows in each half; [2 x 11008, 4096] measured."""
+    return _fit(MatrixLaunch(_spread(n), 128, 4, 4), k, dtype)
+
+
+def lm_head_launch(k: int, dtype: torch.dtype) -> MatrixLaunch:
+    """A vocabulary fills the GPU with any tile; the widest projection's shape."""
+    return _fit(MatrixLaunch(128, 128, 4, 8), k, dtype)
+
+
+def prefill_launch(head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
+    """Not measured: three K and V tiles of at most 32 KiB each fit beside the queries."""
+    if dtype.itemsize > 2 or head_dim > 128:
+        return AttentionLaunch(64, 32, 2, 4)
+    return AttentionLaunch(128, 64, 3, 8)
+
+
+def assert_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> None:
+    """Kernels compute addresses from shapes alone: every tensor given is contiguous, of `dtype`."""
+    for tensor in tensors:
+        if tensor is not None:
+            assert tensor.dtype == dtype, (tensor.shape, tensor.dtype, dtype)
+            assert tensor.is_contiguous(), (tensor.shape, tensor.stride())

@@ -1,0 +1,109 @@
+"""Third and fifth launch of a layer: projection back onto the residual stream.
+
+    residual <- residual + x @ W^T
+
+Shapes: x [R, K], W [C, K], residual [R, C], updated in place so that the rows of a sequence that
+skips the sub-layer pass through for free. Moves the bytes of W and R * (K + 2*C) elements.
+The kernel adds products and residual in float32 and rounds once, the reference rounds twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels.launch import BLOCK_ROWS, assert_plain, linear_residual_launch
+from kernels.triton_tiles import project_rows, rows_that_run
+from kernels.weight import Weight
+
+
+def linear_residual_ref(
+    x: torch.Tensor,  # [R, K]
+    weight: Weight,  # [C, K]
+    residual: torch.Tensor,  # [R, C], updated in place
+    plan: torch.Tensor,  # [B, 2L] uint8
+    sublayer: int,
+) -> None:
+    """Add x @ W^T to the rows of the sequences that run `sublayer`."""
+    rows_per_sequence = x.shape[0] // plan.shape[0]
+    runs = (plan[:, sublayer] > 0).repeat_interleave(rows_per_sequence)[:, None]
+    residual += torch.where(runs, F.linear(x, weight.full), 0.0)
+
+
+@triton.jit(do_not_specialize=["R", "T", "sublayer"])
+def _linear_residual_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    w_ptr,
+    residual_ptr,
+    plan_ptr,
+    stride_plan_b,
+    R,
+    T,
+    N,
+    K,
+    sublayer,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    runs = rows_that_run(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    if tl.max(runs.to(tl.int32), axis=0) == 0:
+        return
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    acc, _ = project_rows(  # [BLOCK_N, BLOCK_R]
+        x_ptr,
+        x_ptr,
+        w_ptr,
+        offs_n,
+        mask_n,
+        offs_r,
+        mask_r,
+        K,
+        BLOCK_N,
+        BLOCK_R,
+        BLOCK_K,
+        False,
+        EVEN_K,
+    )
+    residual_ptrs = residual_ptr + offs_r[None, :].to(tl.int64) * N + offs_n[:, None]
+    mask = mask_n[:, None] & runs[None, :]
+    residual = tl.load(residual_ptrs, mask=mask, other=0.0)
+    total = residual.to(tl.float32) + acc
+    tl.store(residual_ptrs, total.to(residual_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_residual(
+    x: torch.Tensor,  # [R, K]
+    weight: Weight,  # [C, K]
+    residual: torch.Tensor,  # [R, C], updated in place
+    plan: torch.Tensor,  # [B, 2L] uint8
+    sublayer: int,
+) -> None:
+    """Add x @ W^T to the rows of the sequences that run `sublayer`."""
+    w = weight.full
+    num_rows, k = x.shape
+    n = w.shape[0]
+    assert w.shape == (n, k) and residual.shape == (num_rows, n), (w.shape, residual.shape, x.shape)
+    assert_plain(x.dtype, x, w, residual)
+    assert_plain(torch.uint8, plan)
+    launch = linear_residual_launch(n, k, w.dtype)
+    grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
+    _linear_residual_kernel[grid](
+        x,
+        w,
+        residual,
+        plan,
+        plan.stride(0),
+        num_rows,
+        num_rows // plan.shape[0],
+        n,
+        k,
+        sublayer,
+        **launch.constants(k),
+    )

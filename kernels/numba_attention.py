@@ -1,0 +1,136 @@
+"""Attention over the cache on a CPU: float32, the contract of attention.py.
+
+Up to four consecutive tokens of a sequence share each pass over its keys and values. Scores,
+exponentials and sums of a row follow the positions in order whatever shares the tile, so prefill,
+decode and verification of a token give the same bits.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels.numba_compile import inline, kernel
+from kernels.numba_math import F, bytes_at, exp, floats_at, ints_at, matmul_stream, matmul_tiled
+from kernels.numba_tiles import LANES, fma, make_weighted_sum_tile
+
+TILE_ROWS = 4
+sum_1x4 = make_weighted_sum_tile(1, 4)
+sum_1x1 = make_weighted_sum_tile(1, 1)
+sum_4x2 = make_weighted_sum_tile(4, 2)
+sum_4x1 = make_weighted_sum_tile(4, 1)
+
+
+@inline
+def _exponentials(scores, scale, length, padded):
+    """scores <- exp(scale * (scores - max)) over `length` positions, then 0 up to `padded`."""
+    xs = floats_at(scores, padded)
+    top = xs[0]
+    for s in range(1, length):
+        top = max(top, xs[s])
+    for s in range(length):
+        xs[s] = exp((xs[s] - top) * scale)
+    for s in range(length, padded):
+        xs[s] = F(0.0)
+
+
+@inline
+def _weighted_sum(p, p_stride, rows, v, head_dim, length, out, out_stride, total):
+    """out[r] = sum_s p[r, s] v[s], total[r] = sum_s p[r, s], for 1 or TILE_ROWS rows."""
+    v_stride, d = head_dim * 4, 0
+    if rows == TILE_ROWS:
+        while d + 2 * LANES <= head_dim:
+            sum_4x2(p, p_stride, v + d * 4, v_stride, length, out + d * 4, out_stride, total)
+            d += 2 * LANES
+        while d + LANES <= head_dim:
+            sum_4x1(p, p_stride, v + d * 4, v_stride, length, out + d * 4, out_stride, total)
+            d += LANES
+    else:
+        while d + 4 * LANES <= head_dim:
+            sum_1x4(p, p_stride, v + d * 4, v_stride, length, out + d * 4, out_stride, total)
+            d += 4 * LANES
+        while d + LANES <= head_dim:
+            sum_1x1(p, p_stride, v + d * 4, v_stride, length, out + d * 4, out_stride, total)
+            d += LANES
+    if d < head_dim or head_dim < LANES:
+        for r in range(rows):
+            _weighted_tail(p + r * p_stride, v, head_dim, d, length, out + r * out_stride)
+            if head_dim < LANES:
+                _total(p + r * p_stride, length, total + r * 4)
+
+
+@inline
+def _weighted_tail(p, v, head_dim, first, length, out):
+    ps, vs, ys = floats_at(p, length), floats_at(v, length * head_dim), floats_at(out, head_dim)
+    for d in range(first, head_dim):
+        acc = F(0.0)
+        for s in range(length):
+            acc = fma(ps[s], vs[s * head_dim + d], acc)
+        ys[d] = acc
+
+
+@inline
+def _total(p, length, total):
+    ps, acc = floats_at(p, length), F(0.0)
+    for s in range(length):
+        acc += ps[s]
+    floats_at(total, 1)[0] = acc
+
+
+@inline
+def _clear(out, head_dim):
+    ys = floats_at(out, head_dim)
+    for d in range(head_dim):
+        ys[d] = F(0.0)
+
+
+@inline
+def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
+    """One head: rows (1 or TILE_ROWS) of q, the last at position length - 1."""
+    scores = np.empty((rows, length), np.float32)
+    total = np.empty(rows, np.float32)
+    p, p_stride = scores.ctypes.data, length * 4
+    if rows == TILE_ROWS:
+        matmul_tiled(q, q_stride, rows, k, head_dim, 0, length, p, p_stride)
+    else:
+        matmul_stream(q, q_stride, rows, k, head_dim, 0, length, p, p_stride)
+    scale = F(1.0) / np.sqrt(F(head_dim))
+    for r in range(rows):
+        _exponentials(p + r * p_stride, scale, length - rows + 1 + r, length)
+    _weighted_sum(p, p_stride, rows, v, head_dim, length, out, out_stride, total.ctypes.data)
+    for r in range(rows):
+        ys = floats_at(out + r * out_stride, head_dim)
+        for d in range(head_dim):
+            ys[d] /= total[r]
+
+
+@kernel
+def attention(
+    q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+    batch, width, heads, kv_heads, head_dim, cache_len, out,
+):  # fmt: skip
+    tiles = (width + TILE_ROWS - 1) // TILE_ROWS
+    # Later tiles attend to more positions: they are dealt first, and heads are innermost.
+    for item in prange(batch * tiles * heads):
+        h, b = item % heads, item // heads % batch
+        first = (tiles - 1 - item // (heads * batch)) * TILE_ROWS
+        valid = ints_at(num_tokens, batch)[b]
+        runs = bytes_at(plan, b * plan_stride + 1)[b * plan_stride] > 0
+        slot = np.int64(ints_at(slots, batch)[b])
+        place = (slot * kv_heads + h // (heads // kv_heads)) * cache_len * head_dim * 4
+        out_stride = heads * head_dim * 4
+        t = first
+        while t < min(first + TILE_ROWS, width):
+            r = b * width + t
+            y = out + r * out_stride + h * head_dim * 4
+            x = q + r * q_stride + h * head_dim * 4
+            rows = TILE_ROWS if first + TILE_ROWS <= valid else 1
+            if runs and t < valid:
+                length = np.int64(ints_at(positions, r + 1)[r]) + rows
+                k, v = k_cache + place, v_cache + place
+                _attend(x, q_stride, rows, k, v, head_dim, length, y, out_stride)
+            else:
+                rows = 1
+                _clear(y, head_dim)
+            t += rows

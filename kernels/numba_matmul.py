@@ -1,0 +1,153 @@
+"""The weight-bound operations on a CPU: float32, every row the same bits in a pass of any width.
+
+The contracts are those of norm_qkv_rope.py, linear_residual.py, norm_gated_mlp.py and
+norm_lm_head.py; arguments here are addresses and sizes. Each kernel normalises its rows once, then
+deals blocks of output columns to the cores, so that every weight is read from memory once a pass.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels.numba_compile import inline, kernel
+from kernels.numba_math import (
+    STREAM_ROWS,
+    F,
+    bytes_at,
+    exp,
+    floats_at,
+    ints_at,
+    matmul,
+    norm_row,
+    norm_rows,
+)
+
+BLOCK_COLS = 32  # output columns a core takes at a time
+
+
+@inline
+def _any_runs(plan, plan_stride, batch):
+    """Whether some sequence runs the sub-layer whose column of the plan table is given."""
+    precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
+    for b in range(batch):  # noqa: SIM110 - numba compiles the loop, not the generator
+        if precisions[b * plan_stride] > 0:
+            return True
+    return False
+
+
+@inline
+def _rotate(head, weight, eps, head_dim, cos, sin):
+    """Q/K norm (if weight is not 0) and RoPE of one head of one row, in place."""
+    if weight != 0:
+        norm_row(head, weight, eps, head_dim, head)
+    xs, cs, ss = floats_at(head, head_dim), floats_at(cos, head_dim // 2), floats_at(sin, head_dim)
+    for i in range(head_dim // 2):
+        even, odd = xs[2 * i], xs[2 * i + 1]
+        xs[2 * i] = even * cs[i] - odd * ss[i]
+        xs[2 * i + 1] = even * ss[i] + odd * cs[i]
+
+
+@inline
+def _finish_qkv_row(
+    r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
+    plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
+):  # fmt: skip
+    """Bias, Q/K norm and RoPE of row r of y; its keys and values go into the cache."""
+    b, position = r // width, ints_at(positions, r + 1)[r]
+    slot = np.int64(ints_at(slots, batch)[b])
+    num_out = (heads + 2 * kv_heads) * head_dim
+    row = y + r * num_out * 4
+    ys = floats_at(row, num_out)
+    if bias != 0:
+        bs = floats_at(bias, num_out)
+        for n in range(num_out):
+            ys[n] += bs[n]
+    angle = position * (head_dim // 2) * 4
+    for h in range(heads + kv_heads):
+        weight = q_norm if h < heads else k_norm
+        _rotate(row + h * head_dim * 4, weight, eps, head_dim, cos + angle, sin + angle)
+    is_valid = r % width < ints_at(num_tokens, batch)[b]
+    if is_valid and bytes_at(plan, b * plan_stride + 1)[b * plan_stride] > 0:
+        for h in range(kv_heads):
+            place = ((slot * kv_heads + h) * cache_len + position) * head_dim * 4
+            ks, vs = floats_at(k_cache + place, head_dim), floats_at(v_cache + place, head_dim)
+            for d in range(head_dim):
+                ks[d] = ys[(heads + h) * head_dim + d]
+                vs[d] = ys[(heads + kv_heads + h) * head_dim + d]
+
+
+@kernel
+def norm_qkv_rope_append(
+    x, norm_weight, eps, qkv, bias, q_norm, k_norm, cos, sin, positions, num_tokens, slots,
+    k_cache, v_cache, plan, plan_stride, batch, width, hidden, heads, kv_heads, head_dim,
+    cache_len, normed, y,
+):  # fmt: skip
+    if not _any_runs(plan, plan_stride, batch):
+        return
+    rows, num_out = batch * width, (heads + 2 * kv_heads) * head_dim
+    norm_rows(x, norm_weight, eps, hidden, rows, normed)
+    for block in prange((num_out + BLOCK_COLS - 1) // BLOCK_COLS):
+        first, last = block * BLOCK_COLS, min(num_out, (block + 1) * BLOCK_COLS)
+        out = y + first * 4
+        matmul(normed, hidden * 4, rows, qkv, hidden, first, last, out, num_out * 4)
+    # Two loops: starting the cores costs more than the few rows of a decode step.
+    if rows <= STREAM_ROWS:
+        for r in range(rows):
+            _finish_qkv_row(
+                r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
+                v_cache, plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
+            )  # fmt: skip
+    else:
+        for r in prange(rows):
+            _finish_qkv_row(
+                r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
+                v_cache, plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
+            )  # fmt: skip
+
+
+@kernel
+def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out, y):
+    if not _any_runs(plan, plan_stride, batch):
+        return
+    width = rows // batch
+    for block in prange((num_out + BLOCK_COLS - 1) // BLOCK_COLS):
+        first, last = block * BLOCK_COLS, min(num_out, (block + 1) * BLOCK_COLS)
+        matmul(x, num_k * 4, rows, weight, num_k, first, last, y + first * 4, num_out * 4)
+        precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
+        for r in range(rows):
+            if precisions[r // width * plan_stride] > 0:
+                place = (r * num_out + first) * 4
+                ys = floats_at(y + place, last - first)
+                sums = floats_at(residual + place, last - first)
+                for n in range(last - first):
+                    sums[n] += ys[n]
+
+
+@kernel
+def norm_gated_mlp(
+    x, norm_weight, eps, gate_up, plan, plan_stride, batch, rows, hidden, ffn, normed, up, h
+):
+    if not _any_runs(plan, plan_stride, batch):
+        return
+    norm_rows(x, norm_weight, eps, hidden, rows, normed)
+    ups = gate_up + ffn * hidden * 4
+    for block in prange((ffn + BLOCK_COLS - 1) // BLOCK_COLS):
+        first, last = block * BLOCK_COLS, min(ffn, (block + 1) * BLOCK_COLS)
+        matmul(normed, hidden * 4, rows, gate_up, hidden, first, last, h + first * 4, ffn * 4)
+        matmul(normed, hidden * 4, rows, ups, hidden, first, last, up + first * 4, ffn * 4)
+        for r in range(rows):
+            place = (r * ffn + first) * 4
+            gate, factor = floats_at(h + place, last - first), floats_at(up + place, last - first)
+            for n in range(last - first):
+                gate[n] = gate[n] / (F(1.0) + exp(-gate[n])) * factor[n]
+
+
+@kernel
+def norm_lm_head(x, norm_weight, eps, lm_head, rows, hidden, vocab, normed, logits):
+    norm_rows(x, norm_weight, eps, hidden, rows, normed)
+    for block in prange((vocab + BLOCK_COLS - 1) // BLOCK_COLS):
+        first, last = block * BLOCK_COLS, min(vocab, (block + 1) * BLOCK_COLS)
+        out = logits + first * 4
+        matmul(normed, hidden * 4, rows, lm_head, hidden, first, last, out, vocab * 4)

@@ -1,0 +1,39 @@
+"""The record of functions that a forward pass calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kernels.attention import attention_ref
+from kernels.linear_residual import linear_residual_ref
+from kernels.norm_gated_mlp import norm_gated_mlp_ref
+from kernels.norm_lm_head import norm_lm_head_ref
+from kernels.norm_qkv_rope import norm_qkv_rope_append_ref
+from kernels.sample import sample_ref
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every operation; the files named after them hold the contracts."""
+
+    name: str
+    norm_qkv_rope_append: Callable[..., torch.Tensor]
+    attention: Callable[..., torch.Tensor]
+    linear_residual: Callable[..., None]
+    norm_gated_mlp: Callable[..., torch.Tensor]
+    norm_lm_head: Callable[..., torch.Tensor]
+    sample: Callable[..., torch.Tensor]
+
+
+TORCH = Ops(
+    name="torch",
+    norm_qkv_rope_append=norm_qkv_rope_append_ref,
+    attention=attention_ref,
+    linear_residual=linear_residual_ref,
+    norm_gated_mlp=norm_gated_mlp_ref,
+    norm_lm_head=norm_lm_head_ref,
+    sample=sample_ref,
+)

@@ -1,0 +1,38 @@
+"""The operations on a GPU: `TRITON` for passes of 1 to 16 new tokens a sequence, `TRITON_PREFILL`
+for prompts.
+
+Prompts have rows enough for the library's GEMM; only their attention is a kernel of ours. A token
+must get its key and value from the same record in plain and in speculative decoding, which both
+decode with `TRITON` and prefill with `TRITON_PREFILL`.
+"""
+
+from __future__ import annotations
+
+from kernels.attn_decode import attn_decode
+from kernels.attn_prefill import attn_prefill
+from kernels.linear_residual import linear_residual, linear_residual_ref
+from kernels.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
+from kernels.norm_lm_head import norm_lm_head, norm_lm_head_ref
+from kernels.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
+from kernels.ops import Ops
+from kernels.sample import sample
+
+TRITON = Ops(
+    name="triton",
+    norm_qkv_rope_append=norm_qkv_rope_append,
+    attention=attn_decode,
+    linear_residual=linear_residual,
+    norm_gated_mlp=norm_gated_mlp,
+    norm_lm_head=norm_lm_head,
+    sample=sample,
+)
+
+TRITON_PREFILL = Ops(
+    name="triton-prefill",
+    norm_qkv_rope_append=norm_qkv_rope_append_ref,
+    attention=attn_prefill,
+    linear_residual=linear_residual_ref,
+    norm_gated_mlp=norm_gated_mlp_ref,
+    norm_lm_head=norm_lm_head_ref,
+    sample=sample,
+)

@@ -1,0 +1,83 @@
+"""Device helpers that several Triton kernels share: the matrix tile and the softmax step.
+
+Dots take `input_precision="ieee"`: float32 operands must not be rounded to tf32 (16-bit ones are
+not affected).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rows_that_run(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r):  # type: ignore[no-untyped-def]
+    """Mask of the rows whose sequence runs `sublayer`."""
+    plan_ptrs = plan_ptr + (offs_r // T) * stride_plan_b + sublayer
+    return tl.load(plan_ptrs, mask=mask_r, other=0) != 0
+
+
+@triton.jit
+def load_tile(ptrs, mask_outer, mask_k, EVEN_K: tl.constexpr, POLICY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A masked tile; without a mask along K where K fills its tiles, to keep loads wide."""
+    if EVEN_K:
+        return tl.load(ptrs, mask=mask_outer, other=0.0, eviction_policy=POLICY)
+    return tl.load(ptrs, mask=mask_outer & mask_k, other=0.0, eviction_policy=POLICY)
+
+
+@triton.jit
+def project_rows(  # type: ignore[no-untyped-def]
+    x_ptr,  # [R, K]
+    norm_ptr,  # [K]
+    w_ptr,  # [N, K]
+    offs_n,
+    mask_n,
+    offs_r,
+    mask_r,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Return W (x * norm)^T [BLOCK_N, BLOCK_R] and each row's sum of x^2 [BLOCK_R], in float32.
+
+    The weight is the left operand: 16 rows are too few for the left side of a tensor-core dot.
+    """
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    sum_squares = tl.zeros((BLOCK_R,), tl.float32)
+    offs_k = tl.arange(0, BLOCK_K)
+    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
+    x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + offs_k[:, None]
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        # Each weight is read once a pass; what is reused must not be evicted for it.
+        w = load_tile(w_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
+        x = load_tile(x_ptrs, mask_r[None, :], mask_k[:, None], EVEN_K, "")
+        if HAS_NORM:
+            x32 = x.to(tl.float32)
+            sum_squares += tl.sum(x32 * x32, axis=0)
+            norm = tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0)
+            x = (x32 * norm[:, None].to(tl.float32)).to(w.dtype)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+        w_ptrs += BLOCK_K
+        x_ptrs += BLOCK_K
+    return acc, sum_squares
+
+
+@triton.jit
+def softmax_step(acc, running_max, running_sum, scores, v):  # type: ignore[no-untyped-def]
+    """Fold one block of scores (base-2 logarithms, -inf where masked) into the online softmax.
+
+    A block that is masked for a row leaves the row's state bit for bit as it was: the scale is
+    exactly 1 and the products are exactly 0. Row invariance rests on this.
+    """
+    new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+    # While a row has seen nothing its maximum is -inf, and -inf - -inf would be NaN.
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - finite_max[:, None])
+    scale = tl.exp2(running_max - finite_max)
+    running_sum = running_sum * scale + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * scale[:, None], input_precision="ieee")
+    return acc, new_max, running_sum

@@ -1,0 +1,133 @@
+"""One view of a checkpoint, whichever format it is stored in.
+
+Names are those of Hugging Face (`model.layers.0.self_attn.q_proj.weight`), shapes are in torch
+order, and a tensor is read only when `read` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from models.config import LlamaConfig, RopeScaling, token_ids
+from models.gguf_file import GgufFile, read_gguf, read_tensor
+from models.safetensors_file import file_inside, open_safetensors, read_json, read_safetensor
+
+GGUF_ROPE_FACTORS = "rope_freqs.weight"
+_GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_GGUF_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose tensors are still on disk."""
+
+    path: Path
+    config: LlamaConfig
+    generation: dict[str, object]  # generation_config.json, or empty
+    gguf_metadata: Mapping[str, object] | None  # None for a safetensors directory
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], torch.Tensor]  # by name; the stored dtype, or float32 from GGUF
+    # The order of the Q and K rows of a head: pairs (i, i + D/2), or (2i, 2i + 1).
+    rope_order: Literal["half", "interleaved"]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a `.gguf` file, or a directory with config.json and safetensors; reads no weights.
+
+    Raises ValueError naming the file and the cause for whatever cannot be run.
+    """
+    try:
+        return _open_directory(path) if path.is_dir() else _open_gguf(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    raw = read_json(file_inside(path, "config.json"))
+    generation: dict[str, object] = {}
+    if (path / "generation_config.json").exists():
+        generation = read_json(file_inside(path, "generation_config.json"))
+    try:
+        config = LlamaConfig.from_hf(raw)
+        stops = config.eos_token_ids + token_ids(generation, "eos_token_id")
+        config = replace(config, eos_token_ids=tuple(dict.fromkeys(stops)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    tensors = open_safetensors(path)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return Checkpoint(
+        path, config, generation, None, shapes, partial(read_safetensor, tensors), "half"
+    )
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = read_gguf(path)
+    names = {_canonical_name(name): name for name in file.tensors}
+    if len(names) != len(file.tensors):
+        raise ValueError(f"{path}: holds a tensor under two names; download or convert it again")
+    try:
+        config = LlamaConfig.from_gguf(file.metadata)
+        config = replace(
+            config,
+            tie_embeddings="output.weight" not in file.tensors,
+            rope_scaling=_gguf_rope_scaling(file, config.rope_scaling),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Checkpoint(
+        path=path,
+        config=config,
+        generation={},
+        gguf_metadata=file.metadata,
+        shapes={name: file.tensors[stored].shape for name, stored in names.items()},
+        read=lambda name: read_tensor(file, names.get(name, name)),
+        # The converter to GGUF reorders these rows for the llama architecture and no other.
+        rope_order="interleaved" if config.architecture == "llama" else "half",
+    )
+
+
+def _canonical_name(name: str) -> str:
+    """The Hugging Face name, or `name` itself where there is none."""
+    base, _, suffix = name.rpartition(".")
+    if base in _GGUF_NAMES:
+        return f"{_GGUF_NAMES[base]}.{suffix}"
+    block, _, rest = base.partition(".")
+    layer, _, part = rest.partition(".")
+    if block == "blk" and layer.isdecimal() and part in _GGUF_LAYER_NAMES:
+        return f"model.layers.{layer}.{_GGUF_LAYER_NAMES[part]}.{suffix}"
+    return name
+
+
+def _gguf_rope_scaling(file: GgufFile, scaling: RopeScaling | None) -> RopeScaling | None:
+    if GGUF_ROPE_FACTORS not in file.tensors:
+        return scaling
+    shape = file.tensors[GGUF_ROPE_FACTORS].shape
+    if len(shape) != 1 or shape[0] > 512 or scaling is not None:
+        raise ValueError(
+            f"tensor {GGUF_ROPE_FACTORS} has shape {shape} beside rope scaling {scaling}; expected "
+            "head_dim / 2 divisors and no other scaling"
+        )
+    factors = tuple(float(value) for value in read_tensor(file, GGUF_ROPE_FACTORS))
+    return RopeScaling("factors", 1.0, factors=factors)

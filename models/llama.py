@@ -1,0 +1,100 @@
+"""The forward pass of a LLaMA-family model.
+
+x = embedding[token]
+per layer:  x += W_o attention(rope(W_qkv norm(x)))      sub-layer 2l
+            x += W_down (silu(W_gate norm(x)) * W_up norm(x))      sub-layer 2l + 1
+logits = W_head norm(x)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from kernels.ops import Ops
+from models.config import LlamaConfig
+from models.rope import rope_table
+from models.weights import LlamaWeights
+
+FULL_PRECISION = 16
+
+
+class Rows(NamedTuple):
+    """The rows of one pass: T new tokens of each of B sequences, some of them padding."""
+
+    token_ids: torch.Tensor  # [B, T] int64
+    positions: torch.Tensor  # [B, T] int32, consecutive in a sequence
+    num_tokens: torch.Tensor  # [B] int32: valid tokens of each sequence
+    slots: torch.Tensor  # [B] int32: cache slot of each sequence
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A model ready to run: weights, rotary table, and the operations of either kind of pass."""
+
+    config: LlamaConfig
+    weights: LlamaWeights
+    cos: torch.Tensor  # [S, D/2] float32
+    sin: torch.Tensor  # [S, D/2] float32
+    prefill_ops: Ops
+    decode_ops: Ops
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.embedding.dtype
+
+
+def make_llama(
+    config: LlamaConfig,
+    weights: LlamaWeights,
+    num_positions: int,
+    prefill_ops: Ops,
+    decode_ops: Ops,
+) -> Llama:
+    """Put a model together for sequences of up to `num_positions` tokens."""
+    cos, sin = (table.to(weights.embedding.device) for table in rope_table(config, num_positions))
+    return Llama(config, weights, cos, sin, prefill_ops, decode_ops)
+
+
+def full_plan(config: LlamaConfig, batch: int, device: torch.device) -> torch.Tensor:
+    """The plan table [B, 2L] uint8 of the model itself: every sub-layer at full precision."""
+    shape = (batch, 2 * config.num_layers)
+    return torch.full(shape, FULL_PRECISION, dtype=torch.uint8, device=device)
+
+
+def forward(
+    model: Llama,
+    rows: Rows,
+    k_cache: torch.Tensor,  # [L, slots, H_kv, S, D], written
+    v_cache: torch.Tensor,  # [L, slots, H_kv, S, D], written
+    plan: torch.Tensor,  # [B, 2L] uint8
+    ops: Ops,
+) -> torch.Tensor:
+    """Return the residual stream after the last layer, [B*T, C]; see `logits` for the rest."""
+    config = model.config
+    x = model.weights.embedding[rows.token_ids.flatten()]
+    for i, layer in enumerate(model.weights.layers):
+        q = ops.norm_qkv_rope_append(
+            x, layer.attn_norm, config.norm_eps, layer.qkv, layer.qkv_bias, layer.q_norm,
+            layer.k_norm, model.cos, model.sin, rows.positions, rows.num_tokens, rows.slots,
+            k_cache[i], v_cache[i], plan, 2 * i,
+        )  # fmt: skip
+        o = ops.attention(
+            q, k_cache[i], v_cache[i], rows.positions, rows.num_tokens, rows.slots, plan, 2 * i
+        )
+        ops.linear_residual(o, layer.attn_out, x, plan, 2 * i)
+        h = ops.norm_gated_mlp(x, layer.mlp_norm, config.norm_eps, layer.gate_up, plan, 2 * i + 1)
+        ops.linear_residual(h, layer.down, x, plan, 2 * i + 1)
+    return x
+
+
+def logits(model: Llama, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+    """x [R, C], rows of the residual stream -> logits [R, V] float32."""
+    weights = model.weights
+    return ops.norm_lm_head(x, weights.final_norm, model.config.norm_eps, weights.lm_head)

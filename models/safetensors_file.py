@@ -1,0 +1,231 @@
+"""Safetensors checkpoints: one `model.safetensors`, or shards listed by an index.
+
+The header of each file is checked here before the library maps the file: lengths, names, dtypes,
+shapes and offsets. File names come from the index, which is untrusted, so a name or a symbolic
+link that leaves the model's directory is refused. Pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.pt", "*.pth")
+_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_MAX_JSON = 64 << 20  # bytes of an index or a configuration file
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor is stored."""
+
+    path: Path
+    shape: tuple[int, ...]
+
+
+def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint in `directory` by name; reads headers only.
+
+    Raises ValueError naming the file and the cause for a malformed file or index, a shard that is
+    missing or outside the directory, a tensor that is in two shards or not in the one that the
+    index names, and for a directory with pickle files only.
+    """
+    if (directory / _SINGLE).exists():
+        return _read_header(file_inside(directory, _SINGLE))
+    if not (directory / _INDEX).exists():
+        raise _no_weights(directory)
+    weight_map = _read_index(directory)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        found = _read_header(file_inside(directory, shard))
+        for name in found.keys() & tensors.keys():
+            raise ValueError(
+                f"{found[name].path}: tensor {name!r:.80} is also in {tensors[name].path.name}; "
+                "expected each tensor once; download the model again"
+            )
+        tensors |= found
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].path.name != shard:
+            raise ValueError(
+                f"{directory / shard}: has no tensor {name!r:.80}, which {_INDEX} says it holds; "
+                "download the model again"
+            )
+    return tensors
+
+
+def read_safetensor(tensors: dict[str, StoredTensor], name: str) -> torch.Tensor:
+    """One tensor in its stored dtype, backed by the memory-mapped file: copy it, do not keep it.
+
+    Raises ValueError when there is no such tensor or the library refuses the file.
+    """
+    if name not in tensors:
+        raise ValueError(f"the checkpoint has no tensor {name!r:.80}")
+    path = tensors[name].path
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot read tensor {name!r:.80}: {error}") from error
+    return tensor
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The JSON object in `path`. Raises ValueError for anything else and for more than 64 MiB."""
+    size = path.stat().st_size
+    if size > _MAX_JSON:
+        raise ValueError(f"{path}: has {size} bytes, expected at most {_MAX_JSON} of JSON")
+    return _parse_object(path, path.read_bytes())
+
+
+def file_inside(directory: Path, name: str) -> Path:
+    """`directory / name`, if `name` is a bare file name and its file lies inside the model.
+
+    Inside means the directory itself or, for a snapshot in the hub's cache (whose files are links
+    to `../../blobs`), that repository's cache folder. Raises ValueError otherwise.
+    """
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0:"):
+        raise ValueError(
+            f"{directory}: the checkpoint names the file {name!r:.80}; expected a file name "
+            "without folders; do not use this model, its index points outside its directory"
+        )
+    root = directory.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        root = root.parent.parent
+    path = directory / name
+    target = Path(os.path.realpath(path))  # unlike resolve, it does not raise for a loop of links
+    if not target.is_relative_to(root):
+        raise ValueError(
+            f"{path}: is a link to {target}, outside {root}; expected the file itself; "
+            "copy it there if you trust it"
+        )
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing; download the model again")
+    return path
+
+
+def _no_weights(directory: Path) -> ValueError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if not pickles:
+        return ValueError(
+            f"{directory}: has neither {_SINGLE} nor {_INDEX}; choose a model that is published "
+            "as safetensors or GGUF"
+        )
+    return ValueError(
+        f"{directory}: has only pickle weights ({', '.join(pickles):.80}), which can run code when "
+        "opened; expected safetensors; where you trust the files, convert them with transformers: "
+        "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+    )
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    path = file_inside(directory, _INDEX)
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: weight_map is {weight_map!r:.80}; expected names of shards")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise ValueError(
+                f"{path}: tensor {name!r:.80} is in {shard!r:.80}; expected a .safetensors file"
+            )
+    return weight_map
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        last = {key: place for place, (key, _) in enumerate(pairs)}
+        repeated = next(key for place, (key, _) in enumerate(pairs) if last[key] != place)
+        raise ValueError(f"key {repeated!r:.80} occurs twice")
+    return result
+
+
+def _parse_object(path: Path, data: bytes) -> dict[str, object]:
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{path}: is not valid JSON: {error!s:.200}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, whose header must account for every byte of it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8 or length > _MAX_HEADER:
+            raise ValueError(
+                f"{path}: declares a header of {length} bytes; expected at most "
+                f"{min(max(size - 8, 0), _MAX_HEADER)} in a file of {size}; download it again"
+            )
+        data = file.read(length)
+    if data[:1] != b"{":
+        raise ValueError(f"{path}: its header starts with {data[:1]!r}; expected '{{'")
+    header = _parse_object(path, data)
+    header.pop("__metadata__", None)
+    spans = []
+    tensors = {}
+    for name, entry in header.items():
+        shape, span = _check_entry(path, name, entry)
+        tensors[name] = StoredTensor(path, shape)
+        spans.append(span)
+    _check_spans(path, spans, size - 8 - length)
+    return tensors
+
+
+def _check_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Shape and byte span of one header entry, which must agree with each other."""
+    what = f"{path}: tensor {name!r:.80}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{what} is {entry!r:.80}; expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise ValueError(
+            f"{what} has dtype {dtype!r:.80}; expected {', '.join(_ITEM_BYTES)}; quantised "
+            "safetensors are not read, choose an unquantised model or a GGUF file"
+        )
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or len(shape) > 8:
+        raise ValueError(
+            f"{what} has shape {shape!r:.80} and data_offsets {offsets!r:.80}; expected lists of "
+            "whole numbers"
+        )
+    num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != num_bytes:
+        raise ValueError(
+            f"{what} has data_offsets {offsets!r:.80}; its {dtype} shape {shape!r:.80} needs "
+            f"{num_bytes!r:.80} bytes"
+        )
+    return tuple(shape), (offsets[0], offsets[1])
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in values
+    )
+
+
+def _check_spans(path: Path, spans: Iterable[tuple[int, int]], num_bytes: int) -> None:
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise ValueError(
+                f"{path}: the data from byte {end} is followed by a tensor at {start}; expected "
+                "tensors without gaps or overlaps; download it again"
+            )
+        end = stop
+    if end != num_bytes:
+        raise ValueError(
+            f"{path}: its tensors need {end} bytes of data, the file has {num_bytes}; download it "
+            "again"
+        )

@@ -1,0 +1,125 @@
+"""SentencePiece models, run by the `sentencepiece` library, as a Codec.
+
+The library itself decides the pieces, also for a GGUF file: its tokens, scores and types are
+written back into the model format that the library reads (`sentencepiece_model.proto`), so there
+is no second implementation of the merge order to keep equal.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sentencepiece import SentencePieceProcessor
+
+from models.tokenizer_codec import MAX_VOCAB_SIZE, Codec, sentencepiece_bytes
+
+# Types of a piece; GGUF uses the same numbers.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that a checkpoint adds to, or marks in, its SentencePiece vocabulary."""
+
+    content: str
+    is_special: bool
+
+
+def codec_from_spm(
+    model: bytes, source: str, added_tokens: Mapping[int, AddedToken] | None = None
+) -> Codec:
+    """The codec of a serialised SentencePiece model, extended by `added_tokens` (by id).
+
+    Control tokens, the unknown token and added tokens are found in the text first. What lies
+    between them is encoded on its own, so each stretch gets the dummy space that the model asks
+    for, as in Llama 2's tokenizer.json. Raises ValueError when the library refuses the model.
+    """
+    if not model:
+        raise ValueError(f"{source}: not a readable SentencePiece model (the file is empty)")
+    try:
+        processor = SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError(f"{source}: not a readable SentencePiece model ({error})") from error
+    num_pieces = processor.get_piece_size()
+    added = dict(added_tokens or {})
+    size = max([num_pieces - 1, *added]) + 1
+    if size > MAX_VOCAB_SIZE or min(added, default=0) < 0:
+        raise ValueError(f"{source}: token ids must be 0 to {MAX_VOCAB_SIZE - 1}, got {size - 1}")
+    contents = [b""] * size
+    for token_id in range(num_pieces):
+        piece = processor.id_to_piece(token_id)
+        if processor.is_control(token_id) or processor.is_unknown(token_id):
+            added.setdefault(token_id, AddedToken(piece, is_special=True))
+        elif not processor.is_unused(token_id):
+            contents[token_id] = sentencepiece_bytes(piece, processor.is_byte(token_id))
+    for token_id, token in added.items():
+        contents[token_id] = token.content.encode("utf-8")
+    # A dummy space shows as a piece that begins with the space mark although the text does not.
+    is_leading_space_dropped = processor.encode("a", out_type=str)[0].startswith("\u2581")
+    return Codec(
+        encode=_Encoder(processor, {t.content: i for i, t in added.items() if t.content}),
+        contents=tuple(contents),
+        special_ids=frozenset(i for i, token in added.items() if token.is_special),
+        is_leading_space_dropped=is_leading_space_dropped,
+    )
+
+
+class _Encoder:
+    """Text to ids, whole tokens first, the library for the text between them."""
+
+    def __init__(self, processor: SentencePieceProcessor, whole: Mapping[str, int]) -> None:
+        self._processor = processor
+        self._whole = whole
+        longest_first = sorted(whole, key=len, reverse=True)
+        # (?!) matches nowhere: a model without such tokens has nothing to find.
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
+
+    def __call__(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for index, part in enumerate(self._split(text)):
+            if index % 2 == 1:
+                ids.append(self._whole[part])
+            elif part:
+                ids.extend(self._processor.encode(part))
+        return ids
+
+
+def serialise_bpe(
+    tokens: Iterable[str],
+    scores: Iterable[float],
+    types: Iterable[int],
+    *,
+    has_dummy_prefix: bool,
+    has_byte_tokens: bool,
+) -> bytes:
+    """A SentencePiece BPE model of these pieces, without text normalisation (Llama has none)."""
+    out = bytearray()
+    for token, score, kind in zip(tokens, scores, types, strict=True):
+        piece = _field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score)
+        out += _field(1, piece + _number(3, kind))
+    model_type_bpe = 2
+    out += _field(2, _number(3, model_type_bpe) + _number(35, int(has_byte_tokens)))
+    normalizer = _field(1, b"identity") + _number(3, int(has_dummy_prefix))
+    out += _field(3, normalizer + _number(4, 0) + _number(5, 1))
+    return bytes(out)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _field(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    """Protocol-buffer varint: seven bits a byte, the lowest first."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -1,0 +1,200 @@
+"""Compiles every kernel, as its launcher launches it, for GPUs that need not be present.
+
+    python tests/compile_kernels.py 90
+
+The launchers run on meta tensors with `JITFunction.run` replaced by a recorder, so signatures,
+constants and launch parameters are the real ones and no table repeats them. What differs from a
+real launch is only the source of the target. Prints one JSON line a kernel. The interpreter must
+be off, which is why this is a program of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from kernels.triton_ops import TRITON, TRITON_PREFILL  # noqa: E402
+from kernels.weight import Weight  # noqa: E402
+
+OPTIONS = ("num_warps", "num_stages")
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+class Shape(NamedTuple):
+    """The sizes of a model that reach a kernel."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    has_bias: bool = False
+    has_qk_norm: bool = False
+
+
+SHAPES = {
+    "Llama-2-7B": Shape(4096, 32, 32, 128, 11008, 32000),
+    "Llama-3-8B": Shape(4096, 32, 8, 128, 14336, 128256),
+    "Qwen2.5-0.5B": Shape(896, 14, 2, 64, 4864, 151936, has_bias=True),
+    "Qwen3-0.6B": Shape(1024, 16, 8, 128, 3072, 151936, has_qk_norm=True),
+    "SmolLM2-135M": Shape(576, 9, 3, 64, 1536, 49152),
+}
+
+
+class Launch(NamedTuple):
+    """One recorded launch, in the terms of `triton.compile`."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+    def key(self) -> str:
+        return repr((self.kernel.__name__, *self[1:]))
+
+
+def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """What the runtime would specialise on: constants, None, 1, and multiples of 16."""
+    options = tuple((name, kwargs.pop(name)) for name in OPTIONS if name in kwargs)
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        is_fixed = parameter.is_constexpr or value is None
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if is_fixed or is_one:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            assert value.storage_offset() * value.itemsize % 16 == 0
+            divisible.append(name)
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            assert abs(value) < 2**31
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                divisible.append(name)
+        else:
+            signature[name] = "fp32"
+    return Launch(kernel, signature, constants, tuple(divisible), options)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_all(shape: Shape) -> None:
+    """Call every launcher once with the sizes of a model."""
+    batch, width, positions = 2, 5, 4096
+    rows, layers = batch * width, 2
+    c, d, f = shape.hidden, shape.head_dim, shape.ffn
+    i32 = {"dtype": torch.int32}
+    where = (meta(batch, width, **i32), meta(batch, **i32), meta(batch, **i32))
+    plan = (meta(batch, 2 * layers, dtype=torch.uint8), 2)
+    caches = tuple(meta(batch, shape.kv_heads, positions, d) for _ in "kv")
+    tables = tuple(meta(positions, d // 2, dtype=torch.float32) for _ in ("cos", "sin"))
+    n = (shape.heads + 2 * shape.kv_heads) * d
+    bias = meta(n) if shape.has_bias else None
+    head_norms = tuple(meta(d) if shape.has_qk_norm else None for _ in "qk")
+    x, norm = meta(rows, c), meta(c)
+    qkv = Weight(meta(n, c))
+    TRITON.norm_qkv_rope_append(
+        x, norm, 1e-5, qkv, bias, *head_norms, *tables, *where, *caches, *plan
+    )
+    for ops in (TRITON, TRITON_PREFILL):
+        ops.attention(meta(rows, shape.heads, d), *caches, *where, *plan)
+    TRITON.linear_residual(meta(rows, shape.heads * d), Weight(meta(c, shape.heads * d)), x, *plan)
+    TRITON.norm_gated_mlp(x, norm, 1e-5, Weight(meta(2 * f, c)), *plan)
+    TRITON.linear_residual(meta(rows, f), Weight(meta(c, f)), x, *plan)
+    TRITON.norm_lm_head(x, norm, 1e-5, Weight(meta(shape.vocab, c)))
+    f32, i64 = {"dtype": torch.float32}, {"dtype": torch.int64}
+    parameters = (meta(rows, **f32), meta(rows, **i32), meta(rows, **f32), meta(rows, **f32))
+    logits = meta(rows, shape.vocab, **f32)
+    TRITON.sample(logits, *parameters, meta(rows, **i64), meta(rows, **i64))
+
+
+def recorded_launches() -> Iterator[tuple[str, Launch]]:
+    """Every distinct launch with the first model that makes it."""
+    recorded: list[Launch] = []
+    original = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: recorded.append(
+        describe(self, args, kwargs)
+    )
+    seen = set()
+    for model, shape in SHAPES.items():
+        launch_all(shape)
+        fresh = {launch.key(): launch for launch in recorded if launch.key() not in seen}
+        seen.update(fresh)
+        recorded.clear()
+        yield from ((model, launch) for launch in fresh.values())
+    JITFunction.run = original
+
+
+def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
+    index = {name: (i,) for i, name in enumerate(launch.kernel.arg_names)}
+    source = ASTSource(
+        launch.kernel,
+        launch.signature,
+        {index[name]: value for name, value in launch.constants.items()},
+        {index[name]: [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    usage = resource_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return {
+        "shared": compiled.metadata.shared,
+        **usage,
+        "wide_loads": len(re.findall(r"cp\.async\S* \[|ld\.global\S*\.v4", ptx)),
+        "fast_logarithms": ptx.count("lg2.approx"),
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers and stack bytes of a cubin; spilled registers live on the stack."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    path = Path(triton.knobs.cache.dir) / f"usage-{id(cubin)}.cubin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cubin)
+    report = subprocess.run(
+        [cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True
+    ).stdout
+    path.unlink()
+    return {
+        name.lower(): int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK")
+    }
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    for model, launch in recorded_launches():
+        usage = compile_launch(launch, capability)
+        record = {"kernel": launch.kernel.__name__, "model": model, "sm": capability, **usage}
+        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

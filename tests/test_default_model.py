@@ -1,0 +1,71 @@
+"""The real default model: the tokens of transformers, answer for answer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from make_golden import GOLDEN
+
+from engine import LLM, SamplingParams
+
+DOCUMENT = json.loads(GOLDEN.read_text())
+CASES = DOCUMENT["cases"]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(device="cpu", dtype="float32", max_sequences=len(CASES), max_length=1024)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["prompt"][:20] for case in CASES])
+def test_greedy_answer_is_that_of_transformers(llm, case):
+    messages = [{"role": "user", "content": case["prompt"]}]
+    params = SamplingParams(temperature=0, max_tokens=DOCUMENT["max_tokens"])
+    output = llm.chat(messages, params)
+    assert list(output.prompt_token_ids) == case["prompt_token_ids"]
+    assert list(output.outputs[0].token_ids) == case["token_ids"]
+    assert output.outputs[0].text == case["text"]
+
+
+def test_the_capital_of_france(llm):
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    assert "Paris" in llm.chat(messages, SamplingParams(temperature=0)).outputs[0].text
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone(llm):
+    params = SamplingParams(temperature=0, max_tokens=DOCUMENT["max_tokens"])
+    prompts = [case["prompt_token_ids"] for case in CASES]
+    outputs = llm.generate(prompts, params)
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [c["token_ids"] for c in CASES]
+
+
+def test_a_follow_up_turn_reuses_the_cache_and_equals_a_fresh_run(llm):
+    """Bit for bit: what the cache holds of the conversation is what prefill would compute."""
+    messages = [{"role": "user", "content": "Name three colours."}]
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=0)
+    first = llm.chat(messages, params)
+    messages += [
+        {"role": "assistant", "content": first.outputs[0].text},
+        {"role": "user", "content": "And three animals?"},
+    ]
+    second = llm.chat(messages, params)
+    assert second.stats.reused_tokens >= first.stats.prompt_tokens
+    fresh = LLM(device="cpu", dtype="float32", max_length=1024).chat(messages, params)
+    assert fresh.stats.reused_tokens == 0
+    assert fresh.outputs == second.outputs
+
+
+def test_sampled_text_is_reproducible_by_seed(llm):
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    params = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=32)
+    texts = {llm.chat(messages, params).outputs[0].text for _ in range(3)}
+    assert len(texts) == 1
+    other = SamplingParams(temperature=0.8, top_p=0.9, seed=8, max_tokens=32)
+    assert llm.chat(messages, other).outputs[0].text not in texts
+
+
+def test_no_torch_gradients_are_kept(llm):
+    assert not llm.model.weights.embedding.requires_grad
+    assert torch.is_grad_enabled()  # the engine did not change the caller's mode

@@ -1,0 +1,74 @@
+"""The arguments of `LLM` that choose and place a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import write_hf_checkpoint
+from tiny import family_config
+from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
+
+from engine import LLM, SamplingParams
+from engine.loading import choose_device, choose_dtype, choose_max_length, choose_ops
+from models.weights import random_weights
+
+
+@pytest.fixture
+def directory(tmp_path):
+    config = family_config("qwen2-group1", vocab_size=byte_tokenizer().vocab_size)
+    write_hf_checkpoint(tmp_path, config, random_weights(config, seed=1))
+    write_byte_tokenizer(tmp_path)
+    return tmp_path
+
+
+def test_a_directory_answers_a_conversation(directory):
+    done = []
+    llm = LLM(directory, device="cpu", on_progress=lambda part, total: done.append((part, total)))
+    assert (llm.device, llm.dtype, llm.max_length) == ("cpu", "float32", 256)
+    assert done and done[-1][0] == done[-1][1]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    output = llm.chat([{"role": "user", "content": "hi"}], params)
+    assert len(output.outputs[0].token_ids) == 8
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bit_models_run_on_a_cpu(directory, dtype):
+    llm = LLM(directory, device="cpu", dtype=dtype, max_length=64)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    assert llm.dtype == dtype and len(llm.generate("x", params)[0].outputs[0].token_ids) == 4
+
+
+def test_bad_arguments_are_named(directory):
+    for device in ("gpu", "cpu:x", "mps", ""):
+        with pytest.raises(ValueError, match="device: got"):
+            LLM(directory, device=device)
+    with pytest.raises(ValueError, match="dtype: got 'int4'"):
+        LLM(directory, dtype="int4")
+    for max_length in (0, 1, -5, True, 2.5):
+        with pytest.raises(ValueError, match="max_length"):
+            LLM(directory, max_length=max_length)
+    with pytest.raises(ValueError, match="made for 256"):
+        LLM(directory, max_length=257)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is absent")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="0 CUDA devices"):
+        choose_device("cuda")
+
+
+def test_automatic_choices():
+    cpu = torch.device("cpu")
+    assert choose_dtype("auto", cpu) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert [ops.name for ops in choose_ops(cpu, torch.float32)] == ["numba", "numba"]
+    assert [ops.name for ops in choose_ops(cpu, torch.bfloat16)] == ["torch", "torch"]
+    cuda = choose_ops(torch.device("cuda"), torch.bfloat16)
+    assert [ops.name for ops in cuda] == ["triton-prefill", "triton"]
+    assert choose_max_length(None, family_config("llama2", max_positions=131072)) == 8192
+
+
+def test_nothing_is_half_loaded(directory):
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        LLM(directory)

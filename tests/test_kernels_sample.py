@@ -1,0 +1,236 @@
+"""The sampler: its noise, its filters, its distribution, and the kernel against the reference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from scipy.stats import chisquare
+
+import kernels.sample as sample_module
+from kernels.noise import gumbel, gumbel_ref, philox, philox_ref
+from kernels.sample import filter_threshold_ref, sample, sample_ref
+
+# Random123 1.14, kat_vectors: philox4x32 with 10 rounds. counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+# temperature, top_k, top_p, min_p
+FILTERS = [
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 5, 1.0, 0.0),
+    (1.5, 0, 0.8, 0.0),
+    (1.0, 0, 1.0, 0.1),
+    (0.9, 9, 0.7, 0.05),
+    (2.0, 0, 0.0, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 1000, 0.999, 1.5),
+]
+
+
+def signed64(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def parameters(rows: int, temperature, top_k, top_p, min_p, device="cpu") -> list[torch.Tensor]:
+    """One setting for all rows."""
+    return [
+        torch.full((rows,), temperature, dtype=torch.float32, device=device),
+        torch.full((rows,), top_k, dtype=torch.int32, device=device),
+        torch.full((rows,), top_p, dtype=torch.float32, device=device),
+        torch.full((rows,), min_p, dtype=torch.float32, device=device),
+    ]
+
+
+def exact_distribution(logits, temperature, top_k, top_p, min_p) -> np.ndarray:
+    """The filtered distribution by a plain loop over the sorted tokens, in float64."""
+    logits = np.asarray(logits, np.float64)
+    order = np.argsort(-logits, kind="stable")
+    k = min(top_k, len(logits)) if top_k > 0 else len(logits)
+    weight = np.exp((logits - logits.max()) / temperature)
+    candidates = [i for i in order if logits[i] >= logits[order[k - 1]]]
+    total = sum(weight[i] for i in candidates)
+    kept = [candidates[0]]
+    for i in candidates[1:]:
+        before = sum(weight[j] for j in candidates if logits[j] > logits[i])
+        if (before < top_p * total and weight[i] >= min_p) or logits[i] == logits[kept[0]]:
+            kept.append(i)
+    probs = np.zeros(len(logits))
+    probs[kept] = weight[kept]
+    return probs / probs.sum()
+
+
+@triton.jit
+def _philox_kernel(counter_ptr, key_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    mask = offs < N
+    c0 = tl.load(counter_ptr + offs * 4, mask=mask, other=0).to(tl.uint32)
+    c1 = tl.load(counter_ptr + offs * 4 + 1, mask=mask, other=0).to(tl.uint32)
+    c2 = tl.load(counter_ptr + offs * 4 + 2, mask=mask, other=0).to(tl.uint32)
+    c3 = tl.load(counter_ptr + offs * 4 + 3, mask=mask, other=0).to(tl.uint32)
+    key = tl.load(key_ptr + offs, mask=mask, other=0)
+    k0, k1 = (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
+    tl.store(out_ptr + offs * 4, w0.to(tl.int64), mask=mask)
+    tl.store(out_ptr + offs * 4 + 1, w1.to(tl.int64), mask=mask)
+    tl.store(out_ptr + offs * 4 + 2, w2.to(tl.int64), mask=mask)
+    tl.store(out_ptr + offs * 4 + 3, w3.to(tl.int64), mask=mask)
+
+
+@triton.jit
+def _gumbel_kernel(seed_ptr, position_ptr, out_ptr, start, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    noise = gumbel(seed, position, start, BLOCK)
+    tl.store(out_ptr + row * BLOCK + tl.arange(0, BLOCK), noise)
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
+def test_philox_reference_known_answers(counter, key, words):
+    seed = torch.tensor(signed64(key[0] | key[1] << 32))
+    assert philox_ref(torch.tensor(counter), seed).tolist() == list(words)
+
+
+def test_philox_kernel_has_the_reference_bits(device):
+    known = torch.tensor([counter for counter, _, _ in KNOWN_ANSWERS])
+    counter = torch.cat((known, torch.randint(0, 2**32, (125, 4)))).to(device)
+    keys = [signed64(key[0] | key[1] << 32) for _, key, _ in KNOWN_ANSWERS]
+    seed = torch.cat((torch.tensor(keys), torch.randint(-(2**63), 2**63 - 1, (125,)))).to(device)
+    out = torch.empty_like(counter)
+    _philox_kernel[(1,)](counter, seed, out, 128, BLOCK=128)
+    assert torch.equal(out, philox_ref(counter, seed))
+
+
+def test_gumbel_kernel_matches_the_reference(device):
+    """Also for indices past the first block, and for seeds and positions wider than 32 bits."""
+    seed = torch.tensor([0, 1, -1, 2**62 + 12345], device=device)
+    position = torch.tensor([0, 7, 2**31, 2**33 + 5], device=device)
+    out = torch.empty(4, 64, device=device)
+    _gumbel_kernel[(4,)](seed, position, out, 128, BLOCK=64)
+    index = torch.arange(128, 192, device=device)
+    want = gumbel_ref(seed[:, None], position[:, None], index)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+
+
+def test_gumbel_reference_is_finite_at_its_ends():
+    uniform = (torch.tensor([0.0, 2.0**23 - 1]) + 0.5) * 2.0**-23
+    noise = -torch.log(-torch.log(uniform))
+    assert noise.isfinite().all()
+    assert noise[1].item() == pytest.approx(-math.log(-math.log1p(-(2.0**-24))), rel=1e-6)
+
+
+@pytest.mark.parametrize("setting", FILTERS, ids=str)
+def test_kept_set_of_the_reference(setting):
+    """Against a plain loop, with tied logits on purpose."""
+    logits = torch.randn(50, 40) * 2
+    logits[:, 7:12] = logits[:, :1]
+    logits[::2, 20:23] = logits[::2].amax(-1, keepdim=True)
+    kept = logits >= filter_threshold_ref(logits, *parameters(50, *setting))
+    for row in range(50):
+        assert (exact_distribution(logits[row], *setting) > 0).tolist() == kept[row].tolist(), row
+
+
+@pytest.mark.parametrize("setting", [s for s in FILTERS if s[2] > 0 and s[3] <= 1], ids=str)
+def test_kept_set_agrees_with_transformers(setting):
+    """Temperature, then top-k, top-p, min-p: the order of transformers' generation."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    temperature, top_k, top_p, min_p = setting
+    logits = torch.randn(50, 40) * 2
+    scores = processors.TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k > 0:
+        scores = processors.TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = processors.TopPLogitsWarper(top_p)(None, scores)
+    if min_p > 0:
+        scores = processors.MinPLogitsWarper(min_p)(None, scores)
+    kept = logits >= filter_threshold_ref(logits, *parameters(50, *setting))
+    assert torch.equal(kept, scores > float("-inf"))
+
+
+@pytest.mark.parametrize("setting", FILTERS[:5], ids=str)
+def test_draws_follow_the_filtered_distribution(setting):
+    """200,000 draws over seeds and positions; a sound sampler fails once in a million runs."""
+    draws = 200_000
+    logits = torch.randn(24) * 2
+    seed, position = torch.arange(draws) // 500 * 7919, torch.arange(draws) % 500
+    rows = logits.expand(draws, -1)
+    tokens = sample_ref(rows, *parameters(draws, *setting), seed, position)
+    counts = np.bincount(tokens.numpy(), minlength=24)
+    probs = exact_distribution(logits, *setting)
+    assert counts[probs == 0].sum() == 0
+    likely = probs * draws >= 5  # the chi-square approximation needs five expected draws
+    observed = np.append(counts[likely], counts[~likely].sum())
+    expected = np.append(probs[likely], probs[~likely].sum()) * draws
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    if len(observed) > 1:
+        assert chisquare(observed, expected).pvalue > 1e-6
+
+
+def random_rows(rows: int, vocab_size: int, device: torch.device) -> list[torch.Tensor]:
+    """Arguments of `sample` with every kind of setting mixed over the rows."""
+    settings = torch.tensor(FILTERS)[torch.randint(len(FILTERS), (rows,))]
+    settings[::7, 0] = 0.0
+    logits = torch.randn(rows, vocab_size) * 3
+    logits[::5, 3:6] = logits[::5].amax(-1, keepdim=True)
+    seed = torch.randint(-(2**63), 2**63 - 1, (rows,))
+    position = torch.randint(0, 2**20, (rows,))
+    temperature, top_k, top_p, min_p = settings.unbind(1)
+    args = (logits, temperature, top_k.int(), top_p, min_p, seed, position)
+    return [arg.contiguous().to(device) for arg in args]
+
+
+def test_kernel_agrees_with_the_reference(device, monkeypatch):
+    """Several blocks of vocabulary, all filters, ties, and rows that are greedy."""
+    monkeypatch.setattr(sample_module, "SAMPLE_BLOCK_V", 128)
+    args = random_rows(200, 301, device)
+    assert torch.equal(sample(*args), sample_ref(*args))
+
+
+def kept_by_kernel(logits: torch.Tensor, setting: tuple, draws: int) -> set[int]:
+    rows = logits.expand(draws, -1).contiguous()
+    args = parameters(draws, *setting, device=logits.device)
+    seed = torch.arange(draws, device=logits.device)
+    return set(sample(rows, *args, seed, seed + 1).tolist())
+
+
+@pytest.mark.parametrize("setting", FILTERS[1:], ids=str)
+def test_kernel_keeps_the_exact_set(setting, device):
+    """Nearly equal logits: every kept token is drawn, and nothing else, down to one ulp."""
+    one, below, zero = torch.tensor([1.0, 0.0, 0.0]).unbind()
+    below = torch.nextafter(one, zero)
+    logits = torch.stack((below, one, -zero, zero, one, below, one - 3, one - 2.5)).to(device)
+    want = np.flatnonzero(exact_distribution(logits.cpu(), *setting)).tolist()
+    assert kept_by_kernel(logits, setting, 150) == set(want)
+
+
+def test_temperature_zero_is_argmax_with_the_lowest_index(device):
+    logits = torch.randn(6, 300, device=device)
+    logits[0, [250, 17, 130]] = 9.0
+    logits[1] = -3.0
+    logits[2] = float("-inf")
+    logits[2, 299] = -1e30
+    logits[3, :] = -logits[3].abs()
+    logits[3, 40], logits[3, 41] = -0.0, 0.0
+    index = torch.arange(6, device=device)
+    args = (logits, *parameters(6, 0.0, 3, 0.5, 0.2, device), index, index)
+    assert sample(*args).tolist() == sample_ref(*args).tolist() == logits.argmax(-1).tolist()
+    assert sample(*args)[:4].tolist() == [17, 0, 299, 40]
+
+
+def test_a_draw_does_not_depend_on_its_row_or_batch(device):
+    args = random_rows(40, 77, device)
+    whole = sample(*args)
+    order = torch.randperm(40)
+    assert torch.equal(sample(*(arg[order] for arg in args)), whole[order])
+    for row in range(3):
+        assert torch.equal(sample(*(arg[row : row + 1] for arg in args)), whole[row : row + 1])

@@ -1,0 +1,96 @@
+"""The forward pass against transformers, in float32, on random models of every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from checkpoints import hf_config
+from tiny import FAMILIES, family_config, rows_of, tiny_llama
+
+from engine.kv_cache import make_kv_cache
+from kernels.numba_ops import NUMBA
+from kernels.ops import TORCH
+from models.llama import forward, full_plan, logits
+from models.weights import to_hf_state_dict
+
+OPS = {"torch": TORCH, "numba": NUMBA}
+PROMPT_TOKENS, NEW_TOKENS = 40, 32
+
+
+def oracle(model):
+    """The same weights in transformers."""
+    config = transformers.AutoConfig.for_model(**hf_config(model.config))
+    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    missing, unexpected = hf.load_state_dict(
+        to_hf_state_dict(model.config, model.weights), strict=False
+    )
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    hf.tie_weights()
+    return hf.eval()
+
+
+def run(model, cache, token_ids, start=0):
+    """Logits of every token, in one pass."""
+    plan = full_plan(model.config, 1, model.device)
+    x = forward(model, rows_of(token_ids, start), *cache, plan, model.decode_ops)
+    return logits(model, x, model.decode_ops)
+
+
+def new_cache(model):
+    return make_kv_cache(model.config, 1, model.config.max_positions, model.device, model.dtype)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(params=OPS)
+def model(request, family):
+    ops = OPS[request.param]
+    return tiny_llama(family_config(family), ops, ops)
+
+
+@torch.inference_mode()
+def test_logits_match_transformers(model):
+    prompt = torch.randint(3, model.config.vocab_size, (PROMPT_TOKENS,)).tolist()
+    expected = oracle(model)(torch.tensor([prompt])).logits[0]
+    whole = run(model, new_cache(model), prompt)
+    assert (whole - expected).abs().max() <= 1e-4 * expected.abs().max()
+    cache, chunks = new_cache(model), []
+    for start in (0, 1, 8, 21):
+        stop = {0: 1, 1: 8, 8: 21, 21: PROMPT_TOKENS}[start]
+        chunks.append(run(model, cache, prompt[start:stop], start))
+    assert (torch.cat(chunks) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_greedy_tokens_match_transformers(model):
+    prompt = torch.randint(3, model.config.vocab_size, (PROMPT_TOKENS,)).tolist()
+    expected = oracle(model).generate(
+        torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+        do_sample=False, eos_token_id=None, pad_token_id=0,
+    )[0, PROMPT_TOKENS:].tolist()  # fmt: skip
+    cache = new_cache(model)
+    token_ids = [*prompt, int(run(model, cache, prompt)[-1].argmax())]
+    while len(token_ids) < PROMPT_TOKENS + NEW_TOKENS:
+        last = run(model, cache, token_ids[-1:], len(token_ids) - 1)
+        token_ids.append(int(last[-1].argmax()))
+    assert token_ids[PROMPT_TOKENS:] == expected
+
+
+@torch.inference_mode()
+def test_numba_gives_a_token_the_same_bits_however_the_prompt_is_cut(family):
+    """Prefill in one go, in chunks, or token by token: logits and cache agree bit for bit."""
+    model = tiny_llama(family_config(family))
+    prompt = torch.randint(3, model.config.vocab_size, (PROMPT_TOKENS,)).tolist()
+    whole_cache = new_cache(model)
+    whole = run(model, whole_cache, prompt)
+    for size in (1, 5, 16):
+        cache, parts = new_cache(model), []
+        for start in range(0, PROMPT_TOKENS, size):
+            parts.append(run(model, cache, prompt[start : start + size], start))
+        assert torch.equal(torch.cat(parts), whole), size
+        for kept, expected in zip(cache, whole_cache, strict=True):
+            assert torch.equal(kept[:, :, :, :PROMPT_TOKENS], expected[:, :, :, :PROMPT_TOKENS])

@@ -1,0 +1,97 @@
+"""House rules that a program can check: sizes, direction of imports, forbidden constructs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ["kernels", "models", "router", "engine", "bench"]  # each may import those before it
+CLIS = {"engine/chat.py", "engine/repl.py", "engine/terminal.py"}
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 50, 90
+SOURCES = sorted(p for d in [*PACKAGES, "tests"] for p in (ROOT / d).rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    names = {ast.unparse(d) for d in function.decorator_list}
+    return bool(names & {"triton.jit", "kernel"})
+
+
+def imported_packages(tree: ast.AST) -> Iterator[str]:
+    """Top-level names of every import, also inside functions and under TYPE_CHECKING."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.fixture(params=SOURCES, ids=relative)
+def source(request):
+    return request.param
+
+
+def test_sizes(source):
+    text = source.read_text()
+    assert len(text.splitlines()) <= MAX_FILE, relative(source)
+    for function in functions(ast.parse(text)):
+        lines = function.end_lineno - function.lineno + 1
+        limit = MAX_KERNEL if is_kernel(function) else MAX_FUNCTION
+        assert lines <= limit, f"{relative(source)}:{function.name} has {lines} lines"
+
+
+def test_imports_point_one_way(source):
+    package = source.relative_to(ROOT).parts[0]
+    if package == "tests":
+        return
+    allowed = PACKAGES[: PACKAGES.index(package) + 1]
+    for name in imported_packages(ast.parse(source.read_text())):
+        assert name not in PACKAGES or name in allowed, f"{relative(source)} imports {name}"
+        assert name not in ("tests", "transformers") or package == "bench", relative(source)
+
+
+def test_forbidden_constructs(source):
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            caught = "" if node.type is None else ast.unparse(node.type)
+            assert caught not in ("", "Exception", "BaseException"), f"{source}:{node.lineno}"
+        if source.parts[-2] != "tests" and isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            is_cli = relative(source) in CLIS or source.parts[-2] == "bench"
+            assert called != "print" or is_cli, f"{source}:{node.lineno} prints"
+            assert called not in ("eval", "exec"), f"{source}:{node.lineno}"
+
+
+def test_every_file_says_what_it_is(source):
+    assert ast.get_docstring(ast.parse(source.read_text())), f"{relative(source)} has no docstring"
+
+
+def test_tests_are_flat_and_do_not_shadow_packages():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+    assert all(path.parent == ROOT / "tests" for path in (ROOT / "tests").rglob("*.py"))
+    for package in PACKAGES:
+        assert Path(importlib.import_module(package).__file__).parent == ROOT / package
+
+
+def test_readme_links_and_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), f"README links to {target}"
+    for module in re.findall(r"python -m ((?:engine|bench)\.\w+)", text):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module

@@ -1,0 +1,67 @@
+"""Tiny random models, ready to run, for the tests of the forward pass and the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from checkpoints import tiny_config
+from tokenizers_for_tests import byte_tokenizer
+
+from engine import LLM
+from engine.loading import Loaded
+from kernels.numba_ops import NUMBA
+from kernels.ops import Ops
+from models.config import LlamaConfig, RopeScaling
+from models.llama import Llama, Rows, make_llama
+from models.weights import random_weights
+
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_positions=64)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama2": {"architecture": "llama"},
+    "llama3": {"architecture": "llama", "rope_scaling": LLAMA3, "rope_theta": 500_000.0},
+    "llama-linear-tied": {
+        "architecture": "llama",
+        "rope_scaling": RopeScaling("linear", 4.0),
+        "tie_embeddings": True,
+    },
+    "smollm2-group3": {
+        "architecture": "llama", "num_heads": 9, "num_kv_heads": 3, "head_dim": 12,
+        "hidden_size": 108, "ffn_size": 77, "tie_embeddings": True,
+    },
+    "mistral-group4": {"architecture": "mistral", "num_heads": 8, "head_dim": 10},
+    "qwen2-group1": {"architecture": "qwen2", "num_kv_heads": 4, "ffn_size": 123},
+    "qwen3-group4": {"architecture": "qwen3", "num_heads": 8, "hidden_size": 60},
+}  # fmt: skip
+
+
+def family_config(family: str, **changes: Any) -> LlamaConfig:
+    values = FAMILIES[family] | changes
+    return tiny_config(**values)
+
+
+def tiny_llama(
+    config: LlamaConfig, prefill_ops: Ops = NUMBA, decode_ops: Ops = NUMBA, seed: int = 0
+) -> Llama:
+    weights = random_weights(config, seed=seed)
+    return make_llama(config, weights, config.max_positions, prefill_ops, decode_ops)
+
+
+def tiny_llm(config: LlamaConfig | None = None, **options: Any) -> LLM:
+    """An LLM around a tiny random model whose tokens are bytes."""
+    tokenizer = byte_tokenizer()
+    config = config or family_config("llama2", vocab_size=tokenizer.vocab_size)
+    ops = {name: options.pop(name) for name in ("prefill_ops", "decode_ops") if name in options}
+    model = tiny_llama(config, **ops)
+    loaded = Loaded("tiny", model, tokenizer, options.pop("chat_template", None), {})
+    return LLM.from_loaded(loaded, **options)
+
+
+def rows_of(token_ids: list[int], start: int = 0, slot: int = 0) -> Rows:
+    """One sequence's tokens as a pass."""
+    return Rows(
+        torch.tensor([token_ids]),
+        torch.arange(start, start + len(token_ids), dtype=torch.int32)[None],
+        torch.tensor([len(token_ids)], dtype=torch.int32),
+        torch.tensor([slot], dtype=torch.int32),
+    )
