@@ -12,7 +12,16 @@ import numpy as np
 from numba import prange
 
 from kernels.numba_compile import inline, kernel
-from kernels.numba_math import F, bytes_at, exp, floats_at, ints_at, matmul_stream, matmul_tiled
+from kernels.numba_math import (
+    F,
+    bytes_at,
+    exp,
+    floats_at,
+    ints_at,
+    keep_alive,
+    matmul_stream,
+    matmul_tiled,
+)  # fmt: skip
 from kernels.numba_tiles import LANES, fma, make_weighted_sum_tile
 
 TILE_ROWS = 4
@@ -103,6 +112,7 @@ def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
         ys = floats_at(out + r * out_stride, head_dim)
         for d in range(head_dim):
             ys[d] /= total[r]
+    keep_alive(scores)
 
 
 @kernel

@@ -35,6 +35,11 @@ def ints_at(address, size):
 
 
 @inline
+def keep_alive(_array):
+    """Mark the end of an array's use by address: numba frees an array after its last mention."""
+
+
+@inline
 def bytes_at(address, size):
     """A uint8 array over `size` elements at an address."""
     return numba.carray(as_pointer(address), size, np.uint8)
@@ -80,7 +85,10 @@ def _add_tails(x, x_stride, rows, w, num_k, whole, first_col, last_col, out, out
 def matmul_stream(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride):
     """out[r, c - first_col] = x[r] . w[c] for columns [first_col, last_col): few rows."""
     whole = num_k // LANES * LANES
-    for c in range(first_col, last_col):
+    if rows == 1:  # nothing but loads and products: a tenth faster than the loop over rows
+        for c in range(first_col, last_col):
+            dot_1x1(x, 0, w + c * num_k * 4, 0, whole, out + (c - first_col) * 4, 0)
+    for c in range(first_col, last_col if rows > 1 else first_col):
         w_row = w + c * num_k * 4
         y = out + (c - first_col) * 4
         r = 0

@@ -19,12 +19,22 @@ from kernels.numba_math import (
     exp,
     floats_at,
     ints_at,
+    keep_alive,
     matmul,
     norm_row,
     norm_rows,
 )
 
-BLOCK_COLS = 32  # output columns a core takes at a time
+STREAM_COLS = 96  # output columns a core takes at a time: long runs of memory for few rows,
+TILED_COLS = 32  # and weights that stay in the core's cache for many
+
+
+@inline
+def _block_cols(rows, num_out):
+    """Columns of a block. No bit depends on it: a column is one core's, whatever the block."""
+    if rows > STREAM_ROWS:
+        return TILED_COLS
+    return max(1, min(STREAM_COLS, num_out // 16))  # enough blocks for 16 cores
 
 
 @inline
@@ -82,16 +92,20 @@ def _finish_qkv_row(
 def norm_qkv_rope_append(
     x, norm_weight, eps, qkv, bias, q_norm, k_norm, cos, sin, positions, num_tokens, slots,
     k_cache, v_cache, plan, plan_stride, batch, width, hidden, heads, kv_heads, head_dim,
-    cache_len, normed, y,
+    cache_len, y,
 ):  # fmt: skip
     if not _any_runs(plan, plan_stride, batch):
         return
     rows, num_out = batch * width, (heads + 2 * kv_heads) * head_dim
+    scratch = np.empty((rows, hidden), np.float32)
+    normed = scratch.ctypes.data
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
-    for block in prange((num_out + BLOCK_COLS - 1) // BLOCK_COLS):
-        first, last = block * BLOCK_COLS, min(num_out, (block + 1) * BLOCK_COLS)
+    cols = _block_cols(rows, num_out)
+    for block in prange((num_out + cols - 1) // cols):
+        first, last = block * cols, min(num_out, (block + 1) * cols)
         out = y + first * 4
         matmul(normed, hidden * 4, rows, qkv, hidden, first, last, out, num_out * 4)
+    keep_alive(scratch)
     # Two loops: starting the cores costs more than the few rows of a decode step.
     if rows <= STREAM_ROWS:
         for r in range(rows):
@@ -108,12 +122,15 @@ def norm_qkv_rope_append(
 
 
 @kernel
-def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out, y):
+def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out):
     if not _any_runs(plan, plan_stride, batch):
         return
     width = rows // batch
-    for block in prange((num_out + BLOCK_COLS - 1) // BLOCK_COLS):
-        first, last = block * BLOCK_COLS, min(num_out, (block + 1) * BLOCK_COLS)
+    scratch = np.empty((rows, num_out), np.float32)
+    y = scratch.ctypes.data
+    cols = _block_cols(rows, num_out)
+    for block in prange((num_out + cols - 1) // cols):
+        first, last = block * cols, min(num_out, (block + 1) * cols)
         matmul(x, num_k * 4, rows, weight, num_k, first, last, y + first * 4, num_out * 4)
         precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
         for r in range(rows):
@@ -123,18 +140,20 @@ def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, 
                 sums = floats_at(residual + place, last - first)
                 for n in range(last - first):
                     sums[n] += ys[n]
+    keep_alive(scratch)
 
 
 @kernel
-def norm_gated_mlp(
-    x, norm_weight, eps, gate_up, plan, plan_stride, batch, rows, hidden, ffn, normed, up, h
-):
+def norm_gated_mlp(x, norm_weight, eps, gate_up, plan, plan_stride, batch, rows, hidden, ffn, h):
     if not _any_runs(plan, plan_stride, batch):
         return
+    scratch, scratch_up = np.empty((rows, hidden), np.float32), np.empty((rows, ffn), np.float32)
+    normed, up = scratch.ctypes.data, scratch_up.ctypes.data
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
     ups = gate_up + ffn * hidden * 4
-    for block in prange((ffn + BLOCK_COLS - 1) // BLOCK_COLS):
-        first, last = block * BLOCK_COLS, min(ffn, (block + 1) * BLOCK_COLS)
+    cols = _block_cols(rows, ffn)
+    for block in prange((ffn + cols - 1) // cols):
+        first, last = block * cols, min(ffn, (block + 1) * cols)
         matmul(normed, hidden * 4, rows, gate_up, hidden, first, last, h + first * 4, ffn * 4)
         matmul(normed, hidden * 4, rows, ups, hidden, first, last, up + first * 4, ffn * 4)
         for r in range(rows):
@@ -142,12 +161,18 @@ def norm_gated_mlp(
             gate, factor = floats_at(h + place, last - first), floats_at(up + place, last - first)
             for n in range(last - first):
                 gate[n] = gate[n] / (F(1.0) + exp(-gate[n])) * factor[n]
+    keep_alive(scratch)
+    keep_alive(scratch_up)
 
 
 @kernel
-def norm_lm_head(x, norm_weight, eps, lm_head, rows, hidden, vocab, normed, logits):
+def norm_lm_head(x, norm_weight, eps, lm_head, rows, hidden, vocab, logits):
+    scratch = np.empty((rows, hidden), np.float32)
+    normed = scratch.ctypes.data
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
-    for block in prange((vocab + BLOCK_COLS - 1) // BLOCK_COLS):
-        first, last = block * BLOCK_COLS, min(vocab, (block + 1) * BLOCK_COLS)
+    cols = _block_cols(rows, vocab)
+    for block in prange((vocab + cols - 1) // cols):
+        first, last = block * cols, min(vocab, (block + 1) * cols)
         out = logits + first * 4
         matmul(normed, hidden * 4, rows, lm_head, hidden, first, last, out, vocab * 4)
+    keep_alive(scratch)

@@ -14,13 +14,11 @@ from kernels.sample import sample_ref
 from kernels.weight import Weight
 
 
-def _check(*tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        assert tensor.dtype == torch.float32 and tensor.is_contiguous(), (
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-        )
+def _check(x: torch.Tensor, weight: Weight) -> None:
+    # Only these two: in a small model's decode step every check of every tensor would show.
+    full = weight.full
+    assert x.dtype == full.dtype == torch.float32, (x.dtype, full.dtype)
+    assert x.is_contiguous() and full.is_contiguous(), (x.stride(), full.stride())
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -46,19 +44,20 @@ def norm_qkv_rope_append(
     sublayer: int,
 ) -> torch.Tensor:
     """See norm_qkv_rope.py; q comes back as a view [R, H, D] with the row stride of Q, K and V."""
-    _check(x, qkv.full, cos, sin, k_cache, v_cache)
+    _check(x, qkv)
+    assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(),)
     (batch, width), (rows, hidden) = positions.shape, x.shape
     _, kv_heads, cache_len, head_dim = k_cache.shape
     num_out = qkv.full.shape[0]
     heads = num_out // head_dim - 2 * kv_heads
     assert rows == batch * width and cos.shape[1] * 2 == head_dim, (x.shape, positions.shape)
-    normed, y = torch.empty_like(x), x.new_empty(rows, num_out)
+    y = x.new_empty(rows, num_out)
     numba_matmul.norm_qkv_rope_append(
         x.data_ptr(), norm_weight.data_ptr(), eps, qkv.full.data_ptr(), _address(qkv_bias),
         _address(q_norm), _address(k_norm), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
         num_tokens.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         plan.data_ptr() + sublayer, plan.shape[1], batch, width, hidden, heads, kv_heads, head_dim,
-        cache_len, normed.data_ptr(), y.data_ptr(),
+        cache_len, y.data_ptr(),
     )  # fmt: skip
     return y.view(rows, -1, head_dim)[:, :heads]
 
@@ -74,7 +73,6 @@ def attention(
     sublayer: int,
 ) -> torch.Tensor:
     """See attention.py; q may have any row stride."""
-    _check(k_cache, v_cache)
     (batch, width), (rows, heads, head_dim) = positions.shape, q.shape
     assert q.stride()[1:] == (head_dim, 1) and rows == batch * width, (q.shape, q.stride())
     out = q.new_empty(rows, heads * head_dim)
@@ -91,12 +89,12 @@ def linear_residual(
     x: torch.Tensor, weight: Weight, residual: torch.Tensor, plan: torch.Tensor, sublayer: int
 ) -> None:
     """See linear_residual.py."""
-    _check(x, weight.full, residual)
+    _check(x, weight)
+    assert residual.is_contiguous(), residual.stride()
     (rows, num_k), num_out = x.shape, weight.full.shape[0]
-    y = torch.empty_like(residual)
     numba_matmul.linear_residual(
         x.data_ptr(), weight.full.data_ptr(), residual.data_ptr(), plan.data_ptr() + sublayer,
-        plan.shape[1], plan.shape[0], rows, num_k, num_out, y.data_ptr(),
+        plan.shape[1], plan.shape[0], rows, num_k, num_out,
     )  # fmt: skip
 
 
@@ -109,13 +107,13 @@ def norm_gated_mlp(
     sublayer: int,
 ) -> torch.Tensor:
     """See norm_gated_mlp.py."""
-    _check(x, norm_weight, gate_up.full)
+    _check(x, gate_up)
     (rows, hidden), ffn = x.shape, gate_up.full.shape[0] // 2
-    normed, up, h = torch.empty_like(x), x.new_empty(rows, ffn), x.new_empty(rows, ffn)
+    h = x.new_empty(rows, ffn)
     numba_matmul.norm_gated_mlp(
         x.data_ptr(), norm_weight.data_ptr(), eps, gate_up.full.data_ptr(),
         plan.data_ptr() + sublayer, plan.shape[1], plan.shape[0], rows, hidden, ffn,
-        normed.data_ptr(), up.data_ptr(), h.data_ptr(),
+        h.data_ptr(),
     )  # fmt: skip
     return h
 
@@ -124,12 +122,12 @@ def norm_lm_head(
     x: torch.Tensor, norm_weight: torch.Tensor, eps: float, lm_head: Weight
 ) -> torch.Tensor:
     """See norm_lm_head.py."""
-    _check(x, norm_weight, lm_head.full)
+    _check(x, lm_head)
     (rows, hidden), vocab = x.shape, lm_head.full.shape[0]
-    normed, logits = torch.empty_like(x), x.new_empty(rows, vocab)
+    logits = x.new_empty(rows, vocab)
     numba_matmul.norm_lm_head(
         x.data_ptr(), norm_weight.data_ptr(), eps, lm_head.full.data_ptr(), rows, hidden, vocab,
-        normed.data_ptr(), logits.data_ptr(),
+        logits.data_ptr(),
     )  # fmt: skip
     return logits
 

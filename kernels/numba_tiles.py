@@ -62,6 +62,13 @@ def _sum_lanes(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, ir.Constant(I32, 0))
 
 
+def _no_unrolling(module: Any) -> Any:
+    """Loop metadata: unrolled, a tile reads memory a sixth slower."""
+    node = module.add_metadata([module.add_metadata(["llvm.loop.unroll.disable"])])
+    node.operands = (node, *node.operands)  # a loop's node names itself first
+    return node
+
+
 def _loop(
     builder: Any, start: Any, count: Any, step: int, body: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
@@ -81,7 +88,7 @@ def _loop(
     index.add_incoming(builder.add(index, ir.Constant(I64, step)), builder.block)
     for phi, value in zip(values, updated, strict=True):
         phi.add_incoming(value, builder.block)
-    builder.branch(head)
+    builder.branch(head).set_metadata("llvm.loop", _no_unrolling(builder.module))
     builder.position_at_end(done)
     return values
 

@@ -117,6 +117,19 @@ def _bisect(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _filter_key(row_ptr, V, row_max, temperature, top_k, top_p, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A key at or above which lie exactly the logits that top-k and then top-p keep."""
+    key = tl.zeros((), tl.uint32)
+    max_key = _ordered_key(row_max)
+    if (top_k > 0) & (top_k < V):
+        key = _bisect(row_ptr, V, key, max_key, top_k, row_max, temperature, BLOCK_V, False)
+    if top_p < 1:
+        mass = top_p * _measure(row_ptr, V, key, row_max, temperature, BLOCK_V, True)
+        key = _bisect(row_ptr, V, key, max_key, mass, row_max, temperature, BLOCK_V, True)
+    return key
+
+
+@triton.jit
 def _argmax(  # type: ignore[no-untyped-def]
     row_ptr, V, key, row_max, temperature, min_p, seed, position,
     BLOCK_V: tl.constexpr, HAS_NOISE: tl.constexpr,
@@ -159,12 +172,7 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     key = tl.zeros((), tl.uint32)
     row_max, token = _argmax(row_ptr, V, key, 0.0, 1.0, 0.0, seed, position, BLOCK_V, False)
     if temperature > 0:
-        max_key = _ordered_key(row_max)
-        if (top_k > 0) & (top_k < V):
-            key = _bisect(row_ptr, V, key, max_key, top_k, row_max, temperature, BLOCK_V, False)
-        if top_p < 1:
-            mass = top_p * _measure(row_ptr, V, key, row_max, temperature, BLOCK_V, True)
-            key = _bisect(row_ptr, V, key, max_key, mass, row_max, temperature, BLOCK_V, True)
+        key = _filter_key(row_ptr, V, row_max, temperature, top_k, top_p, BLOCK_V)
         min_p = tl.load(min_p_ptr + row)
         _, token = _argmax(
             row_ptr, V, key, row_max, temperature, min_p, seed, position, BLOCK_V, True

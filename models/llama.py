@@ -79,15 +79,14 @@ def forward(
     """Return the residual stream after the last layer, [B*T, C]; see `logits` for the rest."""
     config = model.config
     x = model.weights.embedding[rows.token_ids.flatten()]
-    for i, layer in enumerate(model.weights.layers):
+    layers = zip(model.weights.layers, k_cache.unbind(0), v_cache.unbind(0), strict=True)
+    for i, (layer, k, v) in enumerate(layers):
         q = ops.norm_qkv_rope_append(
             x, layer.attn_norm, config.norm_eps, layer.qkv, layer.qkv_bias, layer.q_norm,
             layer.k_norm, model.cos, model.sin, rows.positions, rows.num_tokens, rows.slots,
-            k_cache[i], v_cache[i], plan, 2 * i,
+            k, v, plan, 2 * i,
         )  # fmt: skip
-        o = ops.attention(
-            q, k_cache[i], v_cache[i], rows.positions, rows.num_tokens, rows.slots, plan, 2 * i
-        )
+        o = ops.attention(q, k, v, rows.positions, rows.num_tokens, rows.slots, plan, 2 * i)
         ops.linear_residual(o, layer.attn_out, x, plan, 2 * i)
         h = ops.norm_gated_mlp(x, layer.mlp_norm, config.norm_eps, layer.gate_up, plan, 2 * i + 1)
         ops.linear_residual(h, layer.down, x, plan, 2 * i + 1)

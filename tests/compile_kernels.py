@@ -167,7 +167,9 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
     return {
         "shared": compiled.metadata.shared,
         **usage,
-        "wide_loads": len(re.findall(r"cp\.async\S* \[|ld\.global\S*\.v4", ptx)),
+        "wide_loads": len(re.findall(r"cp\.async\.cg[^;]*, 0x10|ld\.global\S*\.v4\.b32", ptx)),
+        # Only weights carry a cache hint: they are the ones read once.
+        "narrow_weights": len(re.findall(r"cp\.async\S*cache_hint[^;]*, 0x(?!10)", ptx)),
         "fast_logarithms": ptx.count("lg2.approx"),
     }
 

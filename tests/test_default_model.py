@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from engine import LLM, SamplingParams
 
 DOCUMENT = json.loads(GOLDEN.read_text())
 CASES = DOCUMENT["cases"]
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +73,38 @@ def test_sampled_text_is_reproducible_by_seed(llm):
 def test_no_torch_gradients_are_kept(llm):
     assert not llm.model.weights.embedding.requires_grad
     assert torch.is_grad_enabled()  # the engine did not change the caller's mode
+
+
+def chat(*arguments, stdin=None):
+    command = [sys.executable, "-m", "engine.chat", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, input=stdin, cwd=ROOT, timeout=300, check=False
+    )
+
+
+def test_the_command_answers_once():
+    done = chat("--prompt", "What is the capital of France?", "--stats")
+    assert done.returncode == 0 and "Paris" in done.stdout
+    assert "tokens/s" in done.stderr and "\x1b" not in done.stdout + done.stderr
+
+
+def test_the_command_reads_a_pipe_and_writes_json():
+    done = chat("--json", "--max-tokens", "5", stdin=CASES[0]["prompt"])
+    document = json.loads(done.stdout)
+    assert done.returncode == 0 and document["finish_reason"] == "length"
+    assert document["token_ids"] == CASES[0]["token_ids"][:5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-length", "16"], "the context holds 16"),
+        (["--max-length", "100000"], "made for 8192"),
+        (["--device", "tpu"], "device: got 'tpu'"),
+        (["--model", "./no/such/model"], "does not exist"),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, message):
+    done = chat("--prompt", CASES[0]["prompt"], *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1

@@ -171,15 +171,15 @@ def test_logprobs_are_those_of_the_model(llm):
 
 def test_first_token_follows_the_filtered_softmax(llm):
     """Chi-square of the engine's own draws over seeds, p > 1e-6."""
-    params = SamplingParams(temperature=1.3, top_k=12, max_tokens=1, logprobs=20, ignore_eos=True)
+    params = SamplingParams(temperature=1.3, top_k=5, max_tokens=1, logprobs=20, ignore_eos=True)
     entry = llm.generate("draw", params)[0].outputs[0].logprobs[0]
-    top = sorted(entry, key=entry.get, reverse=True)[:12]
+    top = sorted(entry, key=entry.get, reverse=True)[:5]
     probs = (torch.tensor([entry[t] for t in top]).double() / 1.3).softmax(0)
     counts = dict.fromkeys(top, 0)
-    for seed in range(1500):
+    for seed in range(400):
         drawn = SamplingParams(**(params.__dict__ | {"seed": seed, "logprobs": None}))
         counts[tokens(llm.generate("draw", drawn)[0])[0]] += 1
-    assert chisquare([counts[t] for t in top], (probs * 1500).numpy()).pvalue > 1e-6
+    assert chisquare([counts[t] for t in top], (probs * 400).numpy()).pvalue > 1e-6
 
 
 def test_cached_prefix_is_reused_and_changes_nothing(llm):

@@ -124,7 +124,7 @@ def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(head_dim, group, dtype, 
         for first in (0, 3, 16 - width):
             part = attn_decode(*rows_of_width(args, width, first)).view(3, width, -1)
             assert torch.equal(part, whole[:, first : first + width]), (width, first)
-    q, k, v, positions, num_tokens, slots, plan, sublayer = args
+    q, k, v, positions, num_tokens, slots, plan, _ = args
     alone = attn_decode(q[16:32], k, v, positions[1:2], num_tokens[1:2], slots[1:2], plan[1:2], 2)
     assert torch.equal(alone.view(16, -1), whole[1])
 
@@ -165,3 +165,18 @@ def test_grid_does_not_depend_on_lengths(device, monkeypatch):
     for lengths in ((0, 0), (2 * SPLIT_KV, 3)):
         attn_decode(*make(Case(16, 2, 4, 5, lengths, (5, 5)), torch.float32, device))
     assert grids[0] == grids[1]
+
+
+@pytest.mark.gpu
+def test_a_captured_launch_follows_the_positions(device):
+    """One CUDA graph serves every length, because lengths are read on the device."""
+    args = make(Case(128, 2, 4, 5, (2 * SPLIT_KV, 9), (5, 5)), torch.bfloat16, device)
+    attn_decode(*args)  # compiles, which a capture must not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attn_decode(*args)
+    for start in (0, SPLIT_KV - 3, 2 * SPLIT_KV):
+        args[3][0] = torch.arange(start, start + 5)
+        for _ in range(2):
+            graph.replay()
+            assert torch.equal(out, attn_decode(*args))

@@ -13,7 +13,13 @@ from scipy.stats import chisquare
 
 import kernels.sample as sample_module
 from kernels.noise import gumbel, gumbel_ref, philox, philox_ref
-from kernels.sample import filter_threshold_ref, sample, sample_ref
+from kernels.sample import (
+    _filter_key,
+    _ordered_key,
+    filter_threshold_ref,
+    sample,
+    sample_ref,
+)
 
 # Random123 1.14, kat_vectors: philox4x32 with 10 rounds. counter, key, result.
 KNOWN_ANSWERS = [
@@ -93,6 +99,19 @@ def _gumbel_kernel(seed_ptr, position_ptr, out_ptr, start, BLOCK: tl.constexpr):
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
     noise = gumbel(seed, position, start, BLOCK)
     tl.store(out_ptr + row * BLOCK + tl.arange(0, BLOCK), noise)
+
+
+@triton.jit
+def _filter_kernel(logits_ptr, t_ptr, top_k_ptr, top_p_ptr, kept_ptr, V, BLOCK_V: tl.constexpr):
+    row = tl.program_id(0)
+    offs_v = tl.arange(0, BLOCK_V)
+    row_ptr = logits_ptr + row * V
+    logits = tl.load(row_ptr + offs_v, mask=offs_v < V, other=float("-inf"))
+    temperature, top_k = tl.load(t_ptr + row), tl.load(top_k_ptr + row)
+    top_p, row_max = tl.load(top_p_ptr + row), tl.max(logits)
+    key = _filter_key(row_ptr, V, row_max, temperature, top_k, top_p, BLOCK_V)
+    is_kept = _ordered_key(logits) >= key
+    tl.store(kept_ptr + row * V + offs_v, is_kept.to(tl.int32), mask=offs_v < V)
 
 
 @pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
@@ -189,33 +208,39 @@ def random_rows(rows: int, vocab_size: int, device: torch.device) -> list[torch.
     return [arg.contiguous().to(device) for arg in args]
 
 
-def test_kernel_agrees_with_the_reference(device, monkeypatch):
-    """Several blocks of vocabulary, all filters, ties, and rows that are greedy."""
+@pytest.mark.parametrize("rows, vocab_size", [(100, 90), (20, 301)])
+def test_kernel_agrees_with_the_reference(rows, vocab_size, device, monkeypatch):
+    """One and three blocks of vocabulary, all filters, ties, and rows that are greedy."""
     monkeypatch.setattr(sample_module, "SAMPLE_BLOCK_V", 128)
-    args = random_rows(200, 301, device)
+    args = random_rows(rows, vocab_size, device)
     assert torch.equal(sample(*args), sample_ref(*args))
 
 
-def kept_by_kernel(logits: torch.Tensor, setting: tuple, draws: int) -> set[int]:
-    rows = logits.expand(draws, -1).contiguous()
-    args = parameters(draws, *setting, device=logits.device)
-    seed = torch.arange(draws, device=logits.device)
-    return set(sample(rows, *args, seed, seed + 1).tolist())
-
-
-@pytest.mark.parametrize("setting", FILTERS[1:], ids=str)
+@pytest.mark.parametrize("setting", [s for s in FILTERS if s[1] > 0 or s[2] < 1], ids=str)
 def test_kernel_keeps_the_exact_set(setting, device):
-    """Nearly equal logits: every kept token is drawn, and nothing else, down to one ulp."""
-    one, below, zero = torch.tensor([1.0, 0.0, 0.0]).unbind()
-    below = torch.nextafter(one, zero)
-    logits = torch.stack((below, one, -zero, zero, one, below, one - 3, one - 2.5)).to(device)
-    want = np.flatnonzero(exact_distribution(logits.cpu(), *setting)).tolist()
-    assert kept_by_kernel(logits, setting, 150) == set(want)
+    """Against the sorting reference, with ties, both zeros, and logits one ulp apart."""
+    logits = torch.randn(6, 40) * 2
+    logits[0] = torch.nextafter(torch.ones(40), torch.zeros(40))
+    logits[0, ::5] = 1.0
+    logits[1] = -logits[1].abs()
+    logits[1, 0] = 1.0
+    logits[1, 4:30:3] = 0.0
+    logits[1, 5:30:3] = -0.0
+    logits[2, 8:] = float("-inf")
+    logits[3] = -logits[3].abs()
+    logits[4] = 1 + torch.randperm(40) * 2.0**-23
+    logits = logits.to(device)
+    args = parameters(6, *setting[:3], 0.0, device)
+    kept = torch.empty(6, 40, dtype=torch.int32, device=device)
+    _filter_kernel[(6,)](logits, *args[:3], kept, 40, BLOCK_V=64)
+    assert torch.equal(kept == 1, logits >= filter_threshold_ref(logits, *args))
 
 
-def test_temperature_zero_is_argmax_with_the_lowest_index(device):
+def test_temperature_zero_is_argmax_with_the_lowest_index(device, monkeypatch):
+    """Also where the tie is between blocks of the vocabulary, and where both zeros tie."""
+    monkeypatch.setattr(sample_module, "SAMPLE_BLOCK_V", 128)
     logits = torch.randn(6, 300, device=device)
-    logits[0, [250, 17, 130]] = 9.0
+    logits[0, [273, 145, 17]] = 9.0
     logits[1] = -3.0
     logits[2] = float("-inf")
     logits[2, 299] = -1e30

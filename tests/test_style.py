@@ -28,8 +28,8 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    names = {ast.unparse(d) for d in function.decorator_list}
-    return bool(names & {"triton.jit", "kernel"})
+    names = [ast.unparse(d) for d in function.decorator_list]
+    return any(name.startswith("triton.jit") or name == "kernel" for name in names)
 
 
 def imported_packages(tree: ast.AST) -> Iterator[str]:
