@@ -148,7 +148,7 @@ class LLM:
         elif not isinstance(prompt, Sequence):
             raise ValueError(f"prompt: got {prompt!r}, expected a string or a list of token ids")
         else:
-            token_ids = list(prompt)
+            token_ids = [*prompt]
             size = self.model.config.vocab_size
             for token_id in token_ids:
                 is_integer = isinstance(token_id, int) and not isinstance(token_id, bool)

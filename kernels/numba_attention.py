@@ -115,32 +115,45 @@ def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
     keep_alive(scores)
 
 
+@inline
+def attend_item(
+    item, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+    batch, width, heads, kv_heads, head_dim, cache_len, out,
+):  # fmt: skip
+    """One head of one tile of one sequence, by its number among batch * tiles * heads."""
+    tiles = (width + TILE_ROWS - 1) // TILE_ROWS
+    h, b, turn = item % heads, item // heads % batch, item // (heads * batch)
+    # Later tiles attend to more positions; early and late by turns, every core gets its share.
+    tile = turn // 2 if turn % 2 == 0 else tiles - 1 - turn // 2
+    first = tile * TILE_ROWS
+    valid = ints_at(num_tokens, batch)[b]
+    runs = bytes_at(plan, b * plan_stride + 1)[b * plan_stride] > 0
+    slot = np.int64(ints_at(slots, batch)[b])
+    place = (slot * kv_heads + h // (heads // kv_heads)) * cache_len * head_dim * 4
+    out_stride = heads * head_dim * 4
+    t = first
+    while t < min(first + TILE_ROWS, width):
+        r = b * width + t
+        y = out + r * out_stride + h * head_dim * 4
+        x = q + r * q_stride + h * head_dim * 4
+        rows = TILE_ROWS if first + TILE_ROWS <= valid else 1
+        if runs and t < valid:
+            length = np.int64(ints_at(positions, r + 1)[r]) + rows
+            k, v = k_cache + place, v_cache + place
+            _attend(x, q_stride, rows, k, v, head_dim, length, y, out_stride)
+        else:
+            rows = 1
+            _clear(y, head_dim)
+        t += rows
+
+
 @kernel
 def attention(
     q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
     batch, width, heads, kv_heads, head_dim, cache_len, out,
 ):  # fmt: skip
-    tiles = (width + TILE_ROWS - 1) // TILE_ROWS
-    # Later tiles attend to more positions: they are dealt first, and heads are innermost.
-    for item in prange(batch * tiles * heads):
-        h, b = item % heads, item // heads % batch
-        first = (tiles - 1 - item // (heads * batch)) * TILE_ROWS
-        valid = ints_at(num_tokens, batch)[b]
-        runs = bytes_at(plan, b * plan_stride + 1)[b * plan_stride] > 0
-        slot = np.int64(ints_at(slots, batch)[b])
-        place = (slot * kv_heads + h // (heads // kv_heads)) * cache_len * head_dim * 4
-        out_stride = heads * head_dim * 4
-        t = first
-        while t < min(first + TILE_ROWS, width):
-            r = b * width + t
-            y = out + r * out_stride + h * head_dim * 4
-            x = q + r * q_stride + h * head_dim * 4
-            rows = TILE_ROWS if first + TILE_ROWS <= valid else 1
-            if runs and t < valid:
-                length = np.int64(ints_at(positions, r + 1)[r]) + rows
-                k, v = k_cache + place, v_cache + place
-                _attend(x, q_stride, rows, k, v, head_dim, length, y, out_stride)
-            else:
-                rows = 1
-                _clear(y, head_dim)
-            t += rows
+    for item in prange(batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads):
+        attend_item(
+            item, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+            batch, width, heads, kv_heads, head_dim, cache_len, out,
+        )  # fmt: skip

@@ -35,6 +35,12 @@ def ints_at(address, size):
 
 
 @inline
+def addresses_at(address, size):
+    """An int64 array over `size` elements at an address."""
+    return numba.carray(as_pointer(address), size, np.int64)
+
+
+@inline
 def keep_alive(_array):
     """Mark the end of an array's use by address: numba frees an array after its last mention."""
 

@@ -30,7 +30,7 @@ TILED_COLS = 32  # and weights that stay in the core's cache for many
 
 
 @inline
-def _block_cols(rows, num_out):
+def block_cols(rows, num_out):
     """Columns of a block. No bit depends on it: a column is one core's, whatever the block."""
     if rows > STREAM_ROWS:
         return TILED_COLS
@@ -38,7 +38,7 @@ def _block_cols(rows, num_out):
 
 
 @inline
-def _any_runs(plan, plan_stride, batch):
+def any_runs(plan, plan_stride, batch):
     """Whether some sequence runs the sub-layer whose column of the plan table is given."""
     precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
     for b in range(batch):  # noqa: SIM110 - numba compiles the loop, not the generator
@@ -60,7 +60,7 @@ def _rotate(head, weight, eps, head_dim, cos, sin):
 
 
 @inline
-def _finish_qkv_row(
+def finish_qkv_row(
     r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
     plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
 ):  # fmt: skip
@@ -94,73 +94,79 @@ def norm_qkv_rope_append(
     k_cache, v_cache, plan, plan_stride, batch, width, hidden, heads, kv_heads, head_dim,
     cache_len, y,
 ):  # fmt: skip
-    if not _any_runs(plan, plan_stride, batch):
+    if not any_runs(plan, plan_stride, batch):
         return
     rows, num_out = batch * width, (heads + 2 * kv_heads) * head_dim
     scratch = np.empty((rows, hidden), np.float32)
     normed = scratch.ctypes.data
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
-    cols = _block_cols(rows, num_out)
+    cols = block_cols(rows, num_out)
     for block in prange((num_out + cols - 1) // cols):
         first, last = block * cols, min(num_out, (block + 1) * cols)
         out = y + first * 4
         matmul(normed, hidden * 4, rows, qkv, hidden, first, last, out, num_out * 4)
     keep_alive(scratch)
-    # Two loops: starting the cores costs more than the few rows of a decode step.
-    if rows <= STREAM_ROWS:
-        for r in range(rows):
-            _finish_qkv_row(
-                r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
-                v_cache, plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
-            )  # fmt: skip
-    else:
-        for r in prange(rows):
-            _finish_qkv_row(
-                r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
-                v_cache, plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
-            )  # fmt: skip
+    for r in prange(rows):
+        finish_qkv_row(
+            r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
+            v_cache, plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
+        )  # fmt: skip
+
+
+@inline
+def residual_block(
+    block, cols, x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out, y
+):
+    """residual += x W^T in one block of columns, for the sequences that run the sub-layer."""
+    first, last = block * cols, min(num_out, (block + 1) * cols)
+    matmul(x, num_k * 4, rows, weight, num_k, first, last, y + first * 4, num_out * 4)
+    precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
+    for r in range(rows):
+        if precisions[r // (rows // batch) * plan_stride] > 0:
+            place = (r * num_out + first) * 4
+            ys = floats_at(y + place, last - first)
+            sums = floats_at(residual + place, last - first)
+            for n in range(last - first):
+                sums[n] += ys[n]
 
 
 @kernel
 def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out):
-    if not _any_runs(plan, plan_stride, batch):
+    if not any_runs(plan, plan_stride, batch):
         return
-    width = rows // batch
     scratch = np.empty((rows, num_out), np.float32)
-    y = scratch.ctypes.data
-    cols = _block_cols(rows, num_out)
+    y, cols = scratch.ctypes.data, block_cols(rows, num_out)
     for block in prange((num_out + cols - 1) // cols):
-        first, last = block * cols, min(num_out, (block + 1) * cols)
-        matmul(x, num_k * 4, rows, weight, num_k, first, last, y + first * 4, num_out * 4)
-        precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
-        for r in range(rows):
-            if precisions[r // width * plan_stride] > 0:
-                place = (r * num_out + first) * 4
-                ys = floats_at(y + place, last - first)
-                sums = floats_at(residual + place, last - first)
-                for n in range(last - first):
-                    sums[n] += ys[n]
+        residual_block(
+            block, cols, x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out, y
+        )
     keep_alive(scratch)
+
+
+@inline
+def gated_mlp_block(block, cols, normed, gate_up, rows, hidden, ffn, up, h):
+    """h = silu(gate) * up in one block of columns; up is scratch."""
+    first, last = block * cols, min(ffn, (block + 1) * cols)
+    up_rows = gate_up + ffn * hidden * 4
+    matmul(normed, hidden * 4, rows, gate_up, hidden, first, last, h + first * 4, ffn * 4)
+    matmul(normed, hidden * 4, rows, up_rows, hidden, first, last, up + first * 4, ffn * 4)
+    for r in range(rows):
+        place = (r * ffn + first) * 4
+        gate, factor = floats_at(h + place, last - first), floats_at(up + place, last - first)
+        for n in range(last - first):
+            gate[n] = gate[n] / (F(1.0) + exp(-gate[n])) * factor[n]
 
 
 @kernel
 def norm_gated_mlp(x, norm_weight, eps, gate_up, plan, plan_stride, batch, rows, hidden, ffn, h):
-    if not _any_runs(plan, plan_stride, batch):
+    if not any_runs(plan, plan_stride, batch):
         return
     scratch, scratch_up = np.empty((rows, hidden), np.float32), np.empty((rows, ffn), np.float32)
     normed, up = scratch.ctypes.data, scratch_up.ctypes.data
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
-    ups = gate_up + ffn * hidden * 4
-    cols = _block_cols(rows, ffn)
+    cols = block_cols(rows, ffn)
     for block in prange((ffn + cols - 1) // cols):
-        first, last = block * cols, min(ffn, (block + 1) * cols)
-        matmul(normed, hidden * 4, rows, gate_up, hidden, first, last, h + first * 4, ffn * 4)
-        matmul(normed, hidden * 4, rows, ups, hidden, first, last, up + first * 4, ffn * 4)
-        for r in range(rows):
-            place = (r * ffn + first) * 4
-            gate, factor = floats_at(h + place, last - first), floats_at(up + place, last - first)
-            for n in range(last - first):
-                gate[n] = gate[n] / (F(1.0) + exp(-gate[n])) * factor[n]
+        gated_mlp_block(block, cols, normed, gate_up, rows, hidden, ffn, up, h)
     keep_alive(scratch)
     keep_alive(scratch_up)
 
@@ -170,7 +176,7 @@ def norm_lm_head(x, norm_weight, eps, lm_head, rows, hidden, vocab, logits):
     scratch = np.empty((rows, hidden), np.float32)
     normed = scratch.ctypes.data
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
-    cols = _block_cols(rows, vocab)
+    cols = block_cols(rows, vocab)
     for block in prange((vocab + cols - 1) // cols):
         first, last = block * cols, min(vocab, (block + 1) * cols)
         out = logits + first * 4

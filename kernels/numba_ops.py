@@ -6,12 +6,15 @@ a decode step of a small model makes a thousand such arguments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
-from kernels import numba_attention, numba_matmul
+from kernels import numba_attention, numba_layers, numba_matmul
 from kernels.ops import Ops
 from kernels.sample import sample_ref
-from kernels.weight import Weight
+from kernels.weight import LayerWeights, Weight
 
 
 def _check(x: torch.Tensor, weight: Weight) -> None:
@@ -21,8 +24,10 @@ def _check(x: torch.Tensor, weight: Weight) -> None:
     assert x.is_contiguous() and full.is_contiguous(), (x.stride(), full.stride())
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _address(tensor: torch.Tensor | Weight | None) -> int:
+    if tensor is None:
+        return 0
+    return (tensor.full if isinstance(tensor, Weight) else tensor).data_ptr()
 
 
 def norm_qkv_rope_append(
@@ -132,6 +137,34 @@ def norm_lm_head(
     return logits
 
 
+def run_layers(
+    x: torch.Tensor,  # [R, C], updated in place
+    layers: Sequence[LayerWeights],
+    eps: float,
+    cos: torch.Tensor,  # [S, D/2]
+    sin: torch.Tensor,  # [S, D/2]
+    positions: torch.Tensor,  # [B, T] int32
+    num_tokens: torch.Tensor,  # [B] int32
+    slots: torch.Tensor,  # [B] int32
+    k_cache: torch.Tensor,  # [L, slots, H_kv, S, D], written
+    v_cache: torch.Tensor,  # [L, slots, H_kv, S, D], written
+    plan: torch.Tensor,  # [B, 2L] uint8
+) -> None:
+    """The residual stream through every layer: what the five operations do in turn, bit for bit."""
+    _check(x, layers[0].qkv)
+    assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(),)
+    (batch, width), hidden = positions.shape, x.shape[1]
+    num_layers, _, kv_heads, cache_len, head_dim = k_cache.shape
+    heads = layers[0].qkv.full.shape[0] // head_dim - 2 * kv_heads
+    table = np.array([[_address(t) for t in layer] for layer in layers], np.int64)
+    numba_layers.run_layers(
+        table.ctypes.data, num_layers, x.data_ptr(), eps, cos.data_ptr(), sin.data_ptr(),
+        positions.data_ptr(), num_tokens.data_ptr(), slots.data_ptr(), k_cache.data_ptr(),
+        v_cache.data_ptr(), k_cache.stride(0) * 4, plan.data_ptr(), plan.shape[1], batch, width,
+        hidden, heads, kv_heads, head_dim, cache_len, layers[0].down.full.shape[1],
+    )  # fmt: skip
+
+
 NUMBA = Ops(
     name="numba",
     norm_qkv_rope_append=norm_qkv_rope_append,
@@ -140,4 +173,5 @@ NUMBA = Ops(
     norm_gated_mlp=norm_gated_mlp,
     norm_lm_head=norm_lm_head,
     sample=sample_ref,
+    run_layers=run_layers,
 )

@@ -17,7 +17,10 @@ from kernels.sample import sample_ref
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation; the files named after them hold the contracts."""
+    """One implementation of every operation; the files named after them hold the contracts.
+
+    `run_layers` is all layers of a pass in one launch, where an implementation has that.
+    """
 
     name: str
     norm_qkv_rope_append: Callable[..., torch.Tensor]
@@ -26,6 +29,7 @@ class Ops:
     norm_gated_mlp: Callable[..., torch.Tensor]
     norm_lm_head: Callable[..., torch.Tensor]
     sample: Callable[..., torch.Tensor]
+    run_layers: Callable[..., None] | None = None
 
 
 TORCH = Ops(

@@ -79,6 +79,12 @@ def forward(
     """Return the residual stream after the last layer, [B*T, C]; see `logits` for the rest."""
     config = model.config
     x = model.weights.embedding[rows.token_ids.flatten()]
+    if ops.run_layers is not None:
+        ops.run_layers(
+            x, model.weights.layers, config.norm_eps, model.cos, model.sin, rows.positions,
+            rows.num_tokens, rows.slots, k_cache, v_cache, plan,
+        )  # fmt: skip
+        return x
     layers = zip(model.weights.layers, k_cache.unbind(0), v_cache.unbind(0), strict=True)
     for i, (layer, k, v) in enumerate(layers):
         q = ops.norm_qkv_rope_append(

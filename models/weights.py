@@ -11,30 +11,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from kernels.weight import Weight
+from kernels.weight import LayerWeights, Weight
 from models.checkpoint import GGUF_ROPE_FACTORS, Checkpoint
 from models.config import LlamaConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer. `qkv` rows: H*D of Q, then H_kv*D of K, then H_kv*D of V."""
-
-    attn_norm: torch.Tensor  # [C]
-    qkv: Weight  # [(H + 2*H_kv) * D, C]
-    qkv_bias: torch.Tensor | None  # [(H + 2*H_kv) * D]
-    q_norm: torch.Tensor | None  # [D]
-    k_norm: torch.Tensor | None  # [D]
-    attn_out: Weight  # [C, H*D]
-    mlp_norm: torch.Tensor  # [C]
-    gate_up: Weight  # [2*F, C]: F rows of gate, then F rows of up
-    down: Weight  # [C, F]
+ALIGNMENT = 64  # elements: every tensor starts at a cache line and at what vector loads want
+HUGE_PAGE = 2 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -164,9 +152,15 @@ def _parts(config: LlamaConfig) -> dict[str, _Part]:
 def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
     C, F, D = config.hidden_size, config.ffn_size, config.head_dim
     q_rows, kv_rows = config.num_heads * D, config.num_kv_heads * D
+    count = sum(-(-math.prod(part.shape) // ALIGNMENT) for part in _parts(config).values())
+    arena = _arena(count * ALIGNMENT, device, dtype)
+    used = 0
 
     def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=device, dtype=dtype)
+        nonlocal used
+        start, size = used, math.prod(shape)
+        used += -(-size // ALIGNMENT) * ALIGNMENT
+        return arena[start : start + size].view(shape)
 
     embedding = empty(config.vocab_size, C)
     layers = tuple(
@@ -185,6 +179,17 @@ def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
     )
     lm_head = embedding if config.tie_embeddings else empty(config.vocab_size, C)
     return LlamaWeights(embedding, layers, empty(C), Weight(lm_head))
+
+
+def _arena(num_elements: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Room for all weights in one piece: a decode step reads it from end to end."""
+    if device.type != "cpu":
+        return torch.empty(num_elements, device=device, dtype=dtype)
+    # numpy asks the system for huge pages where torch does not; reading is a twentieth faster.
+    num_bytes = num_elements * dtype.itemsize
+    room = torch.from_numpy(np.empty(num_bytes + HUGE_PAGE, dtype=np.uint8))
+    start = -room.data_ptr() % HUGE_PAGE
+    return room[start : start + num_bytes].view(dtype)
 
 
 def _targets(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -78,6 +80,25 @@ def test_greedy_tokens_match_transformers(model):
         last = run(model, cache, token_ids[-1:], len(token_ids) - 1)
         token_ids.append(int(last[-1].argmax()))
     assert token_ids[PROMPT_TOKENS:] == expected
+
+
+@torch.inference_mode()
+def test_one_launch_for_all_layers_is_the_five_operations_bit_for_bit(family):
+    model = tiny_llama(family_config(family))
+    five = replace(NUMBA, run_layers=None)
+    prompt = torch.randint(3, model.config.vocab_size, (PROMPT_TOKENS,)).tolist()
+    for plan in (full_plan(model.config, 1, model.device), torch.tensor([[16, 0, 0, 16]])):
+        caches = [new_cache(model) for _ in range(2)]
+        for cache in caches:
+            cache.k.zero_(), cache.v.zero_()
+        for start, stop in ((0, 30), (30, 31), (31, 36), (36, 40)):
+            rows = rows_of(prompt[start:stop], start)
+            one, other = (
+                forward(model, rows, *cache, plan.to(torch.uint8), ops)
+                for cache, ops in zip(caches, (NUMBA, five), strict=True)
+            )
+            assert torch.equal(one, other)
+        assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
 
 
 @torch.inference_mode()
