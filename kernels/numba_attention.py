@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from kernels.numba_compile import inline, kernel
+from kernels.numba_compile import device, kernel
 from kernels.numba_math import (
     F,
     bytes_at,
@@ -31,7 +31,7 @@ sum_4x2 = make_weighted_sum_tile(4, 2)
 sum_4x1 = make_weighted_sum_tile(4, 1)
 
 
-@inline
+@device
 def _exponentials(scores, scale, length, padded):
     """scores <- exp(scale * (scores - max)) over `length` positions, then 0 up to `padded`."""
     xs = floats_at(scores, padded)
@@ -44,7 +44,7 @@ def _exponentials(scores, scale, length, padded):
         xs[s] = F(0.0)
 
 
-@inline
+@device
 def _weighted_sum(p, p_stride, rows, v, head_dim, length, out, out_stride, total):
     """out[r] = sum_s p[r, s] v[s], total[r] = sum_s p[r, s], for 1 or TILE_ROWS rows."""
     v_stride, d = head_dim * 4, 0
@@ -69,7 +69,7 @@ def _weighted_sum(p, p_stride, rows, v, head_dim, length, out, out_stride, total
                 _total(p + r * p_stride, length, total + r * 4)
 
 
-@inline
+@device
 def _weighted_tail(p, v, head_dim, first, length, out):
     ps, vs, ys = floats_at(p, length), floats_at(v, length * head_dim), floats_at(out, head_dim)
     for d in range(first, head_dim):
@@ -79,7 +79,7 @@ def _weighted_tail(p, v, head_dim, first, length, out):
         ys[d] = acc
 
 
-@inline
+@device
 def _total(p, length, total):
     ps, acc = floats_at(p, length), F(0.0)
     for s in range(length):
@@ -87,14 +87,14 @@ def _total(p, length, total):
     floats_at(total, 1)[0] = acc
 
 
-@inline
+@device
 def _clear(out, head_dim):
     ys = floats_at(out, head_dim)
     for d in range(head_dim):
         ys[d] = F(0.0)
 
 
-@inline
+@device
 def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
     """One head: rows (1 or TILE_ROWS) of q, the last at position length - 1."""
     scores = np.empty((rows, length), np.float32)
@@ -115,7 +115,7 @@ def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
     keep_alive(scores)
 
 
-@inline
+@device
 def attend_item(
     item, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
     batch, width, heads, kv_heads, head_dim, cache_len, out,

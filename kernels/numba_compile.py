@@ -18,7 +18,10 @@ import platformdirs
 if numba.config.THREADING_LAYER == "default":
     numba.config.THREADING_LAYER = "threadsafe"
 
-inline = numba.njit(inline="never", boundscheck=False, error_model="numpy", nogil=True)
+# For functions that only kernels call: entry points for Python would take time to compile.
+device = numba.njit(
+    boundscheck=False, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 
 
 def _cache_dir() -> str:
@@ -27,6 +30,11 @@ def _cache_dir() -> str:
         digest.update(source.read_bytes())
     root = platformdirs.user_cache_path("knn-ssd-engine")
     return str(root / f"numba-{digest.hexdigest()[:16]}")
+
+
+def is_compiled() -> bool:
+    """Whether machine code of these kernels for this machine is on disk (else: some 20 seconds)."""
+    return any(Path(_cache_dir()).rglob("*.nbc"))
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:

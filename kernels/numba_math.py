@@ -6,7 +6,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from kernels.numba_compile import inline
+from kernels.numba_compile import device
 from kernels.numba_tiles import LANES, as_pointer, float_from_bits, fma, make_dot_tile
 
 dot_1x1 = make_dot_tile(1, 1)
@@ -22,30 +22,30 @@ STREAM_ROWS = 8
 F = np.float32
 
 
-@inline
+@device
 def floats_at(address, size):
     """A float32 array over `size` elements at an address."""
     return numba.carray(as_pointer(address), size, np.float32)
 
 
-@inline
+@device
 def ints_at(address, size):
     """An int32 array over `size` elements at an address."""
     return numba.carray(as_pointer(address), size, np.int32)
 
 
-@inline
+@device
 def addresses_at(address, size):
     """An int64 array over `size` elements at an address."""
     return numba.carray(as_pointer(address), size, np.int64)
 
 
-@inline
+@device
 def keep_alive(_array):
     """Mark the end of an array's use by address: numba frees an array after its last mention."""
 
 
-@inline
+@device
 def bytes_at(address, size):
     """A uint8 array over `size` elements at an address."""
     return numba.carray(as_pointer(address), size, np.uint8)
@@ -69,7 +69,7 @@ def exp(x):
     return p * float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
-@inline
+@device
 def dot_tail(x, w, start, stop):
     """sum over start <= k < stop of x[k] * w[k], in order."""
     xs, ws = floats_at(x, stop), floats_at(w, stop)
@@ -79,7 +79,7 @@ def dot_tail(x, w, start, stop):
     return total
 
 
-@inline
+@device
 def _add_tails(x, x_stride, rows, w, num_k, whole, first_col, last_col, out, out_stride):
     for r in range(rows):
         ys = floats_at(out + r * out_stride, last_col - first_col)
@@ -87,7 +87,7 @@ def _add_tails(x, x_stride, rows, w, num_k, whole, first_col, last_col, out, out
             ys[c - first_col] += dot_tail(x + r * x_stride, w + c * num_k * 4, whole, num_k)
 
 
-@inline
+@device
 def matmul_stream(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride):
     """out[r, c - first_col] = x[r] . w[c] for columns [first_col, last_col): few rows."""
     whole = num_k // LANES * LANES
@@ -110,7 +110,7 @@ def matmul_stream(x, x_stride, rows, w, num_k, first_col, last_col, out, out_str
         _add_tails(x, x_stride, rows, w, num_k, whole, first_col, last_col, out, out_stride)
 
 
-@inline
+@device
 def matmul_tiled(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride):
     """The same product, bit for bit, in 4 x 4 tiles: many rows."""
     whole = num_k // LANES * LANES
@@ -136,7 +136,7 @@ def matmul_tiled(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stri
         _add_tails(x, x_stride, rows, w, num_k, whole, first_col, last_col, out, out_stride)
 
 
-@inline
+@device
 def matmul(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride):
     """out[r, c - first_col] = sum_k x[r, k] * w[c, k]; a row's bits do not depend on `rows`."""
     if rows <= STREAM_ROWS:
@@ -145,14 +145,14 @@ def matmul(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride):
         matmul_tiled(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride)
 
 
-@inline
+@device
 def norm_rows(x, weight, eps, num_c, rows, out):
     """RMSNorm of contiguous rows on this core."""
     for r in range(rows):
         norm_row(x + r * num_c * 4, weight, eps, num_c, out + r * num_c * 4)
 
 
-@inline
+@device
 def norm_row(x, weight, eps, num_c, out):
     """out = x / sqrt(mean(x^2) + eps) * weight for one row of num_c floats; out may be x."""
     square = np.empty(1, np.float32)

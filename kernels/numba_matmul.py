@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from kernels.numba_compile import inline, kernel
+from kernels.numba_compile import device, kernel
 from kernels.numba_math import (
     STREAM_ROWS,
     F,
@@ -29,7 +29,7 @@ STREAM_COLS = 96  # output columns a core takes at a time: long runs of memory f
 TILED_COLS = 32  # and weights that stay in the core's cache for many
 
 
-@inline
+@device
 def block_cols(rows, num_out):
     """Columns of a block. No bit depends on it: a column is one core's, whatever the block."""
     if rows > STREAM_ROWS:
@@ -37,7 +37,7 @@ def block_cols(rows, num_out):
     return max(1, min(STREAM_COLS, num_out // 16))  # enough blocks for 16 cores
 
 
-@inline
+@device
 def any_runs(plan, plan_stride, batch):
     """Whether some sequence runs the sub-layer whose column of the plan table is given."""
     precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
@@ -47,7 +47,7 @@ def any_runs(plan, plan_stride, batch):
     return False
 
 
-@inline
+@device
 def _rotate(head, weight, eps, head_dim, cos, sin):
     """Q/K norm (if weight is not 0) and RoPE of one head of one row, in place."""
     if weight != 0:
@@ -59,7 +59,7 @@ def _rotate(head, weight, eps, head_dim, cos, sin):
         xs[2 * i + 1] = even * ss[i] + odd * cs[i]
 
 
-@inline
+@device
 def finish_qkv_row(
     r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
     plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
@@ -113,7 +113,7 @@ def norm_qkv_rope_append(
         )  # fmt: skip
 
 
-@inline
+@device
 def residual_block(
     block, cols, x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out, y
 ):
@@ -143,7 +143,7 @@ def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, 
     keep_alive(scratch)
 
 
-@inline
+@device
 def gated_mlp_block(block, cols, normed, gate_up, rows, hidden, ffn, up, h):
     """h = silu(gate) * up in one block of columns; up is scratch."""
     first, last = block * cols, min(ffn, (block + 1) * cols)
