@@ -229,14 +229,12 @@ def norm_qkv_rope_append(
     assert_plain(torch.int32, positions, num_tokens, slots)
     assert_plain(torch.uint8, plan)
     q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
-    launch = qkv_launch(head_dim, k, w.dtype)
-    block_d = triton.next_power_of_2(head_dim)
+    launch, block_d = qkv_launch(head_dim, k, w.dtype), triton.next_power_of_2(head_dim)
     num_tiles = triton.cdiv(num_heads + 2 * num_kv_heads, launch.block_n // block_d)
     operands = (x, norm_weight, w, qkv_bias, q_norm, k_norm, cos, sin)
-    rows = (positions, num_tokens, slots, plan)
     sizes = (num_rows, positions.shape[1], k, num_heads, num_kv_heads, max_positions)
     _norm_qkv_rope_append_kernel[(triton.cdiv(num_rows, BLOCK_ROWS), num_tiles)](
-        *(*operands, *rows, q, k_cache, v_cache),
+        *(*operands, positions, num_tokens, slots, plan, q, k_cache, v_cache),
         *(plan.stride(0), *sizes, sublayer, eps),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,

