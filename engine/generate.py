@@ -28,8 +28,12 @@ def generate(
     waiting, running = deque(sequences), list[RunningSequence]()
     try:
         while waiting or running:
-            while waiting and _admit(waiting[0], pool):
+            while waiting:
+                # Among the running before it gets a slot: whatever interrupts, the slot goes back.
                 running.append(waiting.popleft())
+                if not pool.acquire(running[-1]):
+                    waiting.appendleft(running.pop())
+                    break
                 yield running[-1], _first_token(model, cache, running[-1])
                 _retire(running, pool)
             if waiting and not running:
@@ -43,15 +47,7 @@ def generate(
                 _retire(running, pool)
     finally:
         for sequence in running:
-            _release(sequence, pool)
-
-
-def _admit(sequence: RunningSequence, pool: SlotPool) -> bool:
-    lease = pool.acquire(sequence.token_ids)
-    if lease is None:
-        return False
-    sequence.slot, sequence.num_reused = lease
-    return True
+            pool.release(sequence)
 
 
 @torch.inference_mode()
@@ -82,9 +78,5 @@ def _next_tokens(
 
 def _retire(running: list[RunningSequence], pool: SlotPool) -> None:
     for sequence in [s for s in running if s.finish_reason is not None]:
+        pool.release(sequence)
         running.remove(sequence)
-        _release(sequence, pool)
-
-
-def _release(sequence: RunningSequence, pool: SlotPool) -> None:
-    pool.release(sequence.slot, sequence.token_ids[: sequence.num_cached])

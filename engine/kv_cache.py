@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from engine.sequence import RunningSequence
 from models.config import LlamaConfig
 
 
@@ -31,13 +32,6 @@ def make_kv_cache(
     return KVCache(*(torch.empty(shape, device=device, dtype=dtype) for _ in range(2)))
 
 
-class Lease(NamedTuple):
-    """A slot lent to a request; its first `reused` positions hold the prompt's first tokens."""
-
-    slot: int
-    reused: int
-
-
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     count = 0
     for x, y in zip(a, b, strict=False):
@@ -58,21 +52,26 @@ class SlotPool:
         self._lock = threading.Lock()
         self._free: dict[int, list[int]] = {slot: [] for slot in range(num_slots)}  # oldest first
 
-    def acquire(self, prompt: Sequence[int]) -> Lease | None:
-        """Lend a slot, or return None when all are in use.
+    def acquire(self, sequence: RunningSequence) -> bool:
+        """Lend `sequence` a slot; False when all are in use.
 
         At least the prompt's last token is left to compute, for its logits.
         """
+        prompt = sequence.token_ids
         with self._lock:
             if not self._free:
-                return None
+                return False
             shared = {slot: _common_prefix(held, prompt) for slot, held in self._free.items()}
             slot = max(shared, key=lambda candidate: shared[candidate])
+            sequence.num_reused = min(shared[slot], len(prompt) - 1)
+            sequence.slot = slot
             del self._free[slot]
-            return Lease(slot, min(shared[slot], len(prompt) - 1))
+            return True
 
-    def release(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Take a slot back; `token_ids` are those whose keys and values it holds."""
+    def release(self, sequence: RunningSequence) -> None:
+        """Take back the slot of `sequence`, if it has one, with the tokens that the slot holds."""
         with self._lock:
-            assert slot not in self._free, slot
-            self._free[slot] = list(token_ids)
+            if sequence.slot >= 0:
+                self._free.pop(sequence.slot, None)  # there, had an interrupt struck in acquire
+                self._free[sequence.slot] = sequence.token_ids[: sequence.num_cached]
+                sequence.slot = -1

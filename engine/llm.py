@@ -33,7 +33,8 @@ class LLM:
     seed: makes the seeds of requests that name none reproducible.
     on_progress: called with (bytes done, bytes in all) while weights load.
 
-    Raises ValueError, in one line, for whatever is wrong with an argument or the model.
+    Raises ValueError, in one line, for whatever is wrong with an argument or the model. Threads may
+    share one LLM; a request that finds every slot held by others raises RuntimeError.
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[RequestOutput]:
         """Answer prompts (strings or token-id lists), decoding up to max_sequences together."""
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts: got {prompts!r}, expected a prompt or a list of prompts")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
         sequences = [self._sequence(self._encode(prompt), params) for prompt in batch]
@@ -149,13 +152,14 @@ class LLM:
             raise ValueError(f"prompt: got {prompt!r}, expected a string or a list of token ids")
         else:
             token_ids = [*prompt]
-            size = self.model.config.vocab_size
-            for token_id in token_ids:
-                is_integer = isinstance(token_id, int) and not isinstance(token_id, bool)
-                if not is_integer or not 0 <= token_id < size:
-                    raise ValueError(
-                        f"prompt: got token id {token_id!r}, expected integers from 0 to {size - 1}"
-                    )
+        size = self.model.config.vocab_size
+        for token_id in token_ids:
+            # Also those of a text: a tokenizer may know tokens that the model has no row for.
+            is_integer = isinstance(token_id, int) and not isinstance(token_id, bool)
+            if not is_integer or not 0 <= token_id < size:
+                raise ValueError(
+                    f"prompt: got token id {token_id!r}, expected integers from 0 to {size - 1}"
+                )
         if not token_ids:
             raise ValueError("prompt: got no tokens, expected at least one; give it some text")
         if len(token_ids) >= self.max_length:
@@ -167,16 +171,17 @@ class LLM:
 
     def _sequence(self, prompt: Sequence[int], params: SamplingParams | None) -> RunningSequence:
         params = (params or SamplingParams()).with_defaults(self.generation)
-        assert isinstance(params.stop, tuple)
+        stop, stop_ids = params.stop, params.stop_token_ids
+        assert isinstance(stop, tuple) and isinstance(stop_ids, tuple), (stop, stop_ids)
         config = self.model.config
-        for token_id in params.stop_token_ids:
+        for token_id in stop_ids:
             if token_id >= config.vocab_size:
                 raise ValueError(
                     f"stop_token_ids: got {token_id}, expected ids below {config.vocab_size}"
                 )
-        end_ids = set(params.stop_token_ids)
+        end_ids = set(stop_ids)
         if not params.ignore_eos:
             end_ids.update(config.eos_token_ids)
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
-        text = TextStream(self._tokenizer, params.stop)
+        text = TextStream(self._tokenizer, stop)
         return RunningSequence(prompt, params, seed, text, frozenset(end_ids), self.max_length)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 MAX_STOPS = 16
+MIN_TEMPERATURE = 1e-5  # below, logits / temperature leaves float32's range
 MAX_LOGPROBS = 20
+MAX_FLOAT = 1e38
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class SamplingParams:
     restricted by top-k, then top-p, then min-p.
 
     max_tokens: tokens to generate at most; None runs to the end of the context.
-    temperature: 0 is greedy decoding.
+    temperature: 0 is greedy decoding, and so is anything below 1e-5.
     top_p: in (0, 1]; 1 is off. top_k: 0 or -1 is off. min_p: in [0, 1]; 0 is off.
     seed: the same seed gives the same text; None draws one from the engine's generator.
     stop: strings that end the answer, cut from it. stop_token_ids: tokens that end it.
@@ -35,30 +36,33 @@ class SamplingParams:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        ids = _as_tuple("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", ids)
         _check_int("max_tokens", self.max_tokens, 1, None)
         _check_float("temperature", self.temperature, 0.0, None)
         _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_int("top_k", self.top_k, -1, None)
+        _check_int("top_k", self.top_k, -1, 2**31 - 1)
         _check_float("min_p", self.min_p, 0.0, 1.0)
         _check_int("seed", self.seed, 0, 2**63 - 1)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop: got {stop!r}, expected at most {MAX_STOPS} non-empty strings")
-        for token_id in self.stop_token_ids:
+        for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, None)
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos: got {self.ignore_eos!r}, expected True or False")
+        if self.temperature is not None and self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -88,6 +92,15 @@ class SamplingParams:
         return replace(self, **chosen)
 
 
+def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
+    """A list or tuple as a tuple; None, which is vLLM's default, as an empty one."""
+    if values is None:
+        return ()
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name}: got {values!r}, expected a list")
+    return tuple(values)
+
+
 def _check_int(name: str, value: object, low: int, high: int | None) -> None:
     if value is None:
         return
@@ -102,7 +115,9 @@ def _check_float(
 ) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: got {value!r}, expected a number")
+    if not -MAX_FLOAT < value < MAX_FLOAT:
         raise ValueError(f"{name}: got {value!r}, expected a finite number")
     if value < low or (open_low and value == low) or (high is not None and value > high):
         raise ValueError(f"{name}: got {value}, expected {_range(low, high, open_low)}")

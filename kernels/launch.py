@@ -4,8 +4,8 @@ Nothing here sees how many rows or sequences a pass has. A tile shape fixes the 
 row's products are added, so tiles chosen from the number of rows would make a one-row decode and
 an eight-row verify disagree in the last bit, and speculation would no longer be lossless.
 
-Shapes marked "measured" were the fastest of a sweep on one H100 (bf16, Llama-2-7B); the rest
-follow from them by the rules written beside them.
+Shapes marked "measured" were the fastest of a sweep of prototypes on one H100 (bf16, Llama-2-7B);
+these kernels have not been timed yet. The rest follow by the rules written beside them.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from kernels.launch import BLOCK_ROWS, assert_plain, gated_mlp_launch
 from kernels.rms_norm import rms_norm_ref
-from kernels.triton_tiles import load_tile, rows_that_run
+from kernels.triton_tiles import load_tile, rows_that_run, weigh_columns
 from kernels.weight import Weight
 
 
@@ -74,9 +74,10 @@ def _norm_gated_mlp_kernel(  # type: ignore[no-untyped-def]
         x = load_tile(x_ptrs, mask_r[None, :], mask_k[:, None], EVEN_K, "").to(tl.float32)
         sum_squares += tl.sum(x * x, axis=0)
         norm = tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0)
-        x = (x * norm[:, None].to(tl.float32)).to(w_gate.dtype)  # [BLOCK_K, BLOCK_R]
-        gate = tl.dot(w_gate, x, gate, input_precision="ieee")
-        up = tl.dot(w_up, x, up, input_precision="ieee")
+        w_gate, x_gate = weigh_columns(w_gate, x, norm)
+        w_up, x_up = weigh_columns(w_up, x, norm)
+        gate = tl.dot(w_gate, x_gate, gate, input_precision="ieee")
+        up = tl.dot(w_up, x_up, up, input_precision="ieee")
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
         x_ptrs += BLOCK_K

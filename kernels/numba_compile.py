@@ -7,16 +7,36 @@ from several files, so the cache folder is named by a hash of all of them.
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numba
 import platformdirs
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 
-# The default layer aborts the process when two Python threads launch kernels at once.
+
+def _has_threadsafe_layer() -> bool:
+    """Whether numba's OpenMP or TBB layer can be loaded; the first needs the system's libgomp."""
+    for name in ("omppool", "tbbpool"):
+        try:
+            import_module(f"numba.np.ufunc.{name}")
+        except ImportError:
+            continue
+        return True
+    return False
+
+
+# numba's own layer is there without any library, but it aborts the process when two Python threads
+# launch kernels at once: then launches take turns.
+IS_THREADSAFE = _has_threadsafe_layer()
 if numba.config.THREADING_LAYER == "default":
-    numba.config.THREADING_LAYER = "threadsafe"
+    numba.config.THREADING_LAYER = "threadsafe" if IS_THREADSAFE else "workqueue"
+LAUNCH_LOCK = threading.Lock()
 
 # For functions that only kernels call: entry points for Python would take time to compile.
 device = numba.njit(
@@ -24,28 +44,50 @@ device = numba.njit(
 )
 
 
-def _cache_dir() -> str:
-    digest = hashlib.sha256(numba.__version__.encode())
+def _cache_dir() -> Path:
+    """Named by all that the machine code depends on: the kernels' sources, numba, the processor."""
+    digest = hashlib.sha256(f"{numba.__version__} {get_host_cpu_name()}".encode())
+    digest.update(get_host_cpu_features().flatten().encode())
     for source in sorted(Path(__file__).parent.glob("numba_*.py")):
         digest.update(source.read_bytes())
-    root = platformdirs.user_cache_path("knn-ssd-engine")
-    return str(root / f"numba-{digest.hexdigest()[:16]}")
+    return platformdirs.user_cache_path("knn-ssd-engine") / f"numba-{digest.hexdigest()[:16]}"
+
+
+def _writable_cache_dir() -> Path | None:
+    directory = _cache_dir()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return directory if os.access(directory, os.W_OK) else None
 
 
 def is_compiled() -> bool:
-    """Whether machine code of these kernels for this machine is on disk (else: some 20 seconds)."""
-    return any(Path(_cache_dir()).rglob("*.nbc"))
+    """Whether a decode step's machine code is on disk; compiling it takes some 20 seconds."""
+    names = {path.name.split("-")[0] for path in _cache_dir().rglob("*.nbc")}
+    return {"numba_layers.run_layers", "numba_matmul.norm_lm_head"} <= names
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile for all cores on the first call, and keep the machine code on disk."""
+    """Compile for all cores on the first call; keep the machine code on disk where that can be."""
     dispatcher: Any = numba.njit(parallel=True, boundscheck=False, error_model="numpy", nogil=True)(
         function
     )
-    previous = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = _cache_dir()
-    try:
-        dispatcher.enable_caching()
-    finally:
-        numba.config.CACHE_DIR = previous
-    return dispatcher  # type: ignore[no-any-return]
+    directory = _writable_cache_dir()
+    if directory is not None:
+        previous = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(directory)
+        try:
+            dispatcher.enable_caching()
+        finally:
+            numba.config.CACHE_DIR = previous
+    return dispatcher if IS_THREADSAFE else _by_turns(dispatcher)
+
+
+def _by_turns(dispatcher: Callable[..., None]) -> Callable[..., None]:
+    @wraps(dispatcher)
+    def launch(*args: Any) -> None:
+        with LAUNCH_LOCK:
+            dispatcher(*args)
+
+    return launch

@@ -154,6 +154,10 @@ def run_layers(
     _check(x, layers[0].qkv)
     assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(),)
     (batch, width), hidden = positions.shape, x.shape[1]
+    assert x.shape[0] == batch * width and plan.shape == (batch, 2 * len(layers)), plan.shape
+    assert plan.dtype == torch.uint8 and plan.is_contiguous(), (plan.dtype, plan.stride())
+    for index in (positions, num_tokens, slots):
+        assert index.dtype == torch.int32 and index.is_contiguous(), (index.dtype, index.stride())
     num_layers, _, kv_heads, cache_len, head_dim = k_cache.shape
     heads = layers[0].qkv.full.shape[0] // head_dim - 2 * kv_heads
     table = np.array([[_address(t) for t in layer] for layer in layers], np.int64)

@@ -38,8 +38,10 @@ def filter_threshold_ref(
     threshold = ordered.gather(1, k[:, None] - 1)
     scaled = (ordered - ordered[:, :1]) / temperature[:, None]
     mass = torch.where(ordered >= threshold, scaled.exp(), 0.0)
-    mass_before = mass.cumsum(-1) - mass
-    kept = (mass_before < top_p[:, None] * mass.sum(-1, keepdim=True)) | (top_p >= 1)[:, None]
+    mass_so_far = mass.cumsum(-1)
+    # The last partial sum, not sum(): that one adds in another order for one row than for four.
+    kept = mass_so_far - mass < top_p[:, None] * mass_so_far[:, -1:]
+    kept |= (top_p >= 1)[:, None]
     kept &= ordered >= threshold
     kept &= scaled.exp() >= min_p[:, None]
     kept[:, 0] = True  # the best token survives rounding and top_p close to 0

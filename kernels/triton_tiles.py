@@ -26,6 +26,19 @@ def load_tile(ptrs, mask_outer, mask_k, EVEN_K: tl.constexpr, POLICY: tl.constex
 
 
 @triton.jit
+def weigh_columns(w, x32, norm):  # type: ignore[no-untyped-def]
+    """Multiply the norm weight of each k into the tile of W or of x, and return both for a dot.
+
+    The scale of a row follows the dot, so x is not normalised yet. Activations of thousands times
+    a norm weight leave float16's range, a weight times a norm weight does not.
+    """
+    norm32 = norm.to(tl.float32)
+    if w.dtype == tl.float16:
+        return (w.to(tl.float32) * norm32[None, :]).to(w.dtype), x32.to(w.dtype)
+    return w, (x32 * norm32[:, None]).to(w.dtype)
+
+
+@triton.jit
 def project_rows(  # type: ignore[no-untyped-def]
     x_ptr,  # [R, K]
     norm_ptr,  # [K]
@@ -59,7 +72,7 @@ def project_rows(  # type: ignore[no-untyped-def]
             x32 = x.to(tl.float32)
             sum_squares += tl.sum(x32 * x32, axis=0)
             norm = tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0)
-            x = (x32 * norm[:, None].to(tl.float32)).to(w.dtype)
+            w, x = weigh_columns(w, x32, norm)
         acc = tl.dot(w, x, acc, input_precision="ieee")
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K

@@ -103,11 +103,13 @@ def load_tokenizer(path: Path, gguf_metadata: Mapping[str, object] | None = None
     """
     if gguf_metadata is not None:
         gguf = read_gguf_tokenizer(gguf_metadata, str(path))
+        size = gguf_metadata.get(f"{gguf_metadata.get('general.architecture')}.vocab_size")
         return Tokenizer(
             gguf.codec,
             bos_token_id=gguf.bos_token_id,
             eos_token_id=gguf.eos_token_id,
             is_bos_added=gguf.is_bos_added,
+            vocab_size=_checked_vocab_size(size),
         )
     if path.suffix == ".gguf" and not path.is_dir():
         raise ValueError(f"{path}: the tokenizer of a GGUF file needs its metadata, got none")
@@ -149,7 +151,10 @@ def _from_directory(
 
 def _padded_vocab_size(path: Path) -> int:
     """Models often have more rows than their tokenizer has tokens; 0 when config.json is silent."""
-    size = _read_json(path / "config.json").get("vocab_size")
+    return _checked_vocab_size(_read_json(path / "config.json").get("vocab_size"))
+
+
+def _checked_vocab_size(size: object) -> int:
     return size if type(size) is int and 0 <= size <= MAX_VOCAB_SIZE else 0
 
 

@@ -76,7 +76,8 @@ def test_no_torch_gradients_are_kept(llm):
 
 
 def chat(*arguments, stdin=None):
-    command = [sys.executable, "-m", "engine.chat", *arguments]
+    where = [] if "--device" in arguments else ["--device", "cpu", "--dtype", "float32"]
+    command = [sys.executable, "-m", "engine.chat", *where, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, input=stdin, cwd=ROOT, timeout=300, check=False
     )

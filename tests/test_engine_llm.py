@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,11 +32,11 @@ def llm():
     return tiny_llm(max_sequences=4, seed=0)
 
 
-def test_whole_engine_on_triton_kernels_gives_the_tokens_of_torch():
+def test_whole_engine_on_triton_kernels_gives_the_tokens_of_torch(device):
     config = small_config(num_kv_heads=2)
     params = SamplingParams(temperature=0.7, top_k=40, top_p=0.95, seed=3, max_tokens=6)
     options = {"config": config, "max_sequences": 2}
-    triton = tiny_llm(prefill_ops=TRITON_PREFILL, decode_ops=TRITON, **options)
+    triton = tiny_llm(prefill_ops=TRITON_PREFILL, decode_ops=TRITON, device=device, **options)
     plain = tiny_llm(prefill_ops=TORCH, decode_ops=TORCH, **options)
     for each in (GREEDY, params):
         each = SamplingParams(**(each.__dict__ | {"max_tokens": 6}))
@@ -227,6 +228,33 @@ def test_interleaved_streams_and_threads_do_not_disturb_each_other(llm):
     assert results == alone
 
 
+def test_an_interrupted_request_gives_its_slot_back(monkeypatch):
+    llm = tiny_llm()
+    expected = tokens(llm.generate("abc", GREEDY)[0])
+    for stage in ("prefill", "decode", "choose"):
+        for error in (KeyboardInterrupt, RuntimeError):
+            with monkeypatch.context() as patch, pytest.raises(error):
+                patch.setattr(f"engine.generate.{stage}", Mock(side_effect=error))
+                llm.generate("abc", GREEDY)
+            assert tokens(llm.generate("abc", GREEDY)[0]) == expected
+    acquire = llm._pool.acquire
+
+    def interrupted(sequence):
+        acquire(sequence)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llm._pool, "acquire", interrupted)
+        llm.generate("abc", GREEDY)
+    assert tokens(llm.generate("abc", GREEDY)[0]) == expected
+
+
+def test_a_text_with_tokens_that_the_model_has_no_row_for_is_refused():
+    llm = tiny_llm(family_config("llama2", vocab_size=80))
+    with pytest.raises(ValueError, match="token id 256"):
+        llm.generate("<bos>", GREEDY)
+
+
 def test_stats_count_what_happened(llm):
     stats = llm.generate("count", GREEDY)[0].stats
     assert (stats.prompt_tokens, stats.generated_tokens) == (6, 24)  # <bos> and five bytes
@@ -252,7 +280,10 @@ def test_the_longest_prompts_are_read_in_chunks():
 )  # fmt: skip
 def test_bad_prompts(llm, prompt, message):
     prompts = prompt if message == "3.5" else [prompt]
-    with pytest.raises((ValueError, TypeError), match=message):
+    for not_prompts in (None, 5, (token for token in [1, 2])):
+        with pytest.raises(ValueError, match="prompts: got"):
+            llm.generate(not_prompts, GREEDY)
+    with pytest.raises(ValueError, match=message):
         llm.generate(prompts, GREEDY)
 
 

@@ -13,6 +13,7 @@ BAD = [
     {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 2.0}, {"seed": -1}, {"seed": 2**63},
     {"stop": ""}, {"stop": ("a", "")}, {"stop": ["x"] * 17}, {"stop": (1,)},
     {"stop_token_ids": (-1,)}, {"stop_token_ids": ("a",)}, {"min_tokens": -1},
+    {"top_k": 2**31}, {"stop": 5}, {"stop_token_ids": 5}, {"temperature": 10**400},
     {"min_tokens": 5, "max_tokens": 4}, {"logprobs": -1}, {"logprobs": 21}, {"ignore_eos": 1},
 ]  # fmt: skip
 
@@ -44,3 +45,14 @@ def test_defaults_come_from_the_generation_configuration():
 def test_bad_generation_configuration_is_refused():
     with pytest.raises(ValueError, match="temperature"):
         SamplingParams().with_defaults({"temperature": -3})
+
+
+def test_what_vllm_leaves_open_may_be_none():
+    params = SamplingParams(stop=None, stop_token_ids=None)
+    assert (params.stop, params.stop_token_ids) == ((), ())
+    assert SamplingParams(stop=["a"], stop_token_ids=[3]).stop_token_ids == (3,)
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy():
+    assert SamplingParams(temperature=1e-39).temperature == 0.0
+    assert SamplingParams(temperature=1e-4).temperature == 1e-4

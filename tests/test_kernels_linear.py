@@ -52,6 +52,20 @@ def test_linear_residual(size, dtype, device):
     assert_within_budget(out, low, high, "linear_residual")
 
 
+def test_massive_activations_stay_finite(dtype, device):
+    """Activations of float16 models reach tens of thousands; times a norm weight they overflow."""
+    x = randn(3, 64, dtype=dtype, device=device)
+    x[:, 5] = 2e4
+    norm = torch.full((64,), 4.0, dtype=dtype, device=device)
+    weight, plan = make_weight(32, 64, dtype, device), full_plan(1, device)
+    for kernel, ref, args in (
+        (norm_lm_head, norm_lm_head_ref, (x, norm, EPS, weight)),
+        (norm_gated_mlp, norm_gated_mlp_ref, (x, norm, EPS, weight, plan, 1)),
+    ):
+        high = ref(*map(promote, args))
+        assert_within_budget(kernel(*args), ref(*args), high, kernel.__name__)
+
+
 def test_norm_gated_mlp(size, dtype, device):
     rows, k, n = size
     x = randn(rows, k, dtype=dtype, device=device, scale=3.0)

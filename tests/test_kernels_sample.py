@@ -259,3 +259,14 @@ def test_a_draw_does_not_depend_on_its_row_or_batch(device):
     assert torch.equal(sample(*(arg[order] for arg in args)), whole[order])
     for row in range(3):
         assert torch.equal(sample(*(arg[row : row + 1] for arg in args)), whole[row : row + 1])
+
+
+def test_reference_at_a_real_vocabulary_does_not_depend_on_the_batch():
+    """A sum over 49,152 logits adds in another order for several rows; the filters must not."""
+    logits = 3 * torch.randn(16, 49152)
+    ones = torch.ones(16)
+    for top_p in torch.linspace(0.05, 0.95, 40):
+        args = (ones, torch.zeros(16, dtype=torch.int32), top_p * ones, 0 * ones)
+        together = filter_threshold_ref(logits, *args)
+        alone = [filter_threshold_ref(logits[r : r + 1], *(a[:1] for a in args)) for r in range(16)]
+        assert torch.equal(together, torch.cat(alone))

@@ -12,9 +12,10 @@ from engine import LLM
 from engine.loading import Loaded
 from kernels.numba_ops import NUMBA
 from kernels.ops import Ops
+from kernels.weight import LayerWeights, Weight
 from models.config import LlamaConfig, RopeScaling
 from models.llama import Llama, Rows, make_llama
-from models.weights import random_weights
+from models.weights import LlamaWeights, random_weights
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_positions=64)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -40,10 +41,29 @@ def family_config(family: str, **changes: Any) -> LlamaConfig:
     return tiny_config(**values)
 
 
+def to_device(weights: LlamaWeights, device: torch.device) -> LlamaWeights:
+    """Weights drawn on the CPU, so that a seed means the same model everywhere."""
+    if device.type == "cpu":
+        return weights
+    layers = tuple(
+        LayerWeights(*(t if t is None else Weight(t.full.to(device)) if isinstance(t, Weight)
+                       else t.to(device) for t in layer))
+        for layer in weights.layers
+    )  # fmt: skip
+    return LlamaWeights(
+        weights.embedding.to(device), layers, weights.final_norm.to(device),
+        Weight(weights.lm_head.full.to(device)),
+    )  # fmt: skip
+
+
 def tiny_llama(
-    config: LlamaConfig, prefill_ops: Ops = NUMBA, decode_ops: Ops = NUMBA, seed: int = 0
+    config: LlamaConfig,
+    prefill_ops: Ops = NUMBA,
+    decode_ops: Ops = NUMBA,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Llama:
-    weights = random_weights(config, seed=seed)
+    weights = to_device(random_weights(config, seed=seed), torch.device(device))
     return make_llama(config, weights, config.max_positions, prefill_ops, decode_ops)
 
 
@@ -51,7 +71,8 @@ def tiny_llm(config: LlamaConfig | None = None, **options: Any) -> LLM:
     """An LLM around a tiny random model whose tokens are bytes."""
     tokenizer = byte_tokenizer()
     config = config or family_config("llama2", vocab_size=tokenizer.vocab_size)
-    ops = {name: options.pop(name) for name in ("prefill_ops", "decode_ops") if name in options}
+    names = ("prefill_ops", "decode_ops", "device")
+    ops = {name: options.pop(name) for name in names if name in options}
     model = tiny_llama(config, **ops)
     loaded = Loaded("tiny", model, tokenizer, options.pop("chat_template", None), {})
     return LLM.from_loaded(loaded, **options)
