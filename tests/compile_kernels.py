@@ -34,6 +34,7 @@ from kernels.weight import Weight  # noqa: E402
 OPTIONS = ("num_warps", "num_stages")
 TYPES = {
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -61,6 +62,11 @@ SHAPES = {
     "Qwen3-0.6B": Shape(1024, 16, 8, 128, 3072, 151936, has_qk_norm=True),
     "SmolLM2-135M": Shape(576, 9, 3, 64, 1536, 49152),
 }
+
+
+# The default dtype of a GPU on every shape, the others on the largest.
+RUNS = [(name, torch.bfloat16) for name in SHAPES]
+RUNS += [("Llama-3-8B", torch.float16), ("Llama-3-8B", torch.float32)]
 
 
 class Launch(NamedTuple):
@@ -101,12 +107,12 @@ def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Laun
     return Launch(kernel, signature, constants, tuple(divisible), options)
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def launch_all(shape: Shape) -> None:
+def launch_all(shape: Shape, model_dtype: torch.dtype) -> None:
     """Call every launcher once with the sizes of a model."""
+
+    def meta(*sizes: int, dtype: torch.dtype = model_dtype) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
     batch, width, positions = 2, 5, 4096
     rows, layers = batch * width, 2
     c, d, f = shape.hidden, shape.head_dim, shape.ffn
@@ -135,20 +141,20 @@ def launch_all(shape: Shape) -> None:
     TRITON.sample(logits, *parameters, meta(rows, **i64), meta(rows, **i64))
 
 
-def recorded_launches() -> Iterator[tuple[str, Launch]]:
-    """Every distinct launch with the first model that makes it."""
+def recorded_launches() -> Iterator[tuple[str, str, Launch]]:
+    """Every distinct launch with the first model and dtype that make it."""
     recorded: list[Launch] = []
     original = JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: recorded.append(
         describe(self, args, kwargs)
     )
     seen = set()
-    for model, shape in SHAPES.items():
-        launch_all(shape)
+    for model, dtype in RUNS:
+        launch_all(SHAPES[model], dtype)
         fresh = {launch.key(): launch for launch in recorded if launch.key() not in seen}
         seen.update(fresh)
         recorded.clear()
-        yield from ((model, launch) for launch in fresh.values())
+        yield from ((model, str(dtype), launch) for launch in fresh.values())
     JITFunction.run = original
 
 
@@ -191,9 +197,9 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     capability = int(sys.argv[1])
-    for model, launch in recorded_launches():
+    for model, dtype, launch in recorded_launches():
         usage = compile_launch(launch, capability)
-        record = {"kernel": launch.kernel.__name__, "model": model, "sm": capability, **usage}
+        record = {"kernel": launch.kernel.__name__, "model": model, "dtype": dtype, **usage}
         sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()
 

@@ -49,7 +49,9 @@ def test_kernels_compile_and_fit(records, sm):
     for record in records[sm]:
         print(record)
         assert record["shared"] <= SHARED_LIMITS[sm], record
-        assert record["stack"] == 0, record  # where spilled registers go
+        # The stack is where spilled registers go. float32 has no tensor cores to keep its sums, and
+        # spills: it is there for checking results, not for speed.
+        assert record["stack"] == 0 or record["dtype"] == "torch.float32", record
 
 
 @pytest.mark.parametrize("sm", SHARED_LIMITS)
