@@ -39,7 +39,7 @@ program without losing its input, and a pipe that nobody writes to cannot hold i
 instruction before a file: (echo "Summarise this:"; cat FILE) | python -m engine.chat
 With neither, on a terminal, the conversation is interactive; /help lists its commands.
 
-Environment: NO_COLOR=1 turns colour off, KNN_SSD_NO_HISTORY=1 the history of the typed lines.
+Environment: NO_COLOR=1 turns colour off, ENGINE_NOHISTORY=1 the history of the typed lines.
 Exit codes: 0 answered (or whoever read the answer went away), 1 a failure while loading or
 answering, 2 wrong arguments, model or prompt, 130 interrupted with Ctrl-C."""
 

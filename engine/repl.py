@@ -70,6 +70,10 @@ def run_repl(repl: Repl) -> int:
         f"{one_line(llm.model_name)} on {llm.device} ({llm.dtype}), "
         f"{llm.max_length} tokens of context; /help lists the commands"
     )
+    taken = {name: llm.generation.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    shown = ", ".join(f"{name} {value}" for name, value in taken.items() if value is not None)
+    if shown:
+        note(f"the model's own sampling parameters: {one_line(shown)}; /set changes them")
     read = _terminal_reader() if sys.stdin.isatty() and sys.stdout.isatty() else _plain_reader()
     num_interrupts = 0
     while not repl.is_done:
@@ -238,7 +242,7 @@ def _unquote(text: str) -> str:
 
 
 def _history_file() -> Path | None:
-    if os.environ.get("KNN_SSD_NO_HISTORY", "0") not in ("", "0"):
+    if os.environ.get("ENGINE_NOHISTORY", "0") not in ("", "0"):
         return None
     from platformdirs import user_state_dir
 

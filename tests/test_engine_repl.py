@@ -356,7 +356,7 @@ def test_history_is_private_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_history_can_be_turned_off(tmp_path: Path) -> None:
-    chat = Chat(tmp_path, KNN_SSD_NO_HISTORY="1")
+    chat = Chat(tmp_path, ENGINE_NOHISTORY="1")
     chat.line("/exit")
     chat.leaves(0)
     assert not chat.state.exists()
