@@ -16,7 +16,7 @@ from fake_llm import FakeLLM
 
 from engine.conversation import Conversation
 from engine.params import SamplingParams
-from engine.repl import COMMANDS, Repl, handle_input
+from engine.repl import COMMANDS, Repl, handle_input, run_repl
 
 ROOT = Path(__file__).parent.parent
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]
@@ -374,3 +374,17 @@ def test_redirected_stdout_holds_only_answers(tmp_path: Path) -> None:
     child.close()
     assert child.exitstatus == 0
     assert answers.read_bytes() == b"you said b\na\x1b[31mb\xc2\x9b2J\r\tc\n"
+
+
+def test_the_models_own_sampling_parameters_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def at_end() -> str:
+        raise EOFError
+
+    monkeypatch.setattr("engine.repl._plain_reader", lambda: at_end)
+    monkeypatch.setattr("engine.repl._terminal_reader", lambda: at_end)
+    for generation, is_named in (({"temperature": 0.6, "top_k": 20}, True), ({}, False)):
+        repl = Repl(FakeLLM(generation), SamplingParams(), Conversation())
+        assert run_repl(repl) == 0
+        assert ("temperature 0.6, top_k 20" in capsys.readouterr().err) == is_named
