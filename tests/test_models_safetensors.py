@@ -73,7 +73,7 @@ def test_malformed_headers(case: str, tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match=cause) as error:
         open_safetensors(tmp_path)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5  # a hang, not a speed, is what this catches
     assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 

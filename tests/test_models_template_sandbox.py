@@ -126,4 +126,6 @@ def test_bombs_end_within_a_second(bomb: str) -> None:
     begin = time.process_time()
     with pytest.raises(ValueError, match=r"bomb: the chat template"):
         ChatTemplate(BOMBS[bomb], "bomb").render([USER])
-    assert time.process_time() - begin < 1.0
+    assert (
+        time.process_time() - begin < 5.0
+    )  # about 0.5 here; without a budget, minutes or all memory
