@@ -20,12 +20,10 @@ from kernels.numba_matmul import (
     gated_mlp_block,
     residual_block,
 )
+from kernels.weight import LayerWeights
 
-# Addresses of a layer's tensors in a row of the table, 0 for one that the model does not have.
-FIELDS = (
-    "attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "attn_out", "mlp_norm", "gate_up", "down",
-)  # fmt: skip
-NUM_FIELDS = len(FIELDS)
+# A row of the table holds the addresses of a layer's tensors, 0 for one that the model has not.
+NUM_FIELDS = len(LayerWeights._fields)
 
 
 @kernel
@@ -44,6 +42,7 @@ def run_layers(
     qkv_cols, out_cols = block_cols(rows, num_qkv), block_cols(rows, hidden)
     ffn_cols, items = block_cols(rows, ffn), batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads
     for layer in range(num_layers):
+        # In the order of LayerWeights.
         w = addresses_at(table + layer * NUM_FIELDS * 8, NUM_FIELDS)
         attn_norm, w_qkv, bias, q_norm, k_norm = w[0], w[1], w[2], w[3], w[4]
         attn_out, mlp_norm, gate_up, down = w[5], w[6], w[7], w[8]
