@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import BLOCK_ROWS, BLOCK_S, SPLIT_KV, assert_plain
+from kernels.launch import BLOCK_ROWS, BLOCK_S, SPLIT_KV, assert_attention_operands
 from kernels.triton_tiles import softmax_step
 
 
@@ -168,11 +168,7 @@ def attn_decode(
     num_rows, num_heads, head_dim = q.shape
     _, num_kv_heads, max_positions, _ = k_cache.shape
     group = num_heads // num_kv_heads
-    assert num_rows == batch * width and num_heads == group * num_kv_heads, (q.shape, k_cache.shape)
-    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == head_dim, (q.shape, k_cache.shape)
-    assert_plain(q.dtype, q, k_cache, v_cache)
-    assert_plain(torch.int32, positions, num_tokens, slots)
-    assert_plain(torch.uint8, plan)
+    assert_attention_operands(q, k_cache, v_cache, positions, num_tokens, slots, plan)
     block_d = max(16, triton.next_power_of_2(head_dim))
     max_splits = triton.cdiv(max_positions, SPLIT_KV)
     num_tiles = num_kv_heads * triton.cdiv(width * group, BLOCK_ROWS)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import assert_plain, prefill_launch
+from kernels.launch import assert_attention_operands, prefill_launch
 from kernels.triton_tiles import softmax_step
 
 
@@ -115,11 +115,7 @@ def attn_prefill(
     num_rows, num_heads, head_dim = q.shape
     _, num_kv_heads, max_positions, _ = k_cache.shape
     group = num_heads // num_kv_heads
-    assert num_rows == batch * width and num_heads == group * num_kv_heads, (q.shape, k_cache.shape)
-    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == head_dim, (q.shape, k_cache.shape)
-    assert_plain(q.dtype, q, k_cache, v_cache)
-    assert_plain(torch.int32, positions, num_tokens, slots)
-    assert_plain(torch.uint8, plan)
+    assert_attention_operands(q, k_cache, v_cache, positions, num_tokens, slots, plan)
     o = torch.empty(num_rows, num_heads * head_dim, dtype=q.dtype, device=q.device)
     launch = prefill_launch(head_dim, q.dtype)
     _attn_prefill_kernel[(triton.cdiv(width, launch.block_m), num_heads, batch)](

@@ -101,3 +101,21 @@ def assert_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> None:
         if tensor is not None:
             assert tensor.dtype == dtype, (tensor.shape, tensor.dtype, dtype)
             assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
+
+
+def assert_attention_operands(
+    q: torch.Tensor,  # [R, H, D]
+    k_cache: torch.Tensor,  # [slots, H_kv, S, D]
+    v_cache: torch.Tensor,  # [slots, H_kv, S, D]
+    positions: torch.Tensor,  # [B, T]
+    num_tokens: torch.Tensor,  # [B]
+    slots: torch.Tensor,  # [B]
+    plan: torch.Tensor,  # [B, 2L]
+) -> None:
+    """What either attention kernel relies on: heads in whole groups, one layout, plain tensors."""
+    (num_rows, num_heads, head_dim), shapes = q.shape, (q.shape, k_cache.shape, v_cache.shape)
+    assert num_rows == positions.numel() and num_heads % k_cache.shape[1] == 0, shapes
+    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == head_dim, shapes
+    assert_plain(q.dtype, q, k_cache, v_cache)
+    assert_plain(torch.int32, positions, num_tokens, slots)
+    assert_plain(torch.uint8, plan)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ device = numba.njit(
 )
 
 
+@cache  # every kernel asks
 def _cache_dir() -> Path:
     """Named by all that the machine code depends on: the kernels' sources, numba, the processor."""
     digest = hashlib.sha256(f"{numba.__version__} {get_host_cpu_name()}".encode())

@@ -1,7 +1,7 @@
 """Launchers of the CPU kernels, and their `NUMBA` record: float32 tensors in, addresses down.
 
-Addresses and sizes are passed instead of arrays: unpacking an array costs about a microsecond, and
-a decode step of a small model makes a thousand such arguments.
+Addresses and sizes are passed instead of arrays: unpacking an array costs about a microsecond.
+The engine calls `run_layers` and `norm_lm_head`; the single operations serve tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from kernels.weight import LayerWeights, Weight
 
 
 def _check(x: torch.Tensor, weight: Weight) -> None:
-    # Only these two: in a small model's decode step every check of every tensor would show.
     full = weight.full
     assert x.dtype == full.dtype == torch.float32, (x.dtype, full.dtype)
     assert x.is_contiguous() and full.is_contiguous(), (x.stride(), full.stride())
