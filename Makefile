@@ -29,6 +29,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.decode --device cpu --peer transformers
+	$(BIN)/python -m bench.decode --device cpu
 
 # Stamps make the second run need no network and no time.
 $(VENV)/.venv:

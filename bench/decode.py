@@ -1,9 +1,11 @@
-"""Decoding speed of one sequence, against transformers with the same weights.
+"""Decoding speed of one sequence: drafts against plain decoding, or that against a peer.
 
+    python -m bench.decode --device cpu [--prompts DIR] [--domains A,B] [--per-domain N]
     python -m bench.decode --device cpu --peer transformers
 
-Both engines decode the same prompt greedily, in turn, in one process; a token's time is what
-passes between two tokens as a caller sees them, so that neither prefill nor start-up counts.
+Without --peer: the arms of bench/arms.py, a table a domain. With it: plain decoding of one prompt
+by both engines in turn, in one process; a token's time is what passes between two tokens as a
+caller sees them, so that neither prefill nor start-up counts.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.arms import read_prompts, run_arms
 from bench.harness import Spread, print_machine, print_result, read_bandwidth, spread
 from engine import LLM, SamplingParams
 from models.hub import resolve_model
 from models.weights import LlamaWeights
 
 PROMPT = "Explain in a few paragraphs how a bicycle stays upright while it is moving."
+DOMAINS = ("summarization", "math", "translation", "story_telling", "text_to_sql", "code", "chat")
 Run = Callable[[], tuple[list[int], float]]  # -> token ids, tokens per second
 
 
@@ -33,7 +38,9 @@ def rate(times: Sequence[float]) -> float:
 
 
 def engine_run(llm: LLM, prompt: Sequence[int], new_tokens: int) -> Run:
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=True, speculative="off"
+    )
 
     def run() -> tuple[list[int], float]:
         token_ids, times = [], []
@@ -112,26 +119,46 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="directory, .gguf file or hub id; default: default model")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--peer", choices=["transformers"])
+    parser.add_argument("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
+    parser.add_argument("--domains", default=",".join(DOMAINS), help="default: %(default)s")
+    parser.add_argument("--per-domain", type=int, default=4, help="prompts of each domain")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    return parser.parse_args()
+    parser.add_argument("--repeats", type=int, help="default: 5 against a peer, 3 for the arms")
+    args = parser.parse_args()
+    if args.peer and args.prompts:
+        parser.error("--peer decodes one prompt of its own: give it or --prompts")
+    return args
+
+
+def compare_arms(args: argparse.Namespace) -> dict[str, Any]:
+    repeats = args.repeats or 3
+    prompts = read_prompts(args.prompts, args.domains.split(","), args.per_domain)
+    print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {repeats} runs of each "
+          "arm in turn, medians of seconds")  # fmt: skip
+    llm = LLM(args.model, device=args.device, max_length=2048)
+    return run_arms(llm, prompts, args.new_tokens, repeats)
 
 
 def main() -> None:
     args = parse()
     described = print_machine()
+    result = compare_peer(args) if args.peer else compare_arms(args)
+    print_result(result | {"machine": described})
+
+
+def compare_peer(args: argparse.Namespace) -> dict[str, Any]:
+    args.repeats = args.repeats or 5
     print(f"method: batch 1, greedy, {args.new_tokens} new tokens, one warm-up then "
           f"{args.repeats} runs of each engine in turn, median [20%, 80%]")  # fmt: skip
     result: dict[str, Any] = measure_load(args.model, args.device)
-    llm = LLM(args.model, device=args.device, max_length=2048)
+    llm = LLM(args.model, device=args.device, max_length=2048, speculative="off")
     step_bytes = bytes_per_token(llm.model.weights)
     prompt = llm.encode_chat([{"role": "user", "content": PROMPT}])
     runs = {"engine": engine_run(llm, prompt, args.new_tokens)}
-    if args.peer:
-        path = resolve_model(args.model, None)
-        runs["transformers"], result["peer_load_seconds"] = transformers_run(
-            path, prompt, args.new_tokens
-        )
+    path = resolve_model(args.model, None)
+    runs["transformers"], result["peer_load_seconds"] = transformers_run(
+        path, prompt, args.new_tokens
+    )
     if args.device == "cpu":
         bandwidth = read_bandwidth()
         ceiling = bandwidth.median / step_bytes
@@ -142,18 +169,15 @@ def main() -> None:
     for name, value in rates.items():
         print(f"{name:>14}: {value} tokens/s")
     result["autoregressive_tokens_per_second"] = round(rates["engine"].median, 2)
-    if args.peer:
-        result["identical"] = tokens["engine"] == tokens["transformers"]
-        result["peer_tokens_per_second"] = round(rates["transformers"].median, 2)
-        if result["identical"]:
-            ratio = rates["engine"].median / rates["transformers"].median
-            result["ratio"] = round(ratio, 2)
-            print(f"{'ratio':>14}: {ratio:.2f}, identical tokens")
-        else:
-            print("tokens differ: no ratio is reported")
-    print("the mark to reach by speculation: llama.cpp, same file kept in 4 bits, 84 tokens/s "
-          "on 2 such cores (measured 2026-11-22, not in this run)")  # fmt: skip
-    print_result(result | {"machine": described})
+    result["identical"] = tokens["engine"] == tokens["transformers"]
+    result["peer_tokens_per_second"] = round(rates["transformers"].median, 2)
+    if result["identical"]:
+        ratio = rates["engine"].median / rates["transformers"].median
+        result["ratio"] = round(ratio, 2)
+        print(f"{'ratio':>14}: {ratio:.2f}, identical tokens")
+    else:
+        print("tokens differ: no ratio is reported")
+    return result
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.conversation import Conversation, ask, chat_params, check_text
 from engine.params import SamplingParams
@@ -26,6 +26,7 @@ from engine.terminal import (
     print_stats,
     report_error,
 )
+from engine.types import RequestStats
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -79,13 +80,14 @@ def _run(
         return _failed(error)
     try:
         if prompt is None:
-            from engine.repl import Repl, run_repl
+            from engine.commands import Repl
+            from engine.repl import run_repl
 
             return run_repl(Repl(llm, params, conversation, is_showing_stats=args.stats))
         conversation.add("user", prompt)
         (_answer_json if args.json else _answer_text)(llm, params, conversation)
         if args.stats:
-            print_stats(llm.last_stats)
+            print_stats(llm.last_stats, llm.int8_bytes)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -111,6 +113,8 @@ def load_llm(args: argparse.Namespace) -> LLM:
             device=args.device,
             dtype=args.dtype,
             max_length=args.max_length,
+            speculative=args.speculative,
+            profile=args.profile,
             on_progress=on_progress,
         )
 
@@ -135,9 +139,14 @@ def _answer_json(llm: LLM, params: SamplingParams, conversation: Conversation) -
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
-        "stats": asdict(output.stats),
+        "stats": _stats_document(output.stats),
     }
     print(json.dumps(document), flush=True)
+
+
+def _stats_document(stats: RequestStats) -> dict[str, Any]:
+    derived = ("acceptance_rate", "tokens_per_round", "acceptance_by_position")
+    return {**asdict(stats), **{name: getattr(stats, name) for name in derived}}
 
 
 def _failed(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
@@ -203,8 +212,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=_positive, metavar="N", help="context in tokens, prompt and answers")
     add("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (default: auto)")
     add("--dtype", default="auto", metavar="TYPE", help="auto or a torch type (default: auto)")
+    add(
+        "--speculative",
+        default="auto",
+        metavar="HOW",
+        help="drafts: auto, off, ngram, int8 or a plan file (default: auto)",
+    )
+    add(
+        "--no-profile",
+        dest="profile",
+        action="store_false",
+        help="estimate, do not measure, what drafts cost here",
+    )
     add("--json", action="store_true", help="print one JSON document instead of the text")
-    add("--stats", action="store_true", help="print a line of statistics on stderr")
+    add("--stats", action="store_true", help="print statistics of the answer on stderr")
     add("--version", action="store_true", help="print the version and leave")
     return parser
 

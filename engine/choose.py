@@ -9,9 +9,13 @@ import torch
 from engine.sequence import RunningSequence
 from kernels.ops import Ops
 
+# A row to draw for: a sequence, and how many tokens beyond its end the row's own token is. A draft
+# and its verification name the same rows, so they draw with the same noise.
+RowOf = tuple[RunningSequence, int]
 
-def _logprobs(logits: torch.Tensor, token_id: int, num_top: int) -> dict[int, float]:
-    """Natural log-probabilities, by token id, of the chosen and the `num_top` likeliest tokens."""
+
+def token_logprobs(logits: torch.Tensor, token_id: int, num_top: int) -> dict[int, float]:
+    """Natural log-probabilities, by token id, of one token and the `num_top` likeliest."""
     values = logits.log_softmax(-1)
     chosen = {token_id: float(values[token_id])}
     top = values.topk(num_top)
@@ -19,8 +23,14 @@ def _logprobs(logits: torch.Tensor, token_id: int, num_top: int) -> dict[int, fl
     return chosen | dict(best)
 
 
-def _draw(logits: torch.Tensor, sequences: Sequence[RunningSequence], ops: Ops) -> torch.Tensor:
-    params = [sequence.params for sequence in sequences]
+def draw(logits: torch.Tensor, rows: Sequence[RowOf], ops: Ops) -> torch.Tensor:
+    """The next token of each row, [R] int64, from logits [R, V] float32."""
+    banned = [sequence.banned_ids(ahead) for sequence, ahead in rows]
+    if any(banned):
+        logits = logits.clone()
+        for row, ids in enumerate(banned):
+            logits[row, sorted(ids)] = float("-inf")
+    params = [sequence.params for sequence, _ in rows]
 
     def column(values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device)
@@ -31,24 +41,6 @@ def _draw(logits: torch.Tensor, sequences: Sequence[RunningSequence], ops: Ops) 
         column([p.top_k for p in params], torch.int32),
         column([p.top_p for p in params], torch.float32),
         column([p.min_p for p in params], torch.float32),
-        column([s.seed for s in sequences], torch.int64),
-        column([len(s.token_ids) for s in sequences], torch.int64),
+        column([sequence.seed for sequence, _ in rows], torch.int64),
+        column([len(sequence.token_ids) + ahead for sequence, ahead in rows], torch.int64),
     )
-
-
-def choose(
-    logits: torch.Tensor,  # [B, V] float32
-    sequences: Sequence[RunningSequence],
-    ops: Ops,
-) -> list[tuple[int, dict[int, float] | None]]:
-    """Return the next token of each sequence, with its log-probabilities where asked for."""
-    allowed = logits
-    if any(sequence.banned_ids for sequence in sequences):
-        allowed = logits.clone()
-        for row, sequence in enumerate(sequences):
-            allowed[row, sorted(sequence.banned_ids)] = float("-inf")
-    tokens = _draw(allowed, sequences, ops).tolist()
-    return [
-        (token, None if (n := s.params.logprobs) is None else _logprobs(logits[row], token, n))
-        for row, (token, s) in enumerate(zip(tokens, sequences, strict=True))
-    ]

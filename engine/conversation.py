@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import stat
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,14 +34,23 @@ _ROLES = ("user", "assistant")
 
 @dataclass
 class Conversation:
-    """Questions and answers in turn, under an optional system prompt."""
+    """Questions and answers in turn, under an optional system prompt.
+
+    last_answer: how the newest answer came about, where this process has asked for it.
+    """
 
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    last_answer: Answer | None = field(default=None, compare=False)
 
     def add(self, role: str, content: str) -> None:
         """Append one message."""
         self.messages.append({"role": role, "content": content})
+
+    def clear(self) -> None:
+        """Forget all but the system prompt."""
+        self.messages.clear()
+        self.last_answer = None
 
     def asked(self) -> list[dict[str, str]]:
         """The whole message list as the model gets it, the system prompt first."""
@@ -49,10 +60,37 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a streamed answer said; `finish_reason` is None where it was stopped before its end."""
+    """A streamed answer, with what it takes to ask for the same tokens again.
 
-    text: str
-    finish_reason: FinishReason | None
+    params: as the model got them; the seed is there unless decoding was greedy.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    events: tuple[TokenEvent, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None where the answer was stopped before its end."""
+        return self.events[-1].finish_reason if self.events else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far an answer and a plain re-run agree.
+
+    answered, plain: what follows the `num_same` tokens that both begin with, where that differs;
+    None is the end.
+    """
+
+    num_same: int
+    is_different: bool = False
+    answered: TokenEvent | None = None
+    plain: TokenEvent | None = None
 
 
 def chat_params(params: SamplingParams, generation: Mapping[str, object]) -> SamplingParams:
@@ -73,20 +111,53 @@ def ask(
 
     The request is closed on every way out, so that the model's cache stays valid.
     """
-    pieces: list[str] = []
-    finish_reason: FinishReason | None = None
-    params = chat_params(params, llm.generation)
-    stream = cast("Generator[TokenEvent, None, None]", llm.stream_chat(messages, params))
-    with closing(stream):
+    events: list[TokenEvent] = []
+    params = _with_seed(chat_params(params, llm.generation), llm.generation)
+    prompt = tuple(llm.encode_chat(messages))
+    with closing(_stream(llm, prompt, params)) as stream:
         for event in stream:
             # Before the text: what is shown after Ctrl-C would come as a surprise.
             if is_stopped():
                 break
+            events.append(event)
             if event.text:
-                pieces.append(event.text)
                 write(event.text)
-            finish_reason = event.finish_reason
-    return Answer("".join(pieces), finish_reason)
+    return Answer(prompt, params, tuple(events))
+
+
+def compare_with_plain(
+    llm: LLM, answer: Answer, is_stopped: Callable[[], bool] = lambda: False
+) -> Comparison:
+    """Ask again without drafts, up to the answer's end or the first token that differs.
+
+    Stopped, it returns how many tokens agreed until then.
+    """
+    # A part of an answer is compared as far as it went.
+    limit = len(answer.events) if answer.finish_reason is None else answer.params.max_tokens
+    params = replace(answer.params, max_tokens=limit, speculative="off")
+    num_same = 0
+    with closing(_stream(llm, answer.prompt_token_ids, params)) as stream:
+        for answered, plain in zip_longest(answer.events, stream):
+            if answered is None or plain is None or answered.token_id != plain.token_id:
+                return Comparison(num_same, True, answered, plain)
+            num_same += 1
+            if is_stopped():
+                break
+    return Comparison(num_same)
+
+
+def _stream(
+    llm: LLM, prompt: tuple[int, ...], params: SamplingParams
+) -> Generator[TokenEvent, None, None]:
+    return cast("Generator[TokenEvent, None, None]", llm.stream(prompt, params))
+
+
+def _with_seed(params: SamplingParams, generation: Mapping[str, object]) -> SamplingParams:
+    """`params` with the seed that the engine would draw, so that it is known afterwards."""
+    is_greedy = params.with_defaults(generation).temperature == 0.0
+    if is_greedy or params.seed is not None:
+        return params
+    return replace(params, seed=random.getrandbits(63))
 
 
 def check_text(name: str, text: str) -> str:

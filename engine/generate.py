@@ -1,4 +1,4 @@
-"""The loop: prefill each request as a slot frees, then decode all running ones together."""
+"""The loop: prefill each request as a slot frees, then run rounds of all running ones together."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from engine.choose import choose
-from engine.decode import decode
+from engine.accept import Verdict, accept
+from engine.choose import draw, token_logprobs
+from engine.costs import PassCosts
+from engine.draft import draft
 from engine.kv_cache import KVCache, SlotPool
 from engine.prefill import prefill
 from engine.sequence import RunningSequence
 from engine.types import TokenEvent
+from engine.verify import verify
 from models.llama import Llama
+
+Event = tuple[RunningSequence, TokenEvent]
 
 
 def generate(
-    model: Llama, cache: KVCache, pool: SlotPool, sequences: Sequence[RunningSequence]
-) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
+    model: Llama,
+    cache: KVCache,
+    pool: SlotPool,
+    costs: PassCosts,
+    sequences: Sequence[RunningSequence],
+) -> Generator[Event, None, None]:
     """Run sequences to their ends; yield every token as it is made, with its sequence.
 
     Closing the iterator ends all of them and leaves the cache consistent. Raises RuntimeError when
@@ -42,8 +51,8 @@ def generate(
                     "or make the engine with a larger max_sequences"
                 )
             if running:
-                # A list, so that the consumer sees the tokens of a pass after the pass.
-                yield from _next_tokens(model, cache, running)
+                # A list, so that the consumer sees the tokens of a round after the round.
+                yield from _round(model, cache, costs, running)
                 _retire(running, pool)
     finally:
         for sequence in running:
@@ -55,25 +64,51 @@ def _first_token(model: Llama, cache: KVCache, sequence: RunningSequence) -> Tok
     started = time.perf_counter()
     logits = prefill(model, cache, sequence.slot, sequence.token_ids, sequence.num_reused)
     sequence.num_cached = sequence.num_prompt
-    ((token, logprobs),) = choose(logits, [sequence], model.prefill_ops)
+    token = int(draw(logits, [(sequence, 0)], model.prefill_ops))
     sequence.prefill_seconds = time.perf_counter() - started
-    return sequence.append(token, logprobs)
+    return sequence.append(token, _logprobs(sequence, logits[0], token))
 
 
 @torch.inference_mode()
-def _next_tokens(
-    model: Llama, cache: KVCache, running: Sequence[RunningSequence]
-) -> list[tuple[RunningSequence, TokenEvent]]:
+def _round(
+    model: Llama, cache: KVCache, costs: PassCosts, running: Sequence[RunningSequence]
+) -> list[Event]:
+    """Draft, verify, accept: at least one token more for every running sequence."""
     started = time.perf_counter()
-    logits = decode(model, cache, running)
-    chosen = choose(logits, running, model.decode_ops)
+    choices = [sequence.choose(costs, len(running)) for sequence in running]
+    drafted = draft(model, cache, running, choices)
+    verified = verify(model, cache, running, drafted)
+    verdicts = accept(drafted, verified, model.decode_ops)
     seconds = time.perf_counter() - started
-    events = []
-    for sequence, (token, logprobs) in zip(running, chosen, strict=True):
-        sequence.num_cached = len(sequence.token_ids)
+    events: list[Event] = []
+    for b, sequence in enumerate(running):
         sequence.decode_seconds += seconds
-        events.append((sequence, sequence.append(token, logprobs)))
+        verdict = verdicts[b]
+        num_drafted = drafted.num_drafted[b]
+        sequence.account(choices[b], num_drafted, verdict.token_ids, verdict.num_accepted)
+        events += _take(sequence, verdict, verified.logits[b])
     return events
+
+
+def _take(sequence: RunningSequence, verdict: Verdict, logits: torch.Tensor) -> list[Event]:
+    """Append a round's tokens, up to the one that ends the answer."""
+    events: list[Event] = []
+    for i, token in enumerate(verdict.token_ids):
+        # The verify pass wrote the keys and values of every token before this one.
+        sequence.num_cached = len(sequence.token_ids)
+        logprobs = _logprobs(sequence, logits[i], token)
+        event = sequence.append(token, logprobs, from_draft=i < verdict.num_accepted)
+        events.append((sequence, event))
+        if event.finish_reason is not None:
+            break
+    return events
+
+
+def _logprobs(
+    sequence: RunningSequence, logits: torch.Tensor, token_id: int
+) -> dict[int, float] | None:
+    num_top = sequence.params.logprobs
+    return None if num_top is None else token_logprobs(logits, token_id, num_top)
 
 
 def _retire(running: list[RunningSequence], pool: SlotPool) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import torch
 
+from engine.costs import PassCosts
+from engine.drafts import Drafts
 from engine.generate import generate
 from engine.kv_cache import SlotPool, make_kv_cache
 from engine.loading import Loaded, choose_device, choose_dtype, load
-from engine.params import SamplingParams
+from engine.params import SamplingParams, Speculative
 from engine.prefill import prefill
 from engine.sequence import RunningSequence
 from engine.stream import TextStream
 from engine.types import RequestOutput, RequestStats, TokenEvent
+from models.llama import Llama
+from models.quantise import int8_bytes
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -31,6 +35,10 @@ class LLM:
     max_sequences: how many requests can hold a slot of the cache at once.
     max_length: tokens of context of each; None is the model's own, at most 8192.
     seed: makes the seeds of requests that name none reproducible.
+    speculative: how to draft: "auto" (int8 copies of the weights and n-grams of the text, whichever
+        pays at the moment), "off", "ngram", "int8", a DraftPlan, or the file of one. The tokens of
+        an answer are the same whatever is chosen.
+    profile: measure what passes cost on this machine, once, in under a second; False estimates.
     on_progress: called with (bytes done, bytes in all) while weights load.
 
     Raises ValueError, in one line, for whatever is wrong with an argument or the model. Threads may
@@ -47,21 +55,38 @@ class LLM:
         max_sequences: int = 1,
         max_length: int | None = None,
         seed: int | None = None,
+        speculative: Speculative = "auto",
+        profile: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
     ):
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
         loaded = load(model, revision, torch_device, torch_dtype, max_length, on_progress)
-        self._start(loaded, max_sequences, seed)
+        self._start(loaded, max_sequences, seed, speculative, profile)
 
     @classmethod
-    def from_loaded(cls, loaded: Loaded, *, max_sequences: int = 1, seed: int | None = None) -> LLM:
+    def from_loaded(
+        cls,
+        loaded: Loaded,
+        *,
+        max_sequences: int = 1,
+        seed: int | None = None,
+        speculative: Speculative = "auto",
+        profile: bool = True,
+    ) -> LLM:
         """An engine around a model that is in memory already."""
         llm = cls.__new__(cls)
-        llm._start(loaded, max_sequences, seed)
+        llm._start(loaded, max_sequences, seed, speculative, profile)
         return llm
 
-    def _start(self, loaded: Loaded, max_sequences: int, seed: int | None) -> None:
+    def _start(
+        self,
+        loaded: Loaded,
+        max_sequences: int,
+        seed: int | None,
+        speculative: Speculative,
+        profile: bool,
+    ) -> None:
         if isinstance(max_sequences, bool) or not isinstance(max_sequences, int):
             raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
         if max_sequences < 1:
@@ -73,7 +98,6 @@ class LLM:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_length = model.cos.shape[0]
         self.last_stats: RequestStats | None = None
-        self.model = model
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
         self._seeds = random.Random(seed)
@@ -84,6 +108,9 @@ class LLM:
         # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
         with torch.inference_mode():
             prefill(model, self._cache, 0, [0, 0], 0)
+        self._drafts = Drafts(model, profile)
+        self.speculative = speculative
+        self._drafts.prepare(speculative)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
@@ -94,7 +121,7 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
         sequences = [self._sequence(self._encode(prompt), params) for prompt in batch]
-        for sequence, event in generate(self.model, self._cache, self._pool, sequences):
+        for sequence, event in self._generate(sequences):
             if event.finish_reason is not None:
                 self.last_stats = sequence.stats()
         return [sequence.output() for sequence in sequences]
@@ -136,8 +163,28 @@ class LLM:
         # The template writes the special tokens itself.
         return self._tokenizer.encode(text, add_special_tokens=False)
 
+    @property
+    def model(self) -> Llama:
+        """The model; with its int8 form from the moment that a plan needs one."""
+        return self._drafts.model
+
+    @property
+    def costs(self) -> PassCosts:
+        """What passes cost here, in plain decode steps, as the draft lengths go by."""
+        return self._drafts.costs
+
+    @property
+    def int8_bytes(self) -> int:
+        """Memory that drafting in 8 bits takes beside the weights; 0 while no plan needed it."""
+        return int8_bytes(self.model.weights)
+
+    def _generate(
+        self, sequences: Sequence[RunningSequence]
+    ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
+        return generate(self.model, self._cache, self._pool, self.costs, sequences)
+
     def _run(self, sequence: RunningSequence) -> Iterator[TokenEvent]:
-        steps = generate(self.model, self._cache, self._pool, [sequence])
+        steps = self._generate([sequence])
         try:
             for _, event in steps:
                 yield event
@@ -183,5 +230,9 @@ class LLM:
         if not params.ignore_eos:
             end_ids.update(config.eos_token_ids)
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
+        wanted = self.speculative if params.speculative is None else params.speculative
+        plans = self._drafts.prepare(wanted)
         text = TextStream(self._tokenizer, stop)
-        return RunningSequence(prompt, params, seed, text, frozenset(end_ids), self.max_length)
+        return RunningSequence(
+            prompt, params, seed, text, frozenset(end_ids), self.max_length, plans
+        )

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from os import PathLike
 from typing import Any
 
+from models.plan import DraftPlan
+
+Speculative = str | PathLike[str] | DraftPlan
 MAX_STOPS = 16
 MIN_TEMPERATURE = 1e-5  # below, logits / temperature leaves float32's range
 MAX_LOGPROBS = 20
@@ -28,6 +32,8 @@ class SamplingParams:
     ignore_eos: go on past the end-of-sequence token.
     min_tokens: neither end-of-sequence nor `stop_token_ids` are drawn before so many tokens.
     logprobs: report the log-probabilities of so many top tokens beside the chosen one.
+    speculative: how to draft, as `LLM` takes it; None is what the LLM was made with. It changes
+        the speed of an answer and never its tokens.
     """
 
     max_tokens: int | None = None
@@ -41,6 +47,7 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    speculative: Speculative | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -59,6 +66,12 @@ class SamplingParams:
             raise ValueError(f"stop: got {stop!r}, expected at most {MAX_STOPS} non-empty strings")
         for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, None)
+        if self.speculative is not None and not isinstance(
+            self.speculative, (str, PathLike, DraftPlan)
+        ):
+            raise ValueError(
+                f"speculative: got {self.speculative!r}, expected a name, a DraftPlan or a path"
+            )
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos: got {self.ignore_eos!r}, expected True or False")
         if self.temperature is not None and self.temperature < MIN_TEMPERATURE:

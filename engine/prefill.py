@@ -33,4 +33,4 @@ def prefill(
             slots=torch.tensor([slot], dtype=torch.int32, device=device),
         )
         x = forward(model, rows, cache.k, cache.v, plan, model.prefill_ops)
-    return logits(model, x[-1:], model.prefill_ops)
+    return logits(model, x[-1:], plan, model.prefill_ops)

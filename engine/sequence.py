@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.controller import Choice, Controller
+from engine.costs import PassCosts
+from engine.ngram import NgramIndex
 from engine.params import SamplingParams
 from engine.stream import TextStream
+from engine.tally import Tally
 from engine.types import (
     CompletionOutput,
     FinishReason,
@@ -13,6 +17,7 @@ from engine.types import (
     RequestStats,
     TokenEvent,
 )
+from models.plan import MAX_DRAFT, DraftPlan
 
 
 class RunningSequence:
@@ -26,6 +31,7 @@ class RunningSequence:
         text: TextStream,
         end_ids: frozenset[int],
         max_length: int,
+        plans: tuple[DraftPlan, ...] = (),
     ):
         self.num_prompt = len(prompt)
         self.token_ids = list(prompt)
@@ -35,6 +41,11 @@ class RunningSequence:
         self.end_ids = end_ids  # end-of-sequence and stop tokens in force
         room = max_length - len(prompt)
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        self.plans = plans  # among which the controller chooses; none is plain decoding
+        self.controller = Controller(plans)
+        has_ngram = any(plan.kind == "ngram" for plan in plans)
+        self.ngrams = NgramIndex(prompt) if has_ngram else None
+        self.tally = Tally()
         self.slot = -1
         self.num_reused = 0  # prompt tokens found in the cache
         self.num_cached = 0  # tokens whose keys and values the cache holds
@@ -47,15 +58,33 @@ class RunningSequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
-    @property
-    def banned_ids(self) -> frozenset[int]:
-        """Tokens that may not be drawn next: those that would end the answer too early."""
-        return self.end_ids if self.num_generated < self.params.min_tokens else frozenset()
+    def banned_ids(self, ahead: int = 0) -> frozenset[int]:
+        """Tokens that may not be drawn after `ahead` more: those that would end it too early."""
+        is_early = self.num_generated + ahead < self.params.min_tokens
+        return self.end_ids if is_early else frozenset()
 
-    def append(self, token_id: int, logprobs: dict[int, float] | None) -> TokenEvent:
+    def choose(self, costs: PassCosts, num_running: int) -> Choice:
+        """What to draft next. A round adds a token more than its draft, so one less has room."""
+        room = self.max_tokens - self.num_generated - 1
+        match = None if self.ngrams is None else self.ngrams.propose(min(room, MAX_DRAFT))
+        return self.controller.choose(costs, num_running, room, match)
+
+    def account(
+        self, choice: Choice, num_drafted: int, token_ids: Sequence[int], num_accepted: int
+    ) -> None:
+        """Book a round: the model made `token_ids`, the first `num_accepted` as drafted."""
+        name = "off" if choice.plan is None else choice.plan.name
+        self.tally.add(name, num_drafted, num_accepted)
+        self.controller.observe(choice, num_drafted, token_ids)
+
+    def append(
+        self, token_id: int, logprobs: dict[int, float] | None, from_draft: bool = False
+    ) -> TokenEvent:
         """Take the next token; decide whether it ends the answer, and what may be shown."""
         assert self.finish_reason is None, self.finish_reason
         self.token_ids.append(token_id)
+        if self.ngrams is not None:
+            self.ngrams.append(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
         if token_id in self.end_ids:
@@ -70,7 +99,7 @@ class RunningSequence:
         if self.finish_reason is not None and not self.text.is_stopped:
             piece += self.text.finish()
         logprob = None if logprobs is None else logprobs[token_id]
-        return TokenEvent(token_id, piece, False, logprob, self.finish_reason)
+        return TokenEvent(token_id, piece, from_draft, logprob, self.finish_reason)
 
     def stats(self) -> RequestStats:
         later = self.num_generated - 1
@@ -82,6 +111,13 @@ class RunningSequence:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             tokens_per_second=later / self.decode_seconds if is_timed else 0.0,
+            plan="+".join(plan.name for plan in self.plans) or "off",
+            rounds=self.tally.num_rounds,
+            drafted=sum(self.tally.drafted_by_position),
+            accepted=sum(self.tally.accepted_by_position),
+            rounds_by_plan=dict(self.tally.rounds_by_plan),
+            drafted_by_position=tuple(self.tally.drafted_by_position),
+            accepted_by_position=tuple(self.tally.accepted_by_position),
         )
 
     def output(self) -> RequestOutput:

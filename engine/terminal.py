@@ -24,6 +24,7 @@ _CONTROLS = {
     for code in (*range(0x20), *range(0x7F, 0xA0))
     if chr(code) not in "\n\t"
 }
+_MAX_POSITIONS = 5  # of a draft, that a line has room for
 
 
 def visible(text: str) -> str:
@@ -69,11 +70,15 @@ def report_error(error: BaseException) -> None:
     note(f"error: {one_line(error)}")
 
 
-def print_stats(stats: RequestStats | None) -> None:
-    """Print what an answer cost as one line on stderr."""
+def print_stats(stats: RequestStats | None, int8_bytes: int = 0) -> None:
+    """Print what an answer cost on stderr: a line, and one more where tokens were drafted."""
     from rich.text import Text
 
-    text = "no statistics yet" if stats is None else stats_line(stats)
+    text = "no statistics yet"
+    if stats is not None:
+        text = stats_line(stats)
+        if stats.rounds and stats.drafted:
+            text += "\n" + drafts_line(stats, int8_bytes)
     _console().print(Text(text, style="dim"), soft_wrap=True)
 
 
@@ -83,6 +88,20 @@ def stats_line(stats: RequestStats) -> str:
         f"prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused), "
         f"generated {stats.generated_tokens} tokens; prefill {stats.prefill_seconds:.3f} s, "
         f"decode {stats.decode_seconds:.3f} s, {stats.tokens_per_second:.1f} tokens/s"
+    )
+
+
+def drafts_line(stats: RequestStats, int8_bytes: int = 0) -> str:
+    """What became of the drafts of one request. Shares are rounded down: 1.0 is every token."""
+    counts = zip(stats.accepted_by_position, stats.drafted_by_position, strict=True)
+    hundredths = [100 * accepted // drafted for accepted, drafted in counts]
+    shares = ["1.0" if share == 100 else f".{share:02}" for share in hundredths[:_MAX_POSITIONS]]
+    more = ".." if len(hundredths) > _MAX_POSITIONS else ""
+    memory = f", int8 {int8_bytes / 1e6:.0f} MB" if int8_bytes else ""
+    return (
+        f"drafts {one_line(stats.plan):.16}: {100 * stats.accepted // stats.drafted}% of "
+        f"{stats.drafted} accepted, {stats.tokens_per_round:.2f} tokens/round; "
+        f"by position {' '.join(shares)}{more}{memory}"
     )
 
 

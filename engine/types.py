@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -32,6 +32,10 @@ class RequestStats:
 
     reused_tokens: prompt tokens found in the KV cache, not computed again.
     tokens_per_second: generated tokens after the first / decode_seconds (0.0 for a single token).
+    plan: names of the draft plans in force, joined by "+"; "off" without any.
+    rounds: verify passes. drafted, accepted: tokens over all of them.
+    rounds_by_plan: rounds drafted by each plan, "off" for those of plain decoding.
+    drafted_by_position, accepted_by_position: the same counts for the i-th token of a draft.
     """
 
     prompt_tokens: int
@@ -40,6 +44,29 @@ class RequestStats:
     prefill_seconds: float
     decode_seconds: float
     tokens_per_second: float
+    plan: str = "off"
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rounds_by_plan: dict[str, int] = field(default_factory=dict)
+    drafted_by_position: tuple[int, ...] = ()
+    accepted_by_position: tuple[int, ...] = ()
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafted tokens that were accepted; 0.0 where none was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Mean tokens of a round, the model's own next token included; 0.0 before the first."""
+        return (self.generated_tokens - 1) / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """Of the drafts that reached position i, the share whose token i was accepted."""
+        counts = zip(self.accepted_by_position, self.drafted_by_position, strict=True)
+        return tuple(accepted / drafted for accepted, drafted in counts)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from kernels.weight import Weight
+
 BLOCK_ROWS = 16  # rows of a matrix tile: the narrowest tensor-core operand
 SPLIT_KV = 128  # cache positions of one split of decode attention
 BLOCK_S = 64  # positions loaded at a time in decode attention
@@ -22,20 +24,24 @@ SAMPLE_BLOCK_V = 4096  # logits loaded at a time by the sampler
 
 
 class MatrixLaunch(NamedTuple):
-    """Tile [block_n, block_k] of a weight, pipeline depth and warps."""
+    """Tile [block_n, block_k] of a weight, pipeline depth and warps.
+
+    The full and the 8-bit form share it, so block_k is also how many activations share a scale.
+    """
 
     block_n: int
     block_k: int
     num_stages: int
     num_warps: int
 
-    def constants(self, k: int) -> dict[str, int | bool]:
-        """The keyword arguments that every matrix kernel takes, for a weight of width `k`."""
+    def constants(self, weight: Weight) -> dict[str, int | bool]:
+        """The keyword arguments that every matrix kernel takes."""
         return {
             "BLOCK_N": self.block_n,
             "BLOCK_R": BLOCK_ROWS,
             "BLOCK_K": self.block_k,
-            "EVEN_K": k % self.block_k == 0,
+            "EVEN_K": weight.full.shape[1] % self.block_k == 0,
+            "HAS_INT8": weight.int8 is not None,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -101,6 +107,18 @@ def assert_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> None:
         if tensor is not None:
             assert tensor.dtype == dtype, (tensor.shape, tensor.dtype, dtype)
             assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
+
+
+def assert_weight(weight: Weight, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The full form is there, the 8-bit one whole or not at all, and each is plain."""
+    assert weight.full.shape == shape, (weight.full.shape, shape)
+    assert_plain(dtype, weight.full)
+    assert (weight.int8 is None) == (weight.scale is None), "half of an 8-bit form"
+    if weight.int8 is not None and weight.scale is not None:
+        shapes = (weight.int8.shape, weight.scale.shape)
+        assert shapes == (shape, shape[:1]), (shapes, shape)
+        assert_plain(torch.int8, weight.int8)
+        assert_plain(torch.float32, weight.scale)
 
 
 def assert_attention_operands(

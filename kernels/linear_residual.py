@@ -5,17 +5,19 @@
 Shapes: x [R, K], W [C, K], residual [R, C], updated in place so that the rows of a sequence that
 skips the sub-layer pass through for free. Moves the bytes of W and R * (K + 2*C) elements.
 The kernel adds products and residual in float32 and rounds once, the reference rounds twice.
+Rows planned at 8: triton_int8.py.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import BLOCK_ROWS, assert_plain, linear_residual_launch
-from kernels.triton_tiles import project_rows, rows_that_run
+from kernels.launch import BLOCK_ROWS, assert_plain, assert_weight, linear_residual_launch
+from kernels.linear_int8 import planned_linear_ref, row_precisions
+from kernels.triton_int8 import project_planned
+from kernels.triton_tiles import any_row, load_precisions
 from kernels.weight import Weight
 
 
@@ -27,15 +29,16 @@ def linear_residual_ref(
     sublayer: int,
 ) -> None:
     """Add x @ W^T to the rows of the sequences that run `sublayer`."""
-    rows_per_sequence = x.shape[0] // plan.shape[0]
-    runs = (plan[:, sublayer] > 0).repeat_interleave(rows_per_sequence)[:, None]
-    residual += torch.where(runs, F.linear(x, weight.full), 0.0)
+    runs = row_precisions(plan, sublayer, x.shape[0])[:, None] > 0
+    residual += torch.where(runs, planned_linear_ref(x, weight, plan, sublayer), 0.0)
 
 
 @triton.jit(do_not_specialize=["R", "T", "sublayer"])
 def _linear_residual_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     w_ptr,
+    w8_ptr,
+    w8_scale_ptr,
     residual_ptr,
     plan_ptr,
     stride_plan_b,
@@ -48,29 +51,20 @@ def _linear_residual_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    HAS_INT8: tl.constexpr,
 ):
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
-    runs = rows_that_run(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
-    if tl.max(runs.to(tl.int32), axis=0) == 0:
+    precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    runs = precision != 0
+    if not any_row(runs):
         return
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    acc, _ = project_rows(  # [BLOCK_N, BLOCK_R]
-        x_ptr,
-        x_ptr,
-        w_ptr,
-        offs_n,
-        mask_n,
-        offs_r,
-        mask_r,
-        K,
-        BLOCK_N,
-        BLOCK_R,
-        BLOCK_K,
-        False,
-        EVEN_K,
-    )
+    acc, _ = project_planned(  # [BLOCK_N, BLOCK_R]
+        x_ptr, x_ptr, w_ptr, w8_ptr, w8_scale_ptr, runs, precision == 8, offs_n, mask_n,
+        offs_r, mask_r, K, BLOCK_N, BLOCK_R, BLOCK_K, False, HAS_INT8, EVEN_K,
+    )  # fmt: skip
     residual_ptrs = residual_ptr + offs_r[None, :].to(tl.int64) * N + offs_n[:, None]
     mask = mask_n[:, None] & runs[None, :]
     residual = tl.load(residual_ptrs, mask=mask, other=0.0)
@@ -86,17 +80,16 @@ def linear_residual(
     sublayer: int,
 ) -> None:
     """Add x @ W^T to the rows of the sequences that run `sublayer`."""
-    w = weight.full
-    num_rows, k = x.shape
-    n = w.shape[0]
-    assert w.shape == (n, k) and residual.shape == (num_rows, n), (w.shape, residual.shape, x.shape)
-    assert_plain(x.dtype, x, w, residual)
+    (num_rows, k), n = x.shape, weight.full.shape[0]
+    assert residual.shape == (num_rows, n), (residual.shape, x.shape, n)
+    assert_plain(x.dtype, x, residual)
+    assert_weight(weight, (n, k), x.dtype)
     assert_plain(torch.uint8, plan)
-    launch = linear_residual_launch(n, k, w.dtype)
+    launch = linear_residual_launch(n, k, x.dtype)
     grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
     _linear_residual_kernel[grid](
         x,
-        w,
+        *weight,
         residual,
         plan,
         plan.stride(0),
@@ -105,5 +98,5 @@ def linear_residual(
         n,
         k,
         sublayer,
-        **launch.constants(k),
+        **launch.constants(weight),
     )

@@ -5,7 +5,7 @@
 Shapes: x [R, C], W_gate_up [2*F, C] (gate rows, then up rows) -> h [R, F]. Moves the bytes of
 W_gate_up and R * (C + F) elements. The kernel multiplies x by the norm weight in float32 and
 rounds to the weights' dtype, adds products and squares in float32 and applies the norm's scale to
-the sums; h is rounded once.
+the sums; h is rounded once. Rows planned at 8: triton_int8.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import BLOCK_ROWS, assert_plain, gated_mlp_launch
+from kernels.launch import BLOCK_ROWS, assert_plain, assert_weight, gated_mlp_launch
+from kernels.linear_int8 import planned_linear_ref
 from kernels.rms_norm import rms_norm_ref
-from kernels.triton_tiles import load_tile, rows_that_run, weigh_columns
+from kernels.triton_int8 import quantise_columns
+from kernels.triton_tiles import any_row, load_precisions, load_tile, weigh_columns
 from kernels.weight import Weight
 
 
@@ -30,36 +32,17 @@ def norm_gated_mlp_ref(
     sublayer: int,
 ) -> torch.Tensor:
     """Return h [R, F]; rows of a sequence that skips `sublayer` hold nothing to be used."""
-    gate, up = F.linear(rms_norm_ref(x, norm_weight, eps), gate_up.full).chunk(2, dim=-1)
+    normed = rms_norm_ref(x, norm_weight, eps)
+    gate, up = planned_linear_ref(normed, gate_up, plan, sublayer).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-@triton.jit(do_not_specialize=["R", "T", "sublayer", "eps"])
-def _norm_gated_mlp_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    norm_ptr,
-    w_ptr,
-    plan_ptr,
-    h_ptr,
-    stride_plan_b,
-    R,
-    T,
-    N,
-    K,
-    sublayer,
-    eps,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    runs = rows_that_run(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
-    if tl.max(runs.to(tl.int32), axis=0) == 0:
-        return
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
+@triton.jit
+def _gate_and_up(  # type: ignore[no-untyped-def]
+    x_ptr, norm_ptr, w_ptr, offs_n, mask_n, offs_r, mask_r, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """What `project_rows` returns, for a gate and an up tile that share the tile of x."""
     offs_k = tl.arange(0, BLOCK_K)
     gate = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -81,6 +64,106 @@ def _norm_gated_mlp_kernel(  # type: ignore[no-untyped-def]
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
+    return gate, up, sum_squares
+
+
+@triton.jit
+def _gate_and_up_int8(  # type: ignore[no-untyped-def]
+    x_ptr, norm_ptr, w_ptr, w_scale_ptr, offs_n, mask_n, offs_r, mask_r, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """What `project_rows_int8` returns, for a gate and an up tile that share the tile of x."""
+    offs_k = tl.arange(0, BLOCK_K)
+    gate = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    sum_squares = tl.zeros((BLOCK_R,), tl.float32)
+    gate_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
+    up_ptrs = gate_ptrs + N.to(tl.int64) * K
+    x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + offs_k[:, None]
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        w_gate = load_tile(gate_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
+        w_up = load_tile(up_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
+        x = load_tile(x_ptrs, mask_r[None, :], mask_k[:, None], EVEN_K, "").to(tl.float32)
+        sum_squares += tl.sum(x * x, axis=0)
+        norm = tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0)
+        x8, x_scale = quantise_columns(x * norm.to(tl.float32)[:, None])
+        gate += tl.dot(w_gate, x8, out_dtype=tl.int32).to(tl.float32) * x_scale[None, :]
+        up += tl.dot(w_up, x8, out_dtype=tl.int32).to(tl.float32) * x_scale[None, :]
+        gate_ptrs += BLOCK_K
+        up_ptrs += BLOCK_K
+        x_ptrs += BLOCK_K
+    gate *= tl.load(w_scale_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    up *= tl.load(w_scale_ptr + N + offs_n, mask=mask_n, other=0.0)[:, None]
+    return gate, up, sum_squares
+
+
+@triton.jit
+def _gate_and_up_planned(  # type: ignore[no-untyped-def]
+    x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, runs, is_int8, offs_n, mask_n, offs_r, mask_r,
+    N, K, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_INT8: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """What `project_planned` does, for a gate and an up tile."""
+    if not HAS_INT8:
+        gate, up, sum_squares = _gate_and_up(
+            x_ptr, norm_ptr, w_ptr, offs_n, mask_n, offs_r, mask_r, N, K,
+            BLOCK_N, BLOCK_R, BLOCK_K, EVEN_K,
+        )  # fmt: skip
+    else:
+        gate = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        sum_squares = tl.zeros((BLOCK_R,), tl.float32)
+        if any_row(runs & ~is_int8):
+            gate, up, sum_squares = _gate_and_up(
+                x_ptr, norm_ptr, w_ptr, offs_n, mask_n, offs_r, mask_r, N, K,
+                BLOCK_N, BLOCK_R, BLOCK_K, EVEN_K,
+            )  # fmt: skip
+        if any_row(is_int8):
+            gate8, up8, sum_squares8 = _gate_and_up_int8(
+                x_ptr, norm_ptr, w8_ptr, w8_scale_ptr, offs_n, mask_n, offs_r, is_int8, N, K,
+                BLOCK_N, BLOCK_R, BLOCK_K, EVEN_K,
+            )  # fmt: skip
+            gate = tl.where(is_int8[None, :], gate8, gate)
+            up = tl.where(is_int8[None, :], up8, up)
+            sum_squares = tl.where(is_int8, sum_squares8, sum_squares)
+    return gate, up, sum_squares
+
+
+@triton.jit(do_not_specialize=["R", "T", "sublayer", "eps"])
+def _norm_gated_mlp_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    norm_ptr,
+    w_ptr,
+    w8_ptr,
+    w8_scale_ptr,
+    plan_ptr,
+    h_ptr,
+    stride_plan_b,
+    R,
+    T,
+    N,
+    K,
+    sublayer,
+    eps,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_INT8: tl.constexpr,
+):
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    runs = precision != 0
+    if not any_row(runs):
+        return
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    gate, up, sum_squares = _gate_and_up_planned(
+        x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, runs, precision == 8, offs_n, mask_n,
+        offs_r, mask_r, N, K, BLOCK_N, BLOCK_R, BLOCK_K, HAS_INT8, EVEN_K,
+    )  # fmt: skip
     scale = tl.rsqrt(sum_squares / K + eps)[None, :]
     gate *= scale
     h = gate * tl.sigmoid(gate) * (up * scale)
@@ -97,19 +180,18 @@ def norm_gated_mlp(
     sublayer: int,
 ) -> torch.Tensor:
     """Return h [R, F]; rows of a sequence that skips `sublayer` hold nothing to be used."""
-    w = gate_up.full
-    num_rows, k = x.shape
-    n = w.shape[0] // 2
-    assert w.shape == (2 * n, k) and norm_weight.shape == (k,), (w.shape, norm_weight.shape)
-    assert_plain(x.dtype, x, w, norm_weight)
+    (num_rows, k), n = x.shape, gate_up.full.shape[0] // 2
+    assert norm_weight.shape == (k,), (norm_weight.shape, k)
+    assert_plain(x.dtype, x, norm_weight)
+    assert_weight(gate_up, (2 * n, k), x.dtype)
     assert_plain(torch.uint8, plan)
     h = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
-    launch = gated_mlp_launch(n, k, w.dtype)
+    launch = gated_mlp_launch(n, k, x.dtype)
     grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
     _norm_gated_mlp_kernel[grid](
         x,
         norm_weight,
-        w,
+        *gate_up,
         plan,
         h,
         plan.stride(0),
@@ -119,6 +201,6 @@ def norm_gated_mlp(
         k,
         sublayer,
         eps,
-        **launch.constants(k),
+        **launch.constants(gate_up),
     )
     return h

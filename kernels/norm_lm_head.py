@@ -2,21 +2,23 @@
 
     logits = rms_norm(x) @ W^T
 
+The head is never skipped: its column of the plan table, the last one, is 8 or 16.
 Shapes: x [R, C], W [V, C] -> logits [R, V] in float32 whatever the weights' dtype. Moves the bytes
 of W, R*C elements in and 4*R*V bytes out. The kernel's sums stay in float32 to the end; the
-reference rounds its logits to the weights' dtype first.
+reference rounds its logits to the weights' dtype first. Rows planned at 8: triton_int8.py.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import BLOCK_ROWS, assert_plain, lm_head_launch
+from kernels.launch import BLOCK_ROWS, assert_plain, assert_weight, lm_head_launch
+from kernels.linear_int8 import planned_linear_ref
 from kernels.rms_norm import rms_norm_ref
-from kernels.triton_tiles import project_rows
+from kernels.triton_int8 import project_planned
+from kernels.triton_tiles import load_precisions
 from kernels.weight import Weight
 
 
@@ -25,46 +27,45 @@ def norm_lm_head_ref(
     norm_weight: torch.Tensor,  # [C]
     eps: float,
     lm_head: Weight,  # [V, C]
+    plan: torch.Tensor,  # [B, P] uint8
+    sublayer: int,
 ) -> torch.Tensor:
     """Return logits [R, V], float32 (float64 for float64 input)."""
-    logits = F.linear(rms_norm_ref(x, norm_weight, eps), lm_head.full)
+    logits = planned_linear_ref(rms_norm_ref(x, norm_weight, eps), lm_head, plan, sublayer)
     return logits.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@triton.jit(do_not_specialize=["R", "eps"])
+@triton.jit(do_not_specialize=["R", "T", "sublayer", "eps"])
 def _norm_lm_head_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     norm_ptr,
     w_ptr,
+    w8_ptr,
+    w8_scale_ptr,
+    plan_ptr,
     logits_ptr,
+    stride_plan_b,
     R,
+    T,
     N,
     K,
+    sublayer,
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    HAS_INT8: tl.constexpr,
 ):
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    acc, sum_squares = project_rows(  # [BLOCK_N, BLOCK_R], [BLOCK_R]
-        x_ptr,
-        norm_ptr,
-        w_ptr,
-        offs_n,
-        mask_n,
-        offs_r,
-        mask_r,
-        K,
-        BLOCK_N,
-        BLOCK_R,
-        BLOCK_K,
-        True,
-        EVEN_K,
-    )
+    precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    acc, sum_squares = project_planned(  # [BLOCK_N, BLOCK_R], [BLOCK_R]
+        x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, mask_r, precision == 8, offs_n, mask_n,
+        offs_r, mask_r, K, BLOCK_N, BLOCK_R, BLOCK_K, True, HAS_INT8, EVEN_K,
+    )  # fmt: skip
     logits = acc * tl.rsqrt(sum_squares / K + eps)[None, :]
     logits_ptrs = logits_ptr + offs_r[None, :].to(tl.int64) * N + offs_n[:, None]
     tl.store(logits_ptrs, logits, mask=mask_n[:, None] & mask_r[None, :])
@@ -75,25 +76,31 @@ def norm_lm_head(
     norm_weight: torch.Tensor,  # [C]
     eps: float,
     lm_head: Weight,  # [V, C]
+    plan: torch.Tensor,  # [B, P] uint8
+    sublayer: int,
 ) -> torch.Tensor:
     """Return logits [R, V], float32."""
-    w = lm_head.full
-    num_rows, k = x.shape
-    n = w.shape[0]
-    assert w.shape == (n, k) and norm_weight.shape == (k,), (w.shape, norm_weight.shape)
-    assert_plain(x.dtype, x, w, norm_weight)
+    (num_rows, k), n = x.shape, lm_head.full.shape[0]
+    assert norm_weight.shape == (k,), (norm_weight.shape, k)
+    assert_plain(x.dtype, x, norm_weight)
+    assert_plain(torch.uint8, plan)
+    assert_weight(lm_head, (n, k), x.dtype)
     logits = torch.empty(num_rows, n, dtype=torch.float32, device=x.device)
-    launch = lm_head_launch(k, w.dtype)
+    launch = lm_head_launch(k, x.dtype)
     grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
     _norm_lm_head_kernel[grid](
         x,
         norm_weight,
-        w,
+        *lm_head,
+        plan,
         logits,
+        plan.stride(0),
         num_rows,
+        num_rows // plan.shape[0],
         n,
         k,
+        sublayer,
         eps,
-        **launch.constants(k),
+        **launch.constants(lm_head),
     )
     return logits

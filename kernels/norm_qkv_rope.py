@@ -7,19 +7,21 @@ Shapes: x [R, C] with R = B*T rows, W_qkv [(H + 2*H_kv)*D, C] -> q [R, H, D]; k 
 into the cache [slots, H_kv, S, D] at each row's position. Rotary pairs are neighbours (2i, 2i+1).
 Moves the bytes of W_qkv and, per row, C + H*D + 2*H_kv*D elements. The kernel multiplies x by the
 norm weight in float32 and rounds to the weights' dtype, adds products and squares in float32,
-applies the norm's scale to the sums, and rounds once after the rotation.
+applies the norm's scale to the sums, and rounds once after the rotation. Rows planned at 8:
+triton_int8.py.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import BLOCK_ROWS, assert_plain, qkv_launch
+from kernels.launch import BLOCK_ROWS, assert_plain, assert_weight, qkv_launch
+from kernels.linear_int8 import planned_linear_ref
 from kernels.rms_norm import rms_norm_ref
-from kernels.triton_tiles import project_rows, rows_that_run
+from kernels.triton_int8 import project_planned
+from kernels.triton_tiles import any_row, load_precisions
 from kernels.weight import Weight
 
 
@@ -52,7 +54,9 @@ def norm_qkv_rope_append_ref(
 ) -> torch.Tensor:
     """Return q [R, H, D] and append k, v of the valid rows of the sequences that run `sublayer`."""
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    y = F.linear(rms_norm_ref(x, norm_weight, eps), qkv.full, qkv_bias)
+    y = planned_linear_ref(rms_norm_ref(x, norm_weight, eps), qkv, plan, sublayer)
+    if qkv_bias is not None:
+        y = y + qkv_bias
     y = y.unflatten(-1, (-1, head_dim))  # [R, H + 2*H_kv, D]
     num_heads = y.shape[1] - 2 * num_kv_heads
     q, k, v = y.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
@@ -113,6 +117,8 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     norm_ptr,
     w_ptr,
+    w8_ptr,
+    w8_scale_ptr,
     bias_ptr,
     q_norm_ptr,
     k_norm_ptr,
@@ -140,13 +146,15 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    HAS_INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_QK_NORM: tl.constexpr,
 ):
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
-    runs = rows_that_run(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
-    if tl.max(runs.to(tl.int32), axis=0) == 0:
+    precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    runs = precision != 0
+    if not any_row(runs):
         return
     first_head = tl.program_id(1) * (BLOCK_N // BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
@@ -154,21 +162,10 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
     d = offs_n % BLOCK_D
     mask_n = (d < HEAD_DIM) & (head < H + 2 * H_KV)
     cols = head * HEAD_DIM + d
-    acc, sum_squares = project_rows(  # [BLOCK_N, BLOCK_R], [BLOCK_R]
-        x_ptr,
-        norm_ptr,
-        w_ptr,
-        cols,
-        mask_n,
-        offs_r,
-        mask_r,
-        K,
-        BLOCK_N,
-        BLOCK_R,
-        BLOCK_K,
-        True,
-        EVEN_K,
-    )
+    acc, sum_squares = project_planned(  # [BLOCK_N, BLOCK_R], [BLOCK_R]
+        x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, runs, precision == 8, cols, mask_n,
+        offs_r, mask_r, K, BLOCK_N, BLOCK_R, BLOCK_K, True, HAS_INT8, EVEN_K,
+    )  # fmt: skip
     y = acc * tl.rsqrt(sum_squares / K + eps)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[:, None]
@@ -215,23 +212,22 @@ def norm_qkv_rope_append(
 
     q of a padding row, or of a sequence that skips `sublayer`, holds nothing to be used.
     """
-    w = qkv.full
     num_rows, k = x.shape
     num_kv_heads, max_positions, head_dim = k_cache.shape[1:]
-    num_heads = w.shape[0] // head_dim - 2 * num_kv_heads
-    assert w.shape == ((num_heads + 2 * num_kv_heads) * head_dim, k), (w.shape, k_cache.shape, k)
+    num_heads = qkv.full.shape[0] // head_dim - 2 * num_kv_heads
     assert head_dim % 2 == 0 and head_dim >= 8, head_dim
     assert norm_weight.shape == (k,) and positions.numel() == num_rows, (k, positions.shape)
     assert v_cache.shape == k_cache.shape and cos.shape == sin.shape, (v_cache.shape, cos.shape)
     assert cos.shape[1] == head_dim // 2 and (q_norm is None) == (k_norm is None), cos.shape
-    assert_plain(x.dtype, x, norm_weight, w, qkv_bias, q_norm, k_norm, k_cache, v_cache)
+    assert_plain(x.dtype, x, norm_weight, qkv_bias, q_norm, k_norm, k_cache, v_cache)
+    assert_weight(qkv, ((num_heads + 2 * num_kv_heads) * head_dim, k), x.dtype)
     assert_plain(torch.float32, cos, sin)
     assert_plain(torch.int32, positions, num_tokens, slots)
     assert_plain(torch.uint8, plan)
     q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
-    launch, block_d = qkv_launch(head_dim, k, w.dtype), triton.next_power_of_2(head_dim)
+    launch, block_d = qkv_launch(head_dim, k, x.dtype), triton.next_power_of_2(head_dim)
     num_tiles = triton.cdiv(num_heads + 2 * num_kv_heads, launch.block_n // block_d)
-    operands = (x, norm_weight, w, qkv_bias, q_norm, k_norm, cos, sin)
+    operands = (x, norm_weight, *qkv, qkv_bias, q_norm, k_norm, cos, sin)
     sizes = (num_rows, positions.shape[1], k, num_heads, num_kv_heads, max_positions)
     _norm_qkv_rope_append_kernel[(triton.cdiv(num_rows, BLOCK_ROWS), num_tiles)](
         *(*operands, positions, num_tokens, slots, plan, q, k_cache, v_cache),
@@ -240,6 +236,6 @@ def norm_qkv_rope_append(
         BLOCK_D=block_d,
         HAS_BIAS=qkv_bias is not None,
         HAS_QK_NORM=q_norm is not None,
-        **launch.constants(k),
+        **launch.constants(qkv),
     )
     return q

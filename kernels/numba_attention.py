@@ -12,16 +12,8 @@ import numpy as np
 from numba import prange
 
 from kernels.numba_compile import device, kernel
-from kernels.numba_math import (
-    F,
-    bytes_at,
-    exp,
-    floats_at,
-    ints_at,
-    keep_alive,
-    matmul_stream,
-    matmul_tiled,
-)  # fmt: skip
+from kernels.numba_math import F, bytes_at, exp, floats_at, ints_at, keep_alive
+from kernels.numba_product import matmul
 from kernels.numba_tiles import LANES, fma, make_weighted_sum_tile
 
 TILE_ROWS = 4
@@ -35,9 +27,13 @@ sum_4x1 = make_weighted_sum_tile(4, 1)
 def _exponentials(scores, scale, length, padded):
     """scores <- exp(scale * (scores - max)) over `length` positions, then 0 up to `padded`."""
     xs = floats_at(scores, padded)
-    top = xs[0]
-    for s in range(1, length):
-        top = max(top, xs[s])
+    # Four maxima at a time: each waits for itself alone.
+    a, b, c, d = xs[0], xs[0], xs[0], xs[0]
+    for s in range(0, length // 4 * 4, 4):
+        a, b, c, d = max(a, xs[s]), max(b, xs[s + 1]), max(c, xs[s + 2]), max(d, xs[s + 3])
+    for s in range(length // 4 * 4, length):
+        a = max(a, xs[s])
+    top = max(max(a, b), max(c, d))
     for s in range(length):
         xs[s] = exp((xs[s] - top) * scale)
     for s in range(length, padded):
@@ -99,15 +95,14 @@ def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
     """One head: rows (1 or TILE_ROWS) of q, the last at position length - 1."""
     scores = np.empty((rows, length), np.float32)
     total = np.empty(rows, np.float32)
-    p, p_stride = scores.ctypes.data, length * 4
-    if rows == TILE_ROWS:
-        matmul_tiled(q, q_stride, rows, k, head_dim, 0, length, p, p_stride)
-    else:
-        matmul_stream(q, q_stride, rows, k, head_dim, 0, length, p, p_stride)
+    p, p_stride = np.int64(scores.ctypes.data), length * 4
+    matmul(q, q_stride, rows, k, head_dim, length, p, p_stride, True)
     scale = F(1.0) / np.sqrt(F(head_dim))
     for r in range(rows):
         _exponentials(p + r * p_stride, scale, length - rows + 1 + r, length)
-    _weighted_sum(p, p_stride, rows, v, head_dim, length, out, out_stride, total.ctypes.data)
+    _weighted_sum(
+        p, p_stride, rows, v, head_dim, length, out, out_stride, np.int64(total.ctypes.data)
+    )
     for r in range(rows):
         ys = floats_at(out + r * out_stride, head_dim)
         for d in range(head_dim):
@@ -120,10 +115,11 @@ def attend_item(
     item, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
     batch, width, heads, kv_heads, head_dim, cache_len, out,
 ):  # fmt: skip
-    """One head of one tile of one sequence, by its number among batch * tiles * heads."""
+    """One head of one tile of one sequence, by its number among batch * heads * tiles."""
     tiles = (width + TILE_ROWS - 1) // TILE_ROWS
-    h, b, turn = item % heads, item // heads % batch, item // (heads * batch)
-    # Later tiles attend to more positions; early and late by turns, every core gets its share.
+    # A core gets neighbouring items: all tiles of a head, so that none has only the wide ones.
+    # Later tiles attend to more positions: early and late by turns.
+    turn, h, b = item % tiles, item // tiles % heads, item // (tiles * heads)
     tile = turn // 2 if turn % 2 == 0 else tiles - 1 - turn // 2
     first = tile * TILE_ROWS
     valid = ints_at(num_tokens, batch)[b]
@@ -154,6 +150,7 @@ def attention(
 ):  # fmt: skip
     for item in prange(batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads):
         attend_item(
-            item, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+            np.int64(item),
+            q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
             batch, width, heads, kv_heads, head_dim, cache_len, out,
         )  # fmt: skip

@@ -45,13 +45,17 @@ device = numba.njit(
 
 
 @cache  # every kernel asks
-def _cache_dir() -> Path:
-    """Named by all that the machine code depends on: the kernels' sources, numba, the processor."""
+def code_digest() -> str:
+    """A hash of what the machine code depends on: the kernels' sources, numba, the processor."""
     digest = hashlib.sha256(f"{numba.__version__} {get_host_cpu_name()}".encode())
     digest.update(get_host_cpu_features().flatten().encode())
     for source in sorted(Path(__file__).parent.glob("numba_*.py")):
         digest.update(source.read_bytes())
-    return platformdirs.user_cache_path("knn-ssd-engine") / f"numba-{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
+
+
+def _cache_dir() -> Path:
+    return platformdirs.user_cache_path("knn-ssd-engine") / f"numba-{code_digest()}"
 
 
 def _writable_cache_dir() -> Path | None:
@@ -66,7 +70,8 @@ def _writable_cache_dir() -> Path | None:
 def is_compiled() -> bool:
     """Whether a decode step's machine code is on disk; compiling it takes some 20 seconds."""
     names = {path.name.split("-")[0] for path in _cache_dir().rglob("*.nbc")}
-    return {"numba_layers.run_layers", "numba_matmul.norm_lm_head"} <= names
+    needed = {"numba_layers.run_layers", "numba_matmul.norm_lm_head", "numba_sample._sample"}
+    return needed <= names
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:

@@ -12,18 +12,19 @@ from numba import prange
 
 from kernels.numba_attention import TILE_ROWS, attend_item
 from kernels.numba_compile import kernel
-from kernels.numba_math import addresses_at, keep_alive, matmul, norm_rows
+from kernels.numba_math import addresses_at, keep_alive, norm_rows
 from kernels.numba_matmul import (
-    any_runs,
     block_cols,
     finish_qkv_row,
     gated_mlp_block,
     residual_block,
 )
-from kernels.weight import LayerWeights
+from kernels.numba_product import planned_matmul, precision_of
 
-# A row of the table holds the addresses of a layer's tensors, 0 for one that the model has not.
-NUM_FIELDS = len(LayerWeights._fields)
+# A row of the table holds the addresses of a layer's tensors in the order of LayerWeights, three
+# for each Weight (its forms), 0 for one that the model has not.
+NUM_FIELDS = 17
+QKV, ATTN_OUT, GATE_UP, DOWN = 1 * 8, 7 * 8, 11 * 8, 14 * 8  # bytes from the row's beginning
 
 
 @kernel
@@ -33,7 +34,7 @@ def run_layers(
 ):  # fmt: skip
     rows, num_qkv, num_o = batch * width, (heads + 2 * kv_heads) * head_dim, heads * head_dim
     scratch = np.empty(rows * (2 * hidden + num_qkv + num_o + 2 * ffn), np.float32)
-    normed = scratch.ctypes.data
+    normed = np.int64(scratch.ctypes.data)
     y = normed + rows * hidden * 4  # of a projection onto the residual stream
     qkv = y + rows * hidden * 4
     o = qkv + rows * num_qkv * 4
@@ -42,41 +43,53 @@ def run_layers(
     qkv_cols, out_cols = block_cols(rows, num_qkv), block_cols(rows, hidden)
     ffn_cols, items = block_cols(rows, ffn), batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads
     for layer in range(num_layers):
-        # In the order of LayerWeights.
-        w = addresses_at(table + layer * NUM_FIELDS * 8, NUM_FIELDS)
-        attn_norm, w_qkv, bias, q_norm, k_norm = w[0], w[1], w[2], w[3], w[4]
-        attn_out, mlp_norm, gate_up, down = w[5], w[6], w[7], w[8]
+        w = table + layer * NUM_FIELDS * 8
+        fields = addresses_at(w, NUM_FIELDS)
+        attn_norm, bias, q_norm, k_norm = fields[0], fields[4], fields[5], fields[6]
+        mlp_norm = fields[10]
         k, v = k_caches + layer * layer_bytes, v_caches + layer * layer_bytes
         attn_plan, mlp_plan = plan + 2 * layer, plan + 2 * layer + 1
-        if any_runs(attn_plan, plan_stride, batch):
+        precision = precision_of(attn_plan, plan_stride, batch)
+        if precision != 0:
             norm_rows(x, attn_norm, eps, hidden, rows, normed)
             for block in prange((num_qkv + qkv_cols - 1) // qkv_cols):
-                first, last = block * qkv_cols, min(num_qkv, (block + 1) * qkv_cols)
-                to = qkv + first * 4
-                matmul(normed, hidden * 4, rows, w_qkv, hidden, first, last, to, num_qkv * 4)
+                first = np.int64(block) * qkv_cols
+                last = min(num_qkv, first + qkv_cols)
+                planned_matmul(
+                    precision, attn_plan, plan_stride, batch, normed, hidden * 4, rows, w + QKV,
+                    hidden, first, last, qkv + first * 4, num_qkv * 4,
+                )  # fmt: skip
             for r in prange(rows):
                 finish_qkv_row(
-                    r, qkv, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots,
+                    np.int64(r),
+                    qkv, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots,
                     k, v, attn_plan, plan_stride, batch, width, heads, kv_heads, head_dim,
                     cache_len,
                 )  # fmt: skip
             for item in prange(items):
                 attend_item(
-                    item, qkv, num_qkv * 4, k, v, positions, num_tokens, slots, attn_plan,
+                    np.int64(item), qkv, num_qkv * 4, k, v, positions, num_tokens, slots, attn_plan,
                     plan_stride, batch, width, heads, kv_heads, head_dim, cache_len, o,
                 )  # fmt: skip
             for block in prange((hidden + out_cols - 1) // out_cols):
                 residual_block(
-                    block, out_cols, o, attn_out, x, attn_plan, plan_stride, batch, rows, num_o,
-                    hidden, y,
+                    np.int64(block),
+                    out_cols, o, w + ATTN_OUT, x, precision, attn_plan, plan_stride, batch,
+                    rows, num_o, hidden, y,
                 )  # fmt: skip
-        if any_runs(mlp_plan, plan_stride, batch):
+        precision = precision_of(mlp_plan, plan_stride, batch)
+        if precision != 0:
             norm_rows(x, mlp_norm, eps, hidden, rows, normed)
             for block in prange((ffn + ffn_cols - 1) // ffn_cols):
-                gated_mlp_block(block, ffn_cols, normed, gate_up, rows, hidden, ffn, up, h)
+                gated_mlp_block(
+                    np.int64(block),
+                    ffn_cols, normed, w + GATE_UP, precision, mlp_plan, plan_stride, batch,
+                    rows, hidden, ffn, up, h,
+                )  # fmt: skip
             for block in prange((hidden + out_cols - 1) // out_cols):
                 residual_block(
-                    block, out_cols, h, down, x, mlp_plan, plan_stride, batch, rows, ffn,
-                    hidden, y,
+                    np.int64(block),
+                    out_cols, h, w + DOWN, x, precision, mlp_plan, plan_stride, batch, rows,
+                    ffn, hidden, y,
                 )  # fmt: skip
     keep_alive(scratch)

@@ -1,4 +1,4 @@
-"""Functions that the CPU kernels share: exp, RMSNorm of a row, blocks of a matrix product."""
+"""Functions that the CPU kernels share: arrays at addresses, exp, RMSNorm of a row."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -7,19 +7,10 @@ import numba
 import numpy as np
 
 from kernels.numba_compile import device
-from kernels.numba_tiles import LANES, as_pointer, float_from_bits, fma, make_dot_tile
-
-dot_1x1 = make_dot_tile(1, 1)
-dot_2x1 = make_dot_tile(2, 1)
-dot_4x1 = make_dot_tile(4, 1)
-dot_1x4 = make_dot_tile(1, 4)
-dot_4x4 = make_dot_tile(4, 4)
-
-# Up to this many rows a product waits for memory, and one weight row at a time is the stream that
-# the hardware prefetches best; beyond, it waits for arithmetic, and 4 x 4 tiles load least.
-STREAM_ROWS = 8
+from kernels.numba_tiles import LANES, as_pointer, float_from_bits, fma, make_dot_panel
 
 F = np.float32
+dot = make_dot_panel(1, 1)
 
 
 @device
@@ -80,72 +71,6 @@ def dot_tail(x, w, start, stop):
 
 
 @device
-def _add_tails(x, x_stride, rows, w, num_k, whole, first_col, last_col, out, out_stride):
-    for r in range(rows):
-        ys = floats_at(out + r * out_stride, last_col - first_col)
-        for c in range(first_col, last_col):
-            ys[c - first_col] += dot_tail(x + r * x_stride, w + c * num_k * 4, whole, num_k)
-
-
-@device
-def matmul_stream(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride):
-    """out[r, c - first_col] = x[r] . w[c] for columns [first_col, last_col): few rows."""
-    whole = num_k // LANES * LANES
-    if rows == 1:  # nothing but loads and products: a tenth faster than the loop over rows
-        for c in range(first_col, last_col):
-            dot_1x1(x, 0, w + c * num_k * 4, 0, whole, out + (c - first_col) * 4, 0)
-    for c in range(first_col, last_col if rows > 1 else first_col):
-        w_row = w + c * num_k * 4
-        y = out + (c - first_col) * 4
-        r = 0
-        while r + 4 <= rows:
-            dot_4x1(x + r * x_stride, x_stride, w_row, 0, whole, y + r * out_stride, out_stride)
-            r += 4
-        if r + 2 <= rows:
-            dot_2x1(x + r * x_stride, x_stride, w_row, 0, whole, y + r * out_stride, out_stride)
-            r += 2
-        if r < rows:
-            dot_1x1(x + r * x_stride, x_stride, w_row, 0, whole, y + r * out_stride, out_stride)
-    if whole < num_k:
-        _add_tails(x, x_stride, rows, w, num_k, whole, first_col, last_col, out, out_stride)
-
-
-@device
-def matmul_tiled(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride):
-    """The same product, bit for bit, in 4 x 4 tiles: many rows."""
-    whole = num_k // LANES * LANES
-    w_stride = num_k * 4
-    tiled_cols = first_col + (last_col - first_col) // 4 * 4
-    for r in range(0, rows // 4 * 4, 4):
-        x_row, y_row = x + r * x_stride, out + r * out_stride
-        for c in range(first_col, tiled_cols, 4):
-            y = y_row + (c - first_col) * 4
-            dot_4x4(x_row, x_stride, w + c * w_stride, w_stride, whole, y, out_stride)
-        for c in range(tiled_cols, last_col):
-            y = y_row + (c - first_col) * 4
-            dot_4x1(x_row, x_stride, w + c * w_stride, w_stride, whole, y, out_stride)
-    for r in range(rows // 4 * 4, rows):
-        x_row, y_row = x + r * x_stride, out + r * out_stride
-        for c in range(first_col, tiled_cols, 4):
-            y = y_row + (c - first_col) * 4
-            dot_1x4(x_row, x_stride, w + c * w_stride, w_stride, whole, y, out_stride)
-        for c in range(tiled_cols, last_col):
-            y = y_row + (c - first_col) * 4
-            dot_1x1(x_row, x_stride, w + c * w_stride, w_stride, whole, y, out_stride)
-    if whole < num_k:
-        _add_tails(x, x_stride, rows, w, num_k, whole, first_col, last_col, out, out_stride)
-
-
-@device
-def matmul(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride):
-    """out[r, c - first_col] = sum_k x[r, k] * w[c, k]; a row's bits do not depend on `rows`."""
-    if rows <= STREAM_ROWS:
-        matmul_stream(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride)
-    else:
-        matmul_tiled(x, x_stride, rows, w, num_k, first_col, last_col, out, out_stride)
-
-
-@device
 def norm_rows(x, weight, eps, num_c, rows, out):
     """RMSNorm of contiguous rows on this core."""
     for r in range(rows):
@@ -157,7 +82,7 @@ def norm_row(x, weight, eps, num_c, out):
     """out = x / sqrt(mean(x^2) + eps) * weight for one row of num_c floats; out may be x."""
     square = np.empty(1, np.float32)
     whole = num_c // LANES * LANES
-    dot_1x1(x, 0, x, 0, whole, square.ctypes.data, 0)
+    dot(x, 0, x, 0, whole, 1, square.ctypes.data, 0)
     total = square[0]
     if whole < num_c:
         total += dot_tail(x, x, whole, num_c)

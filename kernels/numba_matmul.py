@@ -1,4 +1,4 @@
-"""The weight-bound operations on a CPU: float32, every row the same bits in a pass of any width.
+"""The weight-bound operations on a CPU: every row has the same bits in a pass of any width.
 
 The contracts are those of norm_qkv_rope.py, linear_residual.py, norm_gated_mlp.py and
 norm_lm_head.py; arguments here are addresses and sizes. Each kernel normalises its rows once, then
@@ -13,17 +13,16 @@ from numba import prange
 
 from kernels.numba_compile import device, kernel
 from kernels.numba_math import (
-    STREAM_ROWS,
     F,
     bytes_at,
     exp,
     floats_at,
     ints_at,
     keep_alive,
-    matmul,
     norm_row,
     norm_rows,
 )
+from kernels.numba_product import STREAM_ROWS, planned_matmul, precision_of
 
 STREAM_COLS = 96  # output columns a core takes at a time: long runs of memory for few rows,
 TILED_COLS = 32  # and weights that stay in the core's cache for many
@@ -35,16 +34,6 @@ def block_cols(rows, num_out):
     if rows > STREAM_ROWS:
         return TILED_COLS
     return max(1, min(STREAM_COLS, num_out // 16))  # enough blocks for 16 cores
-
-
-@device
-def any_runs(plan, plan_stride, batch):
-    """Whether some sequence runs the sub-layer whose column of the plan table is given."""
-    precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
-    for b in range(batch):  # noqa: SIM110 - numba compiles the loop, not the generator
-        if precisions[b * plan_stride] > 0:
-            return True
-    return False
 
 
 @device
@@ -94,32 +83,40 @@ def norm_qkv_rope_append(
     k_cache, v_cache, plan, plan_stride, batch, width, hidden, heads, kv_heads, head_dim,
     cache_len, y,
 ):  # fmt: skip
-    if not any_runs(plan, plan_stride, batch):
+    precision = precision_of(plan, plan_stride, batch)
+    if precision == 0:
         return
     rows, num_out = batch * width, (heads + 2 * kv_heads) * head_dim
     scratch = np.empty((rows, hidden), np.float32)
-    normed = scratch.ctypes.data
+    normed = np.int64(scratch.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
     cols = block_cols(rows, num_out)
     for block in prange((num_out + cols - 1) // cols):
-        first, last = block * cols, min(num_out, (block + 1) * cols)
-        out = y + first * 4
-        matmul(normed, hidden * 4, rows, qkv, hidden, first, last, out, num_out * 4)
+        first = np.int64(block) * cols
+        last = min(num_out, first + cols)
+        planned_matmul(
+            precision, plan, plan_stride, batch, normed, hidden * 4, rows, qkv, hidden, first, last,
+            y + first * 4, num_out * 4,
+        )  # fmt: skip
     keep_alive(scratch)
     for r in prange(rows):
         finish_qkv_row(
-            r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
+            np.int64(r),
+            y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
             v_cache, plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
         )  # fmt: skip
 
 
 @device
 def residual_block(
-    block, cols, x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out, y
+    block, cols, x, weight, residual, precision, plan, plan_stride, batch, rows, num_k, num_out, y
 ):
     """residual += x W^T in one block of columns, for the sequences that run the sub-layer."""
     first, last = block * cols, min(num_out, (block + 1) * cols)
-    matmul(x, num_k * 4, rows, weight, num_k, first, last, y + first * 4, num_out * 4)
+    planned_matmul(
+        precision, plan, plan_stride, batch, x, num_k * 4, rows, weight, num_k, first, last,
+        y + first * 4, num_out * 4,
+    )  # fmt: skip
     precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
     for r in range(rows):
         if precisions[r // (rows // batch) * plan_stride] > 0:
@@ -132,24 +129,31 @@ def residual_block(
 
 @kernel
 def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out):
-    if not any_runs(plan, plan_stride, batch):
+    precision = precision_of(plan, plan_stride, batch)
+    if precision == 0:
         return
     scratch = np.empty((rows, num_out), np.float32)
-    y, cols = scratch.ctypes.data, block_cols(rows, num_out)
+    y, cols = np.int64(scratch.ctypes.data), block_cols(rows, num_out)
     for block in prange((num_out + cols - 1) // cols):
         residual_block(
-            block, cols, x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out, y
-        )
+            np.int64(block),
+            cols, x, weight, residual, precision, plan, plan_stride, batch, rows, num_k,
+            num_out, y,
+        )  # fmt: skip
     keep_alive(scratch)
 
 
 @device
-def gated_mlp_block(block, cols, normed, gate_up, rows, hidden, ffn, up, h):
+def gated_mlp_block(
+    block, cols, normed, gate_up, precision, plan, plan_stride, batch, rows, hidden, ffn, up, h
+):
     """h = silu(gate) * up in one block of columns; up is scratch."""
     first, last = block * cols, min(ffn, (block + 1) * cols)
-    up_rows = gate_up + ffn * hidden * 4
-    matmul(normed, hidden * 4, rows, gate_up, hidden, first, last, h + first * 4, ffn * 4)
-    matmul(normed, hidden * 4, rows, up_rows, hidden, first, last, up + first * 4, ffn * 4)
+    for half in range(2):
+        planned_matmul(
+            precision, plan, plan_stride, batch, normed, hidden * 4, rows, gate_up, hidden,
+            half * ffn + first, half * ffn + last, (h if half == 0 else up) + first * 4, ffn * 4,
+        )  # fmt: skip
     for r in range(rows):
         place = (r * ffn + first) * 4
         gate, factor = floats_at(h + place, last - first), floats_at(up + place, last - first)
@@ -159,26 +163,37 @@ def gated_mlp_block(block, cols, normed, gate_up, rows, hidden, ffn, up, h):
 
 @kernel
 def norm_gated_mlp(x, norm_weight, eps, gate_up, plan, plan_stride, batch, rows, hidden, ffn, h):
-    if not any_runs(plan, plan_stride, batch):
+    precision = precision_of(plan, plan_stride, batch)
+    if precision == 0:
         return
     scratch, scratch_up = np.empty((rows, hidden), np.float32), np.empty((rows, ffn), np.float32)
-    normed, up = scratch.ctypes.data, scratch_up.ctypes.data
+    normed, up = np.int64(scratch.ctypes.data), np.int64(scratch_up.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
     cols = block_cols(rows, ffn)
     for block in prange((ffn + cols - 1) // cols):
-        gated_mlp_block(block, cols, normed, gate_up, rows, hidden, ffn, up, h)
+        gated_mlp_block(
+            np.int64(block),
+            cols, normed, gate_up, precision, plan, plan_stride, batch, rows, hidden, ffn,
+            up, h,
+        )  # fmt: skip
     keep_alive(scratch)
     keep_alive(scratch_up)
 
 
 @kernel
-def norm_lm_head(x, norm_weight, eps, lm_head, rows, hidden, vocab, logits):
+def norm_lm_head(
+    x, norm_weight, eps, lm_head, plan, plan_stride, batch, rows, hidden, vocab, logits
+):
+    precision = precision_of(plan, plan_stride, batch)
     scratch = np.empty((rows, hidden), np.float32)
-    normed = scratch.ctypes.data
+    normed = np.int64(scratch.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
     cols = block_cols(rows, vocab)
     for block in prange((vocab + cols - 1) // cols):
-        first, last = block * cols, min(vocab, (block + 1) * cols)
-        out = logits + first * 4
-        matmul(normed, hidden * 4, rows, lm_head, hidden, first, last, out, vocab * 4)
+        first = np.int64(block) * cols
+        last = min(vocab, first + cols)
+        planned_matmul(
+            precision, plan, plan_stride, batch, normed, hidden * 4, rows, lm_head, hidden, first,
+            last, logits + first * 4, vocab * 4,
+        )  # fmt: skip
     keep_alive(scratch)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from kernels import numba_attention, numba_layers, numba_matmul
+from kernels.numba_sample import sample, top_probability
 from kernels.ops import Ops
-from kernels.sample import sample_ref
-from kernels.weight import LayerWeights, Weight
+from kernels.weight import LayerWeights, Weight, form_addresses
 
 
 def _check(x: torch.Tensor, weight: Weight) -> None:
@@ -23,10 +23,19 @@ def _check(x: torch.Tensor, weight: Weight) -> None:
     assert x.is_contiguous() and full.is_contiguous(), (x.stride(), full.stride())
 
 
-def _address(tensor: torch.Tensor | Weight | None) -> int:
-    if tensor is None:
-        return 0
-    return (tensor.full if isinstance(tensor, Weight) else tensor).data_ptr()
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _record(weight: Weight) -> np.ndarray:
+    """A weight's forms as planned_matmul reads them; the caller keeps it until that is done."""
+    return np.array(form_addresses(weight), np.int64)
+
+
+def _check_forms(weight: Weight, plan: torch.Tensor, sublayer: int | slice) -> None:
+    """A plan may ask for 8 bits only where there are any: the kernel would read address 0."""
+    if weight.int8 is None or weight.scale is None:
+        assert not (plan[:, sublayer] == 8).any(), "the weights have no int8 form"
 
 
 def norm_qkv_rope_append(
@@ -49,15 +58,16 @@ def norm_qkv_rope_append(
 ) -> torch.Tensor:
     """See norm_qkv_rope.py; q comes back as a view [R, H, D] with the row stride of Q, K and V."""
     _check(x, qkv)
+    _check_forms(qkv, plan, sublayer)
     assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(),)
     (batch, width), (rows, hidden) = positions.shape, x.shape
     _, kv_heads, cache_len, head_dim = k_cache.shape
     num_out = qkv.full.shape[0]
     heads = num_out // head_dim - 2 * kv_heads
     assert rows == batch * width and cos.shape[1] * 2 == head_dim, (x.shape, positions.shape)
-    y = x.new_empty(rows, num_out)
+    y, record = x.new_empty(rows, num_out), _record(qkv)
     numba_matmul.norm_qkv_rope_append(
-        x.data_ptr(), norm_weight.data_ptr(), eps, qkv.full.data_ptr(), _address(qkv_bias),
+        x.data_ptr(), norm_weight.data_ptr(), eps, record.ctypes.data, _address(qkv_bias),
         _address(q_norm), _address(k_norm), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
         num_tokens.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         plan.data_ptr() + sublayer, plan.shape[1], batch, width, hidden, heads, kv_heads, head_dim,
@@ -94,10 +104,11 @@ def linear_residual(
 ) -> None:
     """See linear_residual.py."""
     _check(x, weight)
+    _check_forms(weight, plan, sublayer)
     assert residual.is_contiguous(), residual.stride()
-    (rows, num_k), num_out = x.shape, weight.full.shape[0]
+    (rows, num_k), num_out, record = x.shape, weight.full.shape[0], _record(weight)
     numba_matmul.linear_residual(
-        x.data_ptr(), weight.full.data_ptr(), residual.data_ptr(), plan.data_ptr() + sublayer,
+        x.data_ptr(), record.ctypes.data, residual.data_ptr(), plan.data_ptr() + sublayer,
         plan.shape[1], plan.shape[0], rows, num_k, num_out,
     )  # fmt: skip
 
@@ -112,10 +123,11 @@ def norm_gated_mlp(
 ) -> torch.Tensor:
     """See norm_gated_mlp.py."""
     _check(x, gate_up)
+    _check_forms(gate_up, plan, sublayer)
     (rows, hidden), ffn = x.shape, gate_up.full.shape[0] // 2
-    h = x.new_empty(rows, ffn)
+    h, record = x.new_empty(rows, ffn), _record(gate_up)
     numba_matmul.norm_gated_mlp(
-        x.data_ptr(), norm_weight.data_ptr(), eps, gate_up.full.data_ptr(),
+        x.data_ptr(), norm_weight.data_ptr(), eps, record.ctypes.data,
         plan.data_ptr() + sublayer, plan.shape[1], plan.shape[0], rows, hidden, ffn,
         h.data_ptr(),
     )  # fmt: skip
@@ -123,22 +135,41 @@ def norm_gated_mlp(
 
 
 def norm_lm_head(
-    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, lm_head: Weight
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    lm_head: Weight,
+    plan: torch.Tensor,
+    sublayer: int,
 ) -> torch.Tensor:
     """See norm_lm_head.py."""
     _check(x, lm_head)
+    _check_forms(lm_head, plan, sublayer)
     (rows, hidden), vocab = x.shape, lm_head.full.shape[0]
-    logits = x.new_empty(rows, vocab)
+    logits, record = x.new_empty(rows, vocab), _record(lm_head)
     numba_matmul.norm_lm_head(
-        x.data_ptr(), norm_weight.data_ptr(), eps, lm_head.full.data_ptr(), rows, hidden, vocab,
-        logits.data_ptr(),
+        x.data_ptr(), norm_weight.data_ptr(), eps, record.ctypes.data, plan.data_ptr() + sublayer,
+        plan.shape[1], plan.shape[0], rows, hidden, vocab, logits.data_ptr(),
     )  # fmt: skip
     return logits
+
+
+def accept(target: torch.Tensor, draft: torch.Tensor, num_drafted: torch.Tensor) -> torch.Tensor:
+    """See accept.py; a few tokens on a CPU are compared in less time than one torch operation."""
+    width, rows = target.shape[1], []
+    drafts = zip(target.tolist(), draft.tolist(), num_drafted.tolist(), strict=True)
+    for tokens, drafted, length in drafts:
+        count = 0
+        while count < min(length, len(drafted)) and drafted[count] == tokens[count]:
+            count += 1
+        rows.append([count, tokens[count], *tokens[: count + 1], *[-1] * (width - count - 1)])
+    return torch.tensor(rows)
 
 
 def run_layers(
     x: torch.Tensor,  # [R, C], updated in place
     layers: Sequence[LayerWeights],
+    table: np.ndarray,  # layer_table(layers): making it takes as long as a layer
     eps: float,
     cos: torch.Tensor,  # [S, D/2]
     sin: torch.Tensor,  # [S, D/2]
@@ -147,19 +178,20 @@ def run_layers(
     slots: torch.Tensor,  # [B] int32
     k_cache: torch.Tensor,  # [L, slots, H_kv, S, D], written
     v_cache: torch.Tensor,  # [L, slots, H_kv, S, D], written
-    plan: torch.Tensor,  # [B, 2L] uint8
+    plan: torch.Tensor,  # [B, 2L + 1] uint8
 ) -> None:
     """The residual stream through every layer: what the five operations do in turn, bit for bit."""
     _check(x, layers[0].qkv)
     assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(),)
     (batch, width), hidden = positions.shape, x.shape[1]
-    assert x.shape[0] == batch * width and plan.shape == (batch, 2 * len(layers)), plan.shape
+    assert x.shape[0] == batch * width and plan.shape == (batch, 2 * len(layers) + 1), plan.shape
     assert plan.dtype == torch.uint8 and plan.is_contiguous(), (plan.dtype, plan.stride())
     for index in (positions, num_tokens, slots):
         assert index.dtype == torch.int32 and index.is_contiguous(), (index.dtype, index.stride())
     num_layers, _, kv_heads, cache_len, head_dim = k_cache.shape
     heads = layers[0].qkv.full.shape[0] // head_dim - 2 * kv_heads
-    table = np.array([[_address(t) for t in layer] for layer in layers], np.int64)
+    for weight in (layers[0].qkv, layers[0].down):
+        _check_forms(weight, plan, slice(0, -1))
     numba_layers.run_layers(
         table.ctypes.data, num_layers, x.data_ptr(), eps, cos.data_ptr(), sin.data_ptr(),
         positions.data_ptr(), num_tokens.data_ptr(), slots.data_ptr(), k_cache.data_ptr(),
@@ -175,6 +207,9 @@ NUMBA = Ops(
     linear_residual=linear_residual,
     norm_gated_mlp=norm_gated_mlp,
     norm_lm_head=norm_lm_head,
-    sample=sample_ref,
+    sample=sample,
+    top_probability=top_probability,
+    accept=accept,
+    is_row_invariant=True,
     run_layers=run_layers,
 )

@@ -10,8 +10,8 @@ Pointers are plain addresses, strides are in bytes.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 LANES = 16
 F32 = ir.FloatType()
+I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 VECTOR = ir.VectorType(F32, LANES)
@@ -46,20 +47,45 @@ def _offset(builder: Any, base: Any, stride: Any, times: int) -> Any:
     return builder.add(base, builder.mul(stride, ir.Constant(I64, times)))
 
 
-def _sum_lanes(builder: Any, vector: Any) -> Any:
-    width = LANES
-    while width > 1:
-        width //= 2
-        halves = [
-            builder.shuffle_vector(
-                vector,
-                vector,
-                ir.Constant(ir.VectorType(I32, width), list(range(first, first + width))),
-            )
-            for first in (0, width)
-        ]
-        vector = builder.fadd(*halves)
-    return builder.extract_element(vector, ir.Constant(I32, 0))
+def _sum_lanes(builder: Any, vectors: Sequence[Any]) -> list[Any]:
+    """The sum of the lanes of each vector, LANES sums to a vector.
+
+    Halves are added until one lane is left. Up to LANES vectors are summed together: a half of one
+    and a half of another make a vector, so that each addition works on full ones. The order of a
+    vector's own sum stays the same.
+    """
+    sums = []
+    for first in range(0, len(vectors), LANES):
+        group = list(vectors[first : first + LANES])
+        width = LANES  # lanes left of each vector that was given
+        while width > 1:
+            half = width // 2
+            pairs = [group[i : i + 2] for i in range(0, len(group), 2)]
+            group = [_add_halves(builder, pair[0], pair[-1], half) for pair in pairs]
+            width = half
+        sums += group
+    return sums
+
+
+def _lanes(builder: Any, vectors: Sequence[Any], first: int, count: int) -> Any:
+    """Lanes [first, first + count) of the vectors laid end to end: a float or a vector."""
+    vector = vectors[first // LANES]
+    if count == 1:
+        return builder.extract_element(vector, ir.Constant(I32, first % LANES))
+    lanes = ir.Constant(ir.VectorType(I32, count), [first % LANES + i for i in range(count)])
+    return builder.shuffle_vector(vector, vector, lanes)
+
+
+def _add_halves(builder: Any, a: Any, b: Any, half: int) -> Any:
+    """Lanes i and i + half of every 2 * half lanes of a, then of b, added."""
+    begins = range(0, 2 * LANES, 2 * half)
+    low = [begin + i for begin in begins for i in range(half)]
+    mask = ir.VectorType(I32, LANES)
+    parts = [
+        builder.shuffle_vector(a, b, ir.Constant(mask, [lane + shift for lane in low]))
+        for shift in (0, half)
+    ]
+    return builder.fadd(*parts)
 
 
 def _no_unrolling(module: Any) -> Any:
@@ -93,39 +119,105 @@ def _loop(
     return values
 
 
-def make_dot_tile(rows: int, cols: int) -> Any:
-    """out[r, c] = sum over k < K of x[r, k] * w[c, k], for K a multiple of LANES."""
+def _load_weights(builder: Any, row: Any, k: Any, is_int8: bool) -> Any:
+    """LANES weights from element k of a row, as floats."""
+    if not is_int8:
+        return _load(builder, builder.add(row, builder.mul(k, ir.Constant(I64, 4))), VECTOR)
+    pointer = builder.inttoptr(builder.add(row, k), ir.VectorType(I8, LANES).as_pointer())
+    stored = builder.load(pointer, align=1)
+    return builder.sitofp(builder.sext(stored, ir.VectorType(I32, LANES)), VECTOR)
+
+
+class PanelShape(NamedTuple):
+    """Rows of x and rows of w that a tile takes; where the latter lie, and in which form."""
+
+    rows: int
+    cols: int
+    is_int8: bool = False
+    is_adjacent: bool = False
+
+
+def _emit_tile(builder: Any, shape: PanelShape, args: Sequence[Any]) -> None:
+    """out[r, c] = sum over k < K of x[r, k] * w[c, k]; all sums are kept in registers."""
+    rows, cols, is_int8, is_adjacent = shape
+    x, x_stride, w, w_stride, num_k, out, out_stride, col_stride = args
+    x_rows = [_offset(builder, x, x_stride, r) for r in range(rows)]
+    w_rows = [_offset(builder, w, w_stride, c) for c in range(cols)]
+
+    def body(k: Any, acc: list[Any]) -> list[Any]:
+        k_bytes = builder.mul(k, ir.Constant(I64, 4))
+        weights = [_load_weights(builder, row, k, is_int8) for row in w_rows]
+        new = []
+        for r, row in enumerate(x_rows):
+            value = _load(builder, builder.add(row, k_bytes), VECTOR)
+            for c, weight in enumerate(weights):
+                new.append(_fma(builder, weight, value, acc[r * cols + c]))
+        return new
+
+    sums = _sum_lanes(builder, _loop(builder, [ZERO] * (rows * cols), num_k, LANES, body))
+    run = cols if is_adjacent else 1
+    assert LANES % run == 0, (cols, LANES)
+    for r in range(rows):
+        out_row = _offset(builder, out, out_stride, r)
+        for c in range(0, cols, run):
+            value = _lanes(builder, sums, r * cols + c, run)
+            _store(builder, value, _offset(builder, out_row, col_stride, c))
+
+
+def _panel(module: Any, shape: PanelShape) -> Any:
+    """The panel as a function of its own: inlined wherever it is used, it compiles for ages."""
+    rows, cols, is_int8, is_adjacent = shape
+    name = f"dot_panel_{rows}x{cols}_{int(is_int8)}{int(is_adjacent)}"
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 8), name)
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    x, x_stride, w, w_stride, num_k, num_cols, out, out_stride = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    num_tiles = builder.sdiv(num_cols, ir.Constant(I64, cols))
+    done = builder.mul(num_tiles, ir.Constant(I64, cols))
+    apart = ir.Constant(I64, 1) if is_adjacent else num_tiles
+
+    def column(c: Any, _values: list[Any]) -> list[Any]:
+        first, y = builder.mul(c, w_stride), builder.mul(c, ir.Constant(I64, 4))
+        strides = (builder.mul(apart, w_stride), builder.mul(apart, ir.Constant(I64, 4)))
+        _emit_tile(builder, shape, (
+            x, x_stride, builder.add(w, first), strides[0], num_k, builder.add(out, y), out_stride,
+            strides[1],
+        ))  # fmt: skip
+        return []
+
+    _loop(builder, [], *((done, cols) if is_adjacent else (num_tiles, 1)), column)
+    if cols > 1:
+        builder.call(_panel(module, PanelShape(rows, 1, is_int8)), (
+            x, x_stride, builder.add(w, builder.mul(done, w_stride)), w_stride, num_k,
+            builder.sub(num_cols, done), builder.add(out, builder.mul(done, ir.Constant(I64, 4))),
+            out_stride,
+        ))  # fmt: skip
+    builder.ret_void()
+    return function
+
+
+def make_dot_panel(rows: int, cols: int, is_int8: bool = False, is_adjacent: bool = False) -> Any:
+    """out[r, c] = sum over k < K of x[r, k] * w[c, k] for c < num_cols, K a multiple of LANES.
+
+    Arguments are those of PanelShape: so many rows of w at a time, neighbours if `is_adjacent` and
+    else as far apart as they can be. Strides are those of rows.
+    """
+    shape = PanelShape(rows, cols, is_int8, is_adjacent)
 
     @intrinsic
-    def dot_tile(_, x, x_stride, w, w_stride, num_k, out, out_stride):
-        signature = types.void(*[types.intp] * 7)
+    def dot_panel(_, x, x_stride, w, w_stride, num_k, num_cols, out, out_stride):
+        signature = types.void(*[types.intp] * 8)
 
         def codegen(context, builder, _signature, arguments):
-            x, x_stride, w, w_stride, num_k, out, out_stride = arguments
-            x_rows = [_offset(builder, x, x_stride, r) for r in range(rows)]
-            w_rows = [_offset(builder, w, w_stride, c) for c in range(cols)]
-
-            def body(k: Any, acc: list[Any]) -> list[Any]:
-                k_bytes = builder.mul(k, ir.Constant(I64, 4))
-                weights = [_load(builder, builder.add(row, k_bytes), VECTOR) for row in w_rows]
-                new = []
-                for r, row in enumerate(x_rows):
-                    value = _load(builder, builder.add(row, k_bytes), VECTOR)
-                    for c, weight in enumerate(weights):
-                        new.append(_fma(builder, weight, value, acc[r * cols + c]))
-                return new
-
-            acc = _loop(builder, [ZERO] * (rows * cols), num_k, LANES, body)
-            for r in range(rows):
-                out_row = _offset(builder, out, out_stride, r)
-                for c in range(cols):
-                    total = _sum_lanes(builder, acc[r * cols + c])
-                    _store(builder, total, builder.add(out_row, ir.Constant(I64, 4 * c)))
+            builder.call(_panel(builder.module, shape), arguments)
             return context.get_dummy_value()
 
         return signature, codegen
 
-    return dot_tile
+    return dot_panel
 
 
 def make_weighted_sum_tile(rows: int, blocks: int) -> Any:

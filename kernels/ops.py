@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.accept import accept_ref
 from kernels.attention import attention_ref
 from kernels.linear_residual import linear_residual_ref
 from kernels.norm_gated_mlp import norm_gated_mlp_ref
 from kernels.norm_lm_head import norm_lm_head_ref
 from kernels.norm_qkv_rope import norm_qkv_rope_append_ref
-from kernels.sample import sample_ref
+from kernels.sample import sample_ref, top_probability_ref
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Ops:
     """One implementation of every operation; the files named after them hold the contracts.
 
     `run_layers` is all layers of a pass in one launch, where an implementation has that.
+    `is_row_invariant`: a row has the same bits however many rows share the pass, so that a draft
+    cannot change a token; with torch's products that holds only up to rounding.
     """
 
     name: str
@@ -29,6 +32,9 @@ class Ops:
     norm_gated_mlp: Callable[..., torch.Tensor]
     norm_lm_head: Callable[..., torch.Tensor]
     sample: Callable[..., torch.Tensor]
+    top_probability: Callable[[torch.Tensor], torch.Tensor]
+    accept: Callable[..., torch.Tensor]
+    is_row_invariant: bool
     run_layers: Callable[..., None] | None = None
 
 
@@ -40,4 +46,7 @@ TORCH = Ops(
     norm_gated_mlp=norm_gated_mlp_ref,
     norm_lm_head=norm_lm_head_ref,
     sample=sample_ref,
+    top_probability=top_probability_ref,
+    accept=accept_ref,
+    is_row_invariant=False,
 )

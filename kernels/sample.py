@@ -48,6 +48,11 @@ def filter_threshold_ref(
     return torch.where(kept, ordered, float("inf")).amin(-1, keepdim=True)
 
 
+def top_probability_ref(logits: torch.Tensor) -> torch.Tensor:
+    """logits [R, V] float32 -> [R]: the largest probability of softmax(logits)."""
+    return (logits - logits.amax(-1, keepdim=True)).exp().sum(-1).reciprocal()
+
+
 def sample_ref(
     logits: torch.Tensor,  # [R, V] float32
     temperature: torch.Tensor,  # [R] float32, 0 is greedy

@@ -8,6 +8,7 @@ decode with `TRITON` and prefill with `TRITON_PREFILL`.
 
 from __future__ import annotations
 
+from kernels.accept import accept
 from kernels.attn_decode import attn_decode
 from kernels.attn_prefill import attn_prefill
 from kernels.linear_residual import linear_residual, linear_residual_ref
@@ -15,7 +16,7 @@ from kernels.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
 from kernels.norm_lm_head import norm_lm_head, norm_lm_head_ref
 from kernels.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
 from kernels.ops import Ops
-from kernels.sample import sample
+from kernels.sample import sample, top_probability_ref
 
 TRITON = Ops(
     name="triton",
@@ -25,6 +26,9 @@ TRITON = Ops(
     norm_gated_mlp=norm_gated_mlp,
     norm_lm_head=norm_lm_head,
     sample=sample,
+    top_probability=top_probability_ref,
+    accept=accept,
+    is_row_invariant=True,
 )
 
 TRITON_PREFILL = Ops(
@@ -35,4 +39,7 @@ TRITON_PREFILL = Ops(
     norm_gated_mlp=norm_gated_mlp_ref,
     norm_lm_head=norm_lm_head_ref,
     sample=sample,
+    top_probability=top_probability_ref,
+    accept=accept,
+    is_row_invariant=False,
 )

@@ -11,10 +11,16 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_that_run(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r):  # type: ignore[no-untyped-def]
-    """Mask of the rows whose sequence runs `sublayer`."""
+def load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r):  # type: ignore[no-untyped-def]
+    """The plan's precision of `sublayer` for each row: 0 (skip), 8 or 16; 0 beyond the last row."""
     plan_ptrs = plan_ptr + (offs_r // T) * stride_plan_b + sublayer
-    return tl.load(plan_ptrs, mask=mask_r, other=0) != 0
+    return tl.load(plan_ptrs, mask=mask_r, other=0)
+
+
+@triton.jit
+def any_row(mask):  # type: ignore[no-untyped-def]
+    """Whether a mask of rows holds any."""
+    return tl.max(mask.to(tl.int32), axis=0) != 0
 
 
 @triton.jit

@@ -8,6 +8,7 @@ logits = W_head norm(x)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +16,9 @@ import torch
 
 from kernels.ops import Ops
 from models.config import LlamaConfig
+from models.plan import FULL, DraftPlan
 from models.rope import rope_table
 from models.weights import LlamaWeights
-
-FULL_PRECISION = 16
 
 
 class Rows(NamedTuple):
@@ -63,9 +63,17 @@ def make_llama(
 
 
 def full_plan(config: LlamaConfig, batch: int, device: torch.device) -> torch.Tensor:
-    """The plan table [B, 2L] uint8 of the model itself: every sub-layer at full precision."""
-    shape = (batch, 2 * config.num_layers)
-    return torch.full(shape, FULL_PRECISION, dtype=torch.uint8, device=device)
+    """The plan table [B, 2L + 1] uint8 of the model itself: everything at full precision.
+
+    Columns 0 to 2L - 1 are the sub-layers, column 2L is the LM head.
+    """
+    return torch.full((batch, 2 * config.num_layers + 1), FULL, dtype=torch.uint8, device=device)
+
+
+def plan_table(plans: Sequence[DraftPlan], device: torch.device) -> torch.Tensor:
+    """The plan table [B, 2L + 1] uint8 of a pass in which every sequence has its own plan."""
+    rows = [(*plan.sublayers, plan.head_precision) for plan in plans]
+    return torch.tensor(rows, dtype=torch.uint8, device=device)
 
 
 def forward(
@@ -73,7 +81,7 @@ def forward(
     rows: Rows,
     k_cache: torch.Tensor,  # [L, slots, H_kv, S, D], written
     v_cache: torch.Tensor,  # [L, slots, H_kv, S, D], written
-    plan: torch.Tensor,  # [B, 2L] uint8
+    plan: torch.Tensor,  # [B, 2L + 1] uint8
     ops: Ops,
 ) -> torch.Tensor:
     """Return the residual stream after the last layer, [B*T, C]; see `logits` for the rest."""
@@ -81,8 +89,8 @@ def forward(
     x = model.weights.embedding[rows.token_ids.flatten()]
     if ops.run_layers is not None:
         ops.run_layers(
-            x, model.weights.layers, config.norm_eps, model.cos, model.sin, rows.positions,
-            rows.num_tokens, rows.slots, k_cache, v_cache, plan,
+            x, model.weights.layers, model.weights.layer_table, config.norm_eps, model.cos,
+            model.sin, rows.positions, rows.num_tokens, rows.slots, k_cache, v_cache, plan,
         )  # fmt: skip
         return x
     layers = zip(model.weights.layers, k_cache.unbind(0), v_cache.unbind(0), strict=True)
@@ -99,7 +107,9 @@ def forward(
     return x
 
 
-def logits(model: Llama, x: torch.Tensor, ops: Ops) -> torch.Tensor:
-    """x [R, C], rows of the residual stream -> logits [R, V] float32."""
-    weights = model.weights
-    return ops.norm_lm_head(x, weights.final_norm, model.config.norm_eps, weights.lm_head)
+def logits(model: Llama, x: torch.Tensor, plan: torch.Tensor, ops: Ops) -> torch.Tensor:
+    """x [R, C], as many rows of the residual stream for each sequence -> logits [R, V] float32."""
+    weights, head = model.weights, 2 * model.config.num_layers
+    return ops.norm_lm_head(
+        x, weights.final_norm, model.config.norm_eps, weights.lm_head, plan, head
+    )

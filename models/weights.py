@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from kernels.weight import LayerWeights, Weight
+from kernels.weight import LayerWeights, Weight, layer_table
 from models.checkpoint import GGUF_ROPE_FACTORS, Checkpoint
 from models.config import LlamaConfig
 
@@ -33,6 +34,20 @@ class LlamaWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # [C]
     lm_head: Weight  # [V, C]
+
+    @cached_property
+    def layer_table(self) -> np.ndarray:
+        """The addresses of all layers, for operations that run them in one launch."""
+        return layer_table(self.layers)
+
+
+def sublayer_bytes(weights: LlamaWeights) -> tuple[int, ...]:
+    """Full-precision bytes of the matrices of the 2L sub-layers, then of the LM head."""
+    sizes = []
+    for layer in weights.layers:
+        sizes += [layer.qkv.full.nbytes + layer.attn_out.full.nbytes]
+        sizes += [layer.gate_up.full.nbytes + layer.down.full.nbytes]
+    return (*sizes, weights.lm_head.full.nbytes)
 
 
 def load_weights(
@@ -153,7 +168,7 @@ def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
     C, F, D = config.hidden_size, config.ffn_size, config.head_dim
     q_rows, kv_rows = config.num_heads * D, config.num_kv_heads * D
     count = sum(-(-math.prod(part.shape) // ALIGNMENT) for part in _parts(config).values())
-    arena = _arena(count * ALIGNMENT, device, dtype)
+    arena = allocate_arena(count * ALIGNMENT, device, dtype)
     used = 0
 
     def empty(*shape: int) -> torch.Tensor:
@@ -181,7 +196,7 @@ def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
     return LlamaWeights(embedding, layers, empty(C), Weight(lm_head))
 
 
-def _arena(num_elements: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def allocate_arena(num_elements: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Room for all weights in one piece: a decode step reads it from end to end."""
     if device.type != "cpu":
         return torch.empty(num_elements, device=device, dtype=dtype)

@@ -38,6 +38,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
 }
 
@@ -64,9 +65,17 @@ SHAPES = {
 }
 
 
+class Run(NamedTuple):
+    """One model's launches; `has_int8`: its weights hold an 8-bit form beside the full one."""
+
+    model: str
+    dtype: torch.dtype = torch.bfloat16
+    has_int8: bool = False
+
+
 # The default dtype of a GPU on every shape, the others on the largest.
-RUNS = [(name, torch.bfloat16) for name in SHAPES]
-RUNS += [("Llama-3-8B", torch.float16), ("Llama-3-8B", torch.float32)]
+RUNS = [Run(name, has_int8=has_int8) for has_int8 in (False, True) for name in SHAPES]
+RUNS += [Run("Llama-3-8B", torch.float16), Run("Llama-3-8B", torch.float32)]
 
 
 class Launch(NamedTuple):
@@ -107,11 +116,17 @@ def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Laun
     return Launch(kernel, signature, constants, tuple(divisible), options)
 
 
-def launch_all(shape: Shape, model_dtype: torch.dtype) -> None:
+def launch_all(run: Run) -> None:
     """Call every launcher once with the sizes of a model."""
+    shape = SHAPES[run.model]
 
-    def meta(*sizes: int, dtype: torch.dtype = model_dtype) -> torch.Tensor:
+    def meta(*sizes: int, dtype: torch.dtype = run.dtype) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
+
+    def weight(n: int, k: int) -> Weight:
+        if not run.has_int8:
+            return Weight(meta(n, k))
+        return Weight(meta(n, k), meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32))
 
     batch, width, positions = 2, 5, 4096
     rows, layers = batch * width, 2
@@ -125,36 +140,36 @@ def launch_all(shape: Shape, model_dtype: torch.dtype) -> None:
     bias = meta(n) if shape.has_bias else None
     head_norms = tuple(meta(d) if shape.has_qk_norm else None for _ in "qk")
     x, norm = meta(rows, c), meta(c)
-    qkv = Weight(meta(n, c))
     TRITON.norm_qkv_rope_append(
-        x, norm, 1e-5, qkv, bias, *head_norms, *tables, *where, *caches, *plan
+        x, norm, 1e-5, weight(n, c), bias, *head_norms, *tables, *where, *caches, *plan
     )
     for ops in (TRITON, TRITON_PREFILL):
         ops.attention(meta(rows, shape.heads, d), *caches, *where, *plan)
-    TRITON.linear_residual(meta(rows, shape.heads * d), Weight(meta(c, shape.heads * d)), x, *plan)
-    TRITON.norm_gated_mlp(x, norm, 1e-5, Weight(meta(2 * f, c)), *plan)
-    TRITON.linear_residual(meta(rows, f), Weight(meta(c, f)), x, *plan)
-    TRITON.norm_lm_head(x, norm, 1e-5, Weight(meta(shape.vocab, c)))
+    TRITON.linear_residual(meta(rows, shape.heads * d), weight(c, shape.heads * d), x, *plan)
+    TRITON.norm_gated_mlp(x, norm, 1e-5, weight(2 * f, c), *plan)
+    TRITON.linear_residual(meta(rows, f), weight(c, f), x, *plan)
+    TRITON.norm_lm_head(x, norm, 1e-5, weight(shape.vocab, c), *plan)
     f32, i64 = {"dtype": torch.float32}, {"dtype": torch.int64}
     parameters = (meta(rows, **f32), meta(rows, **i32), meta(rows, **f32), meta(rows, **f32))
     logits = meta(rows, shape.vocab, **f32)
     TRITON.sample(logits, *parameters, meta(rows, **i64), meta(rows, **i64))
+    TRITON.accept(meta(batch, width, **i64), meta(batch, width - 1, **i64), meta(batch, **i32))
 
 
-def recorded_launches() -> Iterator[tuple[str, str, Launch]]:
-    """Every distinct launch with the first model and dtype that make it."""
+def recorded_launches() -> Iterator[tuple[Run, Launch]]:
+    """Every distinct launch with the first run that makes it."""
     recorded: list[Launch] = []
     original = JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: recorded.append(
         describe(self, args, kwargs)
     )
     seen = set()
-    for model, dtype in RUNS:
-        launch_all(SHAPES[model], dtype)
+    for run in RUNS:
+        launch_all(run)
         fresh = {launch.key(): launch for launch in recorded if launch.key() not in seen}
         seen.update(fresh)
         recorded.clear()
-        yield from ((model, str(dtype), launch) for launch in fresh.values())
+        yield from ((run, launch) for launch in fresh.values())
     JITFunction.run = original
 
 
@@ -175,9 +190,21 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
         **usage,
         "wide_loads": len(re.findall(r"cp\.async\.cg[^;]*, 0x10|ld\.global\S*\.v4\.b32", ptx)),
         # Only weights carry a cache hint: they are the ones read once.
-        "narrow_weights": len(re.findall(r"cp\.async\S*cache_hint[^;]*, 0x(?!10)", ptx)),
+        "narrow_weights": sum(
+            int(width, 16) < widest_load(launch)
+            for width in re.findall(r"cp\.async\S*cache_hint[^;]*, (0x\w+)", ptx)
+        ),
+        "int8_dots": len(re.findall(r"mma\S*\.s8\.s8|kind::i8", ptx)),
         "fast_logarithms": ptx.count("lg2.approx"),
     }
+
+
+def widest_load(launch: Launch) -> int:
+    """Bytes of a weight that a thread reads at a time: 16, or its share of a smaller int8 tile."""
+    if not launch.constants.get("HAS_INT8"):
+        return 16
+    tile = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"]
+    return min(16, tile // (32 * dict(launch.options)["num_warps"]))
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -197,9 +224,10 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     capability = int(sys.argv[1])
-    for model, dtype, launch in recorded_launches():
+    for run, launch in recorded_launches():
         usage = compile_launch(launch, capability)
-        record = {"kernel": launch.kernel.__name__, "model": model, "dtype": dtype, **usage}
+        where = {"model": run.model, "dtype": str(run.dtype), "int8": run.has_int8}
+        record = {"kernel": launch.kernel.__name__, **where, **usage}
         sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()
 

@@ -12,41 +12,79 @@ import json
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 
 import engine.chat
-from engine.params import SamplingParams
+from engine.params import SamplingParams, Speculative
 from engine.terminal import loading_progress
 from engine.types import CompletionOutput, RequestOutput, RequestStats, TokenEvent
 
 Messages = Sequence[Mapping[str, str]]
 NUM_SLOW = 400
+DRAFTED = RequestStats(
+    *(5, 2, 12, 0.25, 0.5, 22.0),
+    plan="int8+ngram",
+    rounds=4,
+    drafted=9,
+    accepted=7,
+    rounds_by_plan={"int8": 3, "off": 1},
+    drafted_by_position=(3, 3, 3),
+    accepted_by_position=(3, 2, 2),
+)
 
 
 class FakeLLM:
-    """Answers like the real one, of words instead of tokens."""
+    """Answers like the real one, of words instead of tokens.
 
-    def __init__(self, generation: Mapping[str, object] | None = None) -> None:
+    Unless speculative is "off", every token but the first counts as drafted.
+    """
+
+    def __init__(
+        self,
+        generation: Mapping[str, object] | None = None,
+        speculative: Speculative = "auto",
+    ) -> None:
         self.model_name = "fake"
         self.device = "cpu"
         self.dtype = "float32"
         self.max_length = 128
         self.generation = generation or {}
+        self.speculative = speculative
+        self.int8_bytes = 0
+        # What resolve_plans looks at.
+        self.model = SimpleNamespace(
+            config=SimpleNamespace(num_layers=2),
+            decode_ops=SimpleNamespace(is_row_invariant=True),
+        )
         self.last_stats: RequestStats | None = None
         self.asked: list[list[dict[str, str]]] = []
         self.params: SamplingParams | None = None
         self.num_closed = 0
         self._draws = itertools.count()
+        self._messages: dict[tuple[int, ...], Messages] = {}
+        self._ids: dict[str, int] = {}
 
     def encode_chat(self, messages: Messages) -> list[int]:
-        return [len(word) for message in messages for word in message["content"].split()]
+        ids = [len(word) for message in messages for word in message["content"].split()]
+        self._messages[tuple(ids)] = messages
+        return ids
 
-    def stream_chat(
-        self, messages: Messages, params: SamplingParams | None = None
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams | None = None
     ) -> Iterator[TokenEvent]:
+        """`prompt` is what encode_chat has returned last for these lengths of words."""
+        params = params or SamplingParams()
+        messages = self._messages[tuple(prompt)]
         self._record(messages, params)
+        how = self.speculative if params.speculative is None else params.speculative
+        word = messages[-1]["content"].split()[-1]
         num_tokens = 0
-        pieces = list(self._pieces(messages[-1]["content"].split()[-1], params))
+        pieces = self._pieces(word, params, how != "off")
+        stop = "stop" if params.max_tokens is None or len(pieces) <= params.max_tokens else "length"
+        is_slow = len(pieces) == NUM_SLOW
+        pieces = pieces[: params.max_tokens]
         try:
             for index, piece in enumerate(pieces):
                 if piece == "<fail>":
@@ -54,22 +92,27 @@ class FakeLLM:
                 if piece == "<wait>":
                     time.sleep(1.5)
                     continue
-                if len(pieces) == NUM_SLOW:
+                if is_slow:
                     time.sleep(0.05)
                 num_tokens += 1
                 is_last = index == len(pieces) - 1
-                yield TokenEvent(index, piece, finish_reason="stop" if is_last else None)
+                token_id = self._ids.setdefault(piece, len(self._ids))
+                is_drafted = how != "off" and index > 0
+                yield TokenEvent(
+                    token_id, piece, is_drafted, finish_reason=stop if is_last else None
+                )
         finally:
             self.num_closed += 1
-            prompt = len(self.encode_chat(messages))
-            self.last_stats = RequestStats(prompt, 2, num_tokens, 0.25, 0.5, 6.0)
+            self.last_stats = RequestStats(len(prompt), 2, num_tokens, 0.25, 0.5, 6.0)
+            if word == "drafted" and how != "off":
+                self.last_stats = DRAFTED
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
-        events = list(self.stream_chat(messages, params))
+        prompt = tuple(self.encode_chat(messages))
+        events = list(self.stream(prompt, params))
         assert self.last_stats is not None
         text = "".join(event.text for event in events)
         answer = CompletionOutput(text, tuple(event.token_id for event in events), "stop")
-        prompt = tuple(self.encode_chat(messages))
         return RequestOutput(prompt, (answer,), self.last_stats)
 
     def _record(self, messages: Messages, params: SamplingParams | None) -> None:
@@ -79,34 +122,40 @@ class FakeLLM:
             with open(os.environ["FAKE_LOG"], "a") as file:
                 file.write(json.dumps(self.asked[-1]) + "\n")
 
-    def _pieces(self, word: str, params: SamplingParams | None) -> list[str]:
+    def _pieces(self, word: str, params: SamplingParams, is_drafting: bool) -> list[str]:
         if word == "template":
             raise ValueError("the model has no chat template")
         if word == "slow":
             return [f"word{index} " for index in range(NUM_SLOW)]
         if word == "draw":
-            seed = None if params is None else params.seed
-            return [f"drawn{next(self._draws) if seed is None else seed}"]
+            return [f"drawn{next(self._draws) if params.seed is None else params.seed}"]
+        if word == "lie":
+            return ["the ", "\x1blie" if is_drafting else "truth"]
+        if word == "long":  # one token more, or less, than without drafts
+            return ["the ", "end"][: 2 if is_drafting else 1]
+        if word == "short":
+            return ["the ", "end"][: 1 if is_drafting else 2]
         answers = {
             "escape": ["a\x1b[31mb", "\x9b2J\r\tc"],
             "many": [f"line {index}\n" for index in range(20_000)],
             "fail": ["some ", "<fail>"],
             "failfirst": ["<fail>"],
             "wait": ["<wait>", "late"],
+            "pause": ["soon ", "<wait>", "later ", "last"],
             "empty": [""],
             "newline": ["ends\n"],
         }
         return answers.get(word, ["you ", "said ", word])
 
 
-def load_fake(args: object) -> FakeLLM:
+def load_fake(args: Namespace) -> FakeLLM:
     """Stands in for `engine.chat.load_llm`, progress bar included."""
     with loading_progress() as on_progress:
         if on_progress is not None:
             on_progress(1, 2)
             time.sleep(0.2)
             on_progress(2, 2)
-    return FakeLLM()
+    return FakeLLM(speculative=args.speculative)
 
 
 if __name__ == "__main__":

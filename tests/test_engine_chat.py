@@ -14,8 +14,11 @@ from pathlib import Path
 import pexpect
 import pytest
 from fake_llm import FakeLLM
+from tiny import tiny_llm
 
 import engine.chat
+import engine.llm
+from engine.commands import Repl
 from engine.conversation import (
     Conversation,
     ask,
@@ -24,8 +27,9 @@ from engine.conversation import (
     save_conversation,
 )
 from engine.params import SamplingParams
-from engine.repl import Repl, handle_input
+from engine.repl import handle_input
 from engine.terminal import one_line, visible
+from models.plan import DraftPlan
 
 ROOT = Path(__file__).parent.parent
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]
@@ -139,6 +143,38 @@ def test_every_flag_reaches_the_model(
     assert [message["role"] for message in fake.asked[0]] == ["system", "user"]
 
 
+def load(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, object]:
+    """The keywords that the command line gives to LLM."""
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(engine.llm, "LLM", lambda model, **options: seen.update(options))
+    engine.chat.load_llm(engine.chat._parser().parse_args(flags))
+    return seen
+
+
+def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = load(monkeypatch)
+    assert (options["speculative"], options["profile"]) == ("auto", True)
+    options = load(monkeypatch, "--speculative", "plans/a.json", "--no-profile")
+    assert (options["speculative"], options["profile"]) == ("plans/a.json", False)
+
+
+@pytest.mark.parametrize("wrong", ["int9", "", "no/such.json", "{}", "[1]", "three layers"])
+def test_wrong_speculative_flag_is_one_line_and_exit_2(
+    wrong: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    value, texts = wrong, {"{}": "{}", "[1]": "[1]", "three layers": DraftPlan.int8(3).to_json()}
+    if wrong in texts:
+        value = str(tmp_path / "plan.json")
+        Path(value).write_text(texts[wrong])
+    monkeypatch.setattr(engine.chat, "load_llm", lambda a: tiny_llm(speculative=a.speculative))
+    assert engine.chat.main(["-p", "x", "--speculative", value]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+
+
 def test_greedy_only_where_nobody_says_a_temperature() -> None:
     assert chat_params(SamplingParams(), {}).temperature == 0.0
     assert chat_params(SamplingParams(), {"temperature": 0.6}).temperature is None
@@ -152,6 +188,17 @@ def test_piped_prompt_leaves_only_plain_model_text_on_stdout(env: dict[str, str]
     assert done.stderr.startswith(b"prompt 3 tokens (2 reused), generated 3 tokens; prefill 0.250")
     assert done.stderr.count(b"\n") == 1 and b"\x1b" not in done.stderr
     assert asked(env) == [["what is\nthis"]]
+
+
+def test_one_answer_with_statistics(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeLLM()
+    fake.int8_bytes = 2_000_000
+    monkeypatch.setattr(engine.chat, "load_llm", lambda args: fake)
+    assert engine.chat.main(["-p", "drafted", "--stats"]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("prompt 5 tokens") and second.endswith("1.0 .66 .66, int8 2 MB")
 
 
 def test_prompt_does_not_wait_for_a_silent_pipe(env: dict[str, str]) -> None:

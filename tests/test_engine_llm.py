@@ -231,7 +231,7 @@ def test_interleaved_streams_and_threads_do_not_disturb_each_other(llm):
 def test_an_interrupted_request_gives_its_slot_back(monkeypatch):
     llm = tiny_llm()
     expected = tokens(llm.generate("abc", GREEDY)[0])
-    for stage in ("prefill", "decode", "choose"):
+    for stage in ("prefill", "draw", "draft", "verify", "accept"):
         for error in (KeyboardInterrupt, RuntimeError):
             with monkeypatch.context() as patch, pytest.raises(error):
                 patch.setattr(f"engine.generate.{stage}", Mock(side_effect=error))

@@ -14,9 +14,10 @@ import pexpect
 import pytest
 from fake_llm import FakeLLM
 
+from engine.commands import COMMANDS, Repl
 from engine.conversation import Conversation
 from engine.params import SamplingParams
-from engine.repl import COMMANDS, Repl, handle_input, run_repl
+from engine.repl import handle_input, run_repl
 
 ROOT = Path(__file__).parent.parent
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]

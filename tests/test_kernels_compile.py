@@ -12,14 +12,17 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
-KERNELS = {
+MATRIX_KERNELS = {
     "_norm_qkv_rope_append_kernel",
-    "_attn_decode_kernel",
-    "_attn_prefill_kernel",
     "_linear_residual_kernel",
     "_norm_gated_mlp_kernel",
     "_norm_lm_head_kernel",
+}
+KERNELS = MATRIX_KERNELS | {
+    "_attn_decode_kernel",
+    "_attn_prefill_kernel",
     "_sample_kernel",
+    "_accept_kernel",
 }
 
 
@@ -58,7 +61,16 @@ def test_kernels_compile_and_fit(records, sm):
 def test_loads_are_vectorised(records, sm):
     """16 bytes a thread: a weight read in narrower pieces does not reach the memory's speed."""
     for record in records[sm]:
-        assert record["wide_loads"] > 0 and record["narrow_weights"] == 0, record
+        is_tiny = record["kernel"] == "_accept_kernel"  # reads a few token ids
+        assert (is_tiny or record["wide_loads"] > 0) and record["narrow_weights"] == 0, record
+
+
+@pytest.mark.parametrize("sm", SHARED_LIMITS)
+def test_int8_weights_reach_the_tensor_cores(records, sm):
+    """And weights without an 8-bit form compile to nothing of it."""
+    assert {record["kernel"] for record in records[sm] if record["int8"]} == MATRIX_KERNELS
+    for record in records[sm]:
+        assert (record["int8_dots"] > 0) == record["int8"], record
 
 
 @pytest.mark.parametrize("sm", SHARED_LIMITS)

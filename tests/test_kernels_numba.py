@@ -79,7 +79,9 @@ class Case:
 
     def run_head(self, ops, dtype=torch.float32):
         up = lambda t: t.to(dtype)  # noqa: E731
-        return ops.norm_lm_head(up(self.x), up(self.norm), 1e-5, Weight(up(self.head)))
+        return ops.norm_lm_head(
+            up(self.x), up(self.norm), 1e-5, Weight(up(self.head)), self.plan, 3
+        )
 
     def all_outputs(self, ops, dtype=torch.float32):
         q, k, v = self.run_qkv(ops, dtype)

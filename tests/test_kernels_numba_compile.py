@@ -13,14 +13,16 @@ import threading, torch
 from kernels.numba_ops import NUMBA
 from kernels.weight import Weight
 x, norm, head = torch.randn(2, 32), torch.ones(32), Weight(torch.randn(40, 32))
+plan = torch.full((1, 3), 16, dtype=torch.uint8)
 def run():
     for _ in range(20):
-        NUMBA.norm_lm_head(x, norm, 1e-5, head)
+        NUMBA.norm_lm_head(x, norm, 1e-5, head, plan, 2)
 run()
 threads = [threading.Thread(target=run) for _ in range(3)]
 [t.start() for t in threads], [t.join() for t in threads]
 import numba
-print(numba.threading_layer(), NUMBA.norm_lm_head(x, norm, 1e-5, head).isfinite().all().item())
+logits = NUMBA.norm_lm_head(x, norm, 1e-5, head, plan, 2)
+print(numba.threading_layer(), logits.isfinite().all().item())
 """
 
 

@@ -36,7 +36,7 @@ def run(model, cache, token_ids, start=0):
     """Logits of every token, in one pass."""
     plan = full_plan(model.config, 1, model.device)
     x = forward(model, rows_of(token_ids, start), *cache, plan, model.decode_ops)
-    return logits(model, x, model.decode_ops)
+    return logits(model, x, plan, model.decode_ops)
 
 
 def new_cache(model):
@@ -87,7 +87,7 @@ def test_one_launch_for_all_layers_is_the_five_operations_bit_for_bit(family):
     model = tiny_llama(family_config(family))
     five = replace(NUMBA, run_layers=None)
     prompt = torch.randint(3, model.config.vocab_size, (PROMPT_TOKENS,)).tolist()
-    for plan in (full_plan(model.config, 1, model.device), torch.tensor([[16, 0, 0, 16]])):
+    for plan in (full_plan(model.config, 1, model.device), torch.tensor([[16, 0, 0, 16, 16]])):
         caches = [new_cache(model) for _ in range(2)]
         for cache in caches:
             cache.k.zero_(), cache.v.zero_()

@@ -62,8 +62,9 @@ def tiny_llama(
     decode_ops: Ops = NUMBA,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Llama:
-    weights = to_device(random_weights(config, seed=seed), torch.device(device))
+    weights = to_device(random_weights(config, seed=seed, dtype=dtype), torch.device(device))
     return make_llama(config, weights, config.max_positions, prefill_ops, decode_ops)
 
 
@@ -71,11 +72,11 @@ def tiny_llm(config: LlamaConfig | None = None, **options: Any) -> LLM:
     """An LLM around a tiny random model whose tokens are bytes."""
     tokenizer = byte_tokenizer()
     config = config or family_config("llama2", vocab_size=tokenizer.vocab_size)
-    names = ("prefill_ops", "decode_ops", "device")
+    names = ("prefill_ops", "decode_ops", "device", "dtype")
     ops = {name: options.pop(name) for name in names if name in options}
     model = tiny_llama(config, **ops)
     loaded = Loaded("tiny", model, tokenizer, options.pop("chat_template", None), {})
-    return LLM.from_loaded(loaded, **options)
+    return LLM.from_loaded(loaded, **{"profile": False} | options)
 
 
 def rows_of(token_ids: list[int], start: int = 0, slot: int = 0) -> Rows:

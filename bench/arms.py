@@ -1,0 +1,168 @@
+"""Speculative decoding on prompts of several domains: every arm against plain decoding.
+
+Each prompt is answered by each arm in turn, greedily, to its natural end or --new-tokens; a run's
+time goes from its first token to its last, so prefill does not count. Tokens and medians of seconds
+are added up over a domain's prompts. An arm whose tokens differ from plain decoding's anywhere gets
+no speed-up.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from bench.harness import spread
+from engine import LLM, SamplingParams
+from engine.profile import profile_draft, profile_verify
+from models.plan import DraftPlan
+
+ARMS = ("off", "ngram", "int8", "auto")
+OWN_PROMPTS = Path(__file__).parent / "prompts.jsonl"
+
+
+@dataclass
+class Run:
+    """All runs of one arm on one prompt."""
+
+    token_ids: tuple[int, ...] = ()
+    seconds: list[float] = field(default_factory=list)
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+def read_prompts(
+    path: Path | None, domains: Sequence[str], per_domain: int
+) -> dict[str, list[str]]:
+    """The first prompts of each domain, from DOMAIN.jsonl files of a folder or from our own file.
+
+    Raises ValueError for a domain without prompts.
+    """
+    files = [OWN_PROMPTS] if path is None else [path / f"{domain}.jsonl" for domain in domains]
+    found: dict[str, list[str]] = {domain: [] for domain in domains}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: is no file; expected prompts, one JSON object a line")
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["domain"] in found and len(found[row["domain"]]) < per_domain:
+                found[row["domain"]].append(row["prompt"])
+    for domain, prompts in found.items():
+        if not prompts:
+            raise ValueError(f"{domain}: has no prompts in {path or OWN_PROMPTS}")
+    return found
+
+
+def answer(llm: LLM, token_ids: Sequence[int], arm: str, new_tokens: int, run: Run) -> None:
+    """Answer once and add what happened to `run`."""
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, speculative=arm)
+    first = last = 0.0
+    made = []
+    for event in llm.stream(token_ids, params):
+        last = time.perf_counter()
+        first = first or last
+        made.append(event.token_id)
+    stats = llm.last_stats
+    assert stats is not None
+    assert not run.token_ids or run.token_ids == tuple(made), f"{arm} does not repeat itself"
+    run.token_ids = tuple(made)
+    run.seconds.append(last - first)
+    run.rounds, run.drafted, run.accepted = stats.rounds, stats.drafted, stats.accepted
+
+
+def measure_prompt(llm: LLM, prompt: str, new_tokens: int, repeats: int) -> dict[str, Run]:
+    """Every arm on one prompt, by turns."""
+    token_ids = llm.encode_chat([{"role": "user", "content": prompt}])
+    runs = {arm: Run() for arm in ARMS}
+    for _ in range(repeats):
+        for arm, run in runs.items():
+            answer(llm, token_ids, arm, new_tokens, run)
+    return runs
+
+
+def speed_up(plain: Sequence[Run], arm: Sequence[Run]) -> float | None:
+    """Ratio of the seconds that the same tokens took; None where tokens differ."""
+    if any(a.token_ids != p.token_ids for a, p in zip(arm, plain, strict=True)):
+        return None
+    return sum(median(r.seconds) for r in plain) / sum(median(r.seconds) for r in arm)
+
+
+def summarise(results: Sequence[Mapping[str, Run]]) -> dict[str, dict[str, Any]]:
+    """One domain: for each arm rate, speed-up, acceptance, tokens a round and whether identical."""
+    plain = [runs["off"] for runs in results]
+    arms = {}
+    for arm in ARMS:
+        runs = [result[arm] for result in results]
+        ratio = speed_up(plain, runs)
+        tokens = sum(len(run.token_ids) - 1 for run in runs)
+        drafted = sum(run.drafted for run in runs)
+        arms[arm] = {
+            "tokens_per_second": round(tokens / sum(median(run.seconds) for run in runs), 1),
+            "speedup": None if ratio is None else round(ratio, 3),
+            "acceptance": round(sum(r.accepted for r in runs) / drafted, 3) if drafted else None,
+            "tokens_per_round": round(tokens / max(1, sum(run.rounds for run in runs)), 2),
+            "identical": ratio is not None,
+        }
+    return arms
+
+
+def print_domain(domain: str, arms: Mapping[str, Mapping[str, Any]]) -> None:
+    print(f"\n{domain}: plain {arms['off']['tokens_per_second']} tokens/s")
+    print(
+        f"{'arm':>8} {'tokens/s':>9} {'speed-up':>9} {'accepted':>9} {'per round':>10}  identical"
+    )
+    for name, arm in arms.items():
+        ratio = "-" if arm["speedup"] is None else f"{arm['speedup']:.2f}"
+        accepted = "-" if arm["acceptance"] is None else f"{arm['acceptance']:.3f}"
+        print(
+            f"{name:>8} {arm['tokens_per_second']:>9} {ratio:>9} {accepted:>9} "
+            f"{arm['tokens_per_round']:>10}  {'yes' if arm['identical'] else 'NO'}",
+            flush=True,
+        )
+
+
+def measure_costs(llm: LLM, repeats: int = 5) -> dict[str, Any]:
+    """Passes in units of a one-row pass, of which `repeats` profiles are made now."""
+    plan = DraftPlan.int8(llm.model.config.num_layers)
+    profiles = [dict(profile_verify(llm.model)) for _ in range(repeats)]
+    drafts = spread([profile_draft(llm.model, plan) for _ in range(repeats)])
+    costs = {f"verify_{rows}_rows": spread([p[rows] for p in profiles]) for rows in profiles[0]}
+    costs["int8_draft"] = drafts
+    print("costs in single-row passes: " + ", ".join(f"{k} {v}" for k, v in costs.items()))
+    return {name: round(value.median, 3) for name, value in costs.items()}
+
+
+def run_arms(
+    llm: LLM, prompts: Mapping[str, Sequence[str]], new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Measure and print every domain; return what belongs into the result."""
+    list(llm.stream("warm up", SamplingParams(temperature=0, max_tokens=8, speculative="auto")))
+    result: dict[str, Any] = {"costs": measure_costs(llm), "int8_bytes": llm.int8_bytes}
+    print(f"int8 copies of the weights: {llm.int8_bytes / 1e6:.0f} MB")
+    domains, worst = {}, []
+    for domain, texts in prompts.items():
+        results = [measure_prompt(llm, text, new_tokens, repeats) for text in texts]
+        domains[domain] = summarise(results)
+        print_domain(domain, domains[domain])
+        worst += [speed_up([runs["off"]], [runs["auto"]]) for runs in results]
+    result["identical"] = all(
+        arm["identical"] for arms in domains.values() for arm in arms.values()
+    )
+    result["domains"] = domains
+    if result["identical"]:
+        result["auto_speedup_mean"] = round(
+            fmean(d["auto"]["speedup"] for d in domains.values()), 3
+        )
+        result["auto_speedup_worst_prompt"] = round(min(r for r in worst if r is not None), 3)
+        print(
+            f"\nauto: {result['auto_speedup_mean']:.2f} times plain decoding in the mean over "
+            f"domains, {result['auto_speedup_worst_prompt']:.2f} on the worst single prompt"
+        )
+    else:
+        print("\ntokens differ: no mean is reported")
+    return result

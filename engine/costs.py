@@ -1,0 +1,64 @@
+"""What a pass costs, in units of a plain decode step: the R and V of the speed-up formula.
+
+Measured once for a model, device and version, in less than a second, and kept on disk; without a
+profile, estimates take their place. A wrong cost makes drafting slower, never wrong.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from models.plan import FULL, INT8, SKIP, DraftPlan
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Costs relative to one full-precision pass over one row.
+
+    verify: (rows, cost) of a full-precision pass, rows ascending from 1.
+    drafts: R, the cost of a one-row pass, of each plan measured so far.
+    """
+
+    verify: tuple[tuple[int, float], ...]
+    drafts: Mapping[DraftPlan, float] = field(default_factory=dict)
+
+    def of_verify(self, rows: int) -> float:
+        """Cost of a full-precision pass over so many rows: linear between measurements."""
+        known = [r for r, _ in self.verify]
+        i = min(max(bisect_left(known, rows), 1), len(known) - 1)
+        (r0, c0), (r1, c1) = self.verify[i - 1], self.verify[i]
+        return c0 + (c1 - c0) * (rows - r0) / (r1 - r0)
+
+    def of_draft(self, plan: DraftPlan) -> float:
+        """R of a plan; 0 for plans that run no pass of the model."""
+        return 0.0 if plan.kind != "self" else self.drafts[plan]
+
+    def with_draft(self, plan: DraftPlan, cost: float) -> PassCosts:
+        """The same with R of one plan more."""
+        return replace(self, drafts={**self.drafts, plan: cost})
+
+    def with_estimate(self, plan: DraftPlan, sublayer_bytes: Sequence[int]) -> PassCosts:
+        """The same with R of `plan` by the bytes that its sub-layers and the LM head read.
+
+        sublayer_bytes: full-precision bytes of the 2L sub-layers and then of the head.
+        """
+        precisions = (*plan.sublayers, plan.head_precision)
+        sizes = zip(precisions, sublayer_bytes, strict=True)
+        read = sum(DEFAULT_SHARES[precision] * size for precision, size in sizes)
+        return self.with_draft(plan, read / sum(sublayer_bytes))
+
+
+# Where nothing was measured: a GPU reads its weights for sixteen rows as fast as for one, a CPU
+# adds arithmetic with every row.
+DEFAULT_VERIFY = {
+    "cuda": ((1, 1.0), (16, 1.1), (64, 1.5)),
+    "cpu": ((1, 1.0), (5, 1.3), (8, 1.45), (16, 2.2)),
+}
+DEFAULT_SHARES = {FULL: 1.0, INT8: 0.5, SKIP: 0.02}  # of a sub-layer's full-precision cost
+
+
+def estimated_costs(device_type: str) -> PassCosts:
+    """The costs of a machine that was not measured."""
+    return PassCosts(DEFAULT_VERIFY[device_type])

@@ -1,0 +1,72 @@
+"""The 8-bit form of a whole model, for drafts; made when a plan first asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from kernels.linear_int8 import quantise_into
+from kernels.weight import Weight
+from models.llama import Llama
+from models.weights import LlamaWeights, allocate_arena
+
+ALIGNMENT = 64  # bytes: every matrix starts at a cache line
+
+
+def int8_bytes(weights: LlamaWeights) -> int:
+    """Memory that the 8-bit forms take; 0 where they have not been made."""
+    forms = [form for weight in matrices(weights) for form in (weight.int8, weight.scale)]
+    return sum(form.nbytes for form in forms if form is not None)
+
+
+def with_int8(model: Llama) -> Llama:
+    """The same model with every matrix also in 8 bits; the model itself where it has them.
+
+    The token embedding stays as it is: a draft reads single rows of it.
+    """
+    weights = model.weights
+    if weights.lm_head.int8 is not None:
+        return model
+    take = _taker(weights)
+
+    def quantised(weight: Weight) -> Weight:
+        int8 = take(weight.full.numel()).view(weight.full.shape)
+        scale = torch.empty(weight.full.shape[0], dtype=torch.float32, device=weight.full.device)
+        quantise_into(weight.full, int8, scale)
+        return weight._replace(int8=int8, scale=scale)
+
+    layers = tuple(
+        layer._replace(
+            qkv=quantised(layer.qkv),
+            attn_out=quantised(layer.attn_out),
+            gate_up=quantised(layer.gate_up),
+            down=quantised(layer.down),
+        )
+        for layer in weights.layers
+    )
+    lm_head = quantised(weights.lm_head)
+    return replace(model, weights=replace(weights, layers=layers, lm_head=lm_head))
+
+
+def matrices(weights: LlamaWeights) -> list[Weight]:
+    """Every matrix that has an 8-bit form, in the order in which a pass reads them."""
+    layers = [(x.qkv, x.attn_out, x.gate_up, x.down) for x in weights.layers]
+    return [*(weight for layer in layers for weight in layer), weights.lm_head]
+
+
+def _taker(weights: LlamaWeights) -> Callable[[int], torch.Tensor]:
+    """Hands out pieces of one arena: a draft step reads it from end to end."""
+    sizes = [weight.full.numel() for weight in matrices(weights)]
+    total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    arena = allocate_arena(total, weights.embedding.device, torch.int8)
+    used = 0
+
+    def take(size: int) -> torch.Tensor:
+        nonlocal used
+        start = used
+        used += -(-size // ALIGNMENT) * ALIGNMENT
+        return arena[start : start + size]
+
+    return take
