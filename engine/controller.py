@@ -7,7 +7,8 @@ A token is accepted with probability a_1 as the first of a draft and a as a late
 
 The draft length with the largest S is where one more token stops paying for itself: where its
 chance of being reached and accepted falls below its cost R (and its row's in the verify pass)
-times S. No draft where the largest S is not above 1; such a sequence is probed now and then.
+times S. No draft where the largest S is not above 1 by a margin. A plan that was given up is probed
+with a short draft once in PROBE_ROUNDS rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from engine.ngram import Match
 from models.plan import DraftPlan
 
 MIN_SPEED_UP = 1.02  # an estimate; below this a draft is not worth its risk
-PROBE_ROUNDS = 16  # rounds of plain decoding between two probes
+PROBE_ROUNDS = 16  # rounds between two probes, or since a self-draft
 PROBE_TOKENS = 2
 SELF_PRIOR, NGRAM_PRIOR = 0.9, 0.6
 RATE = 1 / 16  # weight of the newest observation at least; of the first few more
@@ -75,7 +76,7 @@ class Controller:
             for plan in plans
             for length in ((2, 3) if plan.kind == "ngram" else (0,))
         }
-        self._rounds_plain = 0
+        self._rounds_since_self = 0
         self._match: Match | None = None
 
     def choose(self, costs: PassCosts, num_running: int, room: int, match: Match | None) -> Choice:
@@ -102,9 +103,14 @@ class Controller:
                 best, best_speed_up = Choice(plan, num_tokens, known), speed_up
             if not is_ngram and probe is PLAIN:
                 probe = Choice(plan, min(PROBE_TOKENS, longest))
-        self._rounds_plain = 0 if best.plan is not None else self._rounds_plain + 1
-        if self._rounds_plain == PROBE_ROUNDS and probe.plan is not None:
-            self._rounds_plain = 0
+        is_self = best.plan is not None and best.plan.kind == "self"
+        self._rounds_since_self = 0 if is_self else self._rounds_since_self + 1
+        if (
+            self._rounds_since_self >= PROBE_ROUNDS
+            and probe.plan is not None
+            and not best.token_ids
+        ):
+            self._rounds_since_self = 0
             return probe
         return best
 

@@ -54,6 +54,17 @@ class Drafts:
         return plans
 
 
+def check_speculative(value: Speculative) -> None:
+    """Raises ValueError for what can be seen to mean no plan before there is a model."""
+    if not isinstance(value, (str, os.PathLike, DraftPlan)):
+        raise ValueError(f"speculative: got {value!r}, expected a name, a DraftPlan or a path")
+    if isinstance(value, str) and value not in NAMES and not os.path.exists(value):
+        raise ValueError(
+            f"speculative: got {value!r}, expected {', '.join(map(repr, NAMES))}, a DraftPlan or "
+            "the file of one; there is no such file"
+        )
+
+
 def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
     """The plans among which a sequence's controller chooses; () is plain decoding.
 
@@ -61,6 +72,7 @@ def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
     name, a file that holds no plan for this model, and for 16-bit dtypes on a CPU: their matrix
     products give other bits for several rows than for one, so a draft could change a token.
     """
+    check_speculative(value)
     num_layers = model.config.num_layers
     if value == "off" or (value == "auto" and not _is_lossless(model)):
         return ()
@@ -86,12 +98,7 @@ def _resolve_plan(value: Speculative, num_layers: int) -> DraftPlan:
         return DraftPlan.int8(num_layers)
     if value == "ngram":
         return NGRAM
-    if isinstance(value, os.PathLike) or Path(value).exists():
-        return load_plan(Path(value), num_layers)
-    raise ValueError(
-        f"speculative: got {value!r}, expected {', '.join(map(repr, NAMES))}, a DraftPlan or the "
-        "file of one; there is no such file"
-    )
+    return load_plan(Path(value), num_layers)
 
 
 def _is_lossless(model: Llama) -> bool:

@@ -43,7 +43,7 @@ def generate(
                 if not pool.acquire(running[-1]):
                     waiting.appendleft(running.pop())
                     break
-                yield running[-1], _first_token(model, cache, running[-1])
+                yield from _deliver([(running[-1], _first_token(model, cache, running[-1]))])
                 _retire(running, pool)
             if waiting and not running:
                 raise RuntimeError(
@@ -52,11 +52,19 @@ def generate(
                 )
             if running:
                 # A list, so that the consumer sees the tokens of a round after the round.
-                yield from _round(model, cache, costs, running)
+                yield from _deliver(_round(model, cache, costs, running))
                 _retire(running, pool)
     finally:
         for sequence in running:
+            sequence.forget_undelivered()
             pool.release(sequence)
+
+
+def _deliver(events: list[Event]) -> Generator[Event, None, None]:
+    """Yield events, counting those that the consumer took."""
+    for sequence, event in events:
+        sequence.num_delivered += 1
+        yield sequence, event
 
 
 @torch.inference_mode()
@@ -83,10 +91,8 @@ def _round(
     events: list[Event] = []
     for b, sequence in enumerate(running):
         sequence.decode_seconds += seconds
-        verdict = verdicts[b]
-        num_drafted = drafted.num_drafted[b]
-        sequence.account(choices[b], num_drafted, verdict.token_ids, verdict.num_accepted)
-        events += _take(sequence, verdict, verified.logits[b])
+        sequence.account(choices[b], drafted.num_drafted[b], *verdicts[b])
+        events += _take(sequence, verdicts[b], verified.logits[b])
     return events
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 import torch
 
 from engine.costs import PassCosts
-from engine.drafts import Drafts
+from engine.drafts import NAMES, Drafts, check_speculative
 from engine.generate import generate
 from engine.kv_cache import SlotPool, make_kv_cache
 from engine.loading import Loaded, choose_device, choose_dtype, load
@@ -19,6 +19,7 @@ from engine.sequence import RunningSequence
 from engine.stream import TextStream
 from engine.types import RequestOutput, RequestStats, TokenEvent
 from models.llama import Llama
+from models.plan import DraftPlan
 from models.quantise import int8_bytes
 
 Prompt = str | Sequence[int]
@@ -37,8 +38,10 @@ class LLM:
     seed: makes the seeds of requests that name none reproducible.
     speculative: how to draft: "auto" (int8 copies of the weights and n-grams of the text, whichever
         pays at the moment), "off", "ngram", "int8", a DraftPlan, or the file of one. The tokens of
-        an answer are the same whatever is chosen.
-    profile: measure what passes cost on this machine, once, in under a second; False estimates.
+        an answer are the same whatever is chosen. "auto" and "int8" need memory for a second copy
+        of the weights, a byte an element; "ngram" and "off" do not.
+    profile: measure what passes cost on this machine, once, in about a second (longer where a
+        single pass takes that long); False estimates.
     on_progress: called with (bytes done, bytes in all) while weights load.
 
     Raises ValueError, in one line, for whatever is wrong with an argument or the model. Threads may
@@ -59,6 +62,7 @@ class LLM:
         profile: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
     ):
+        check_speculative(speculative)
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
         loaded = load(model, revision, torch_device, torch_dtype, max_length, on_progress)
@@ -109,8 +113,12 @@ class LLM:
         with torch.inference_mode():
             prefill(model, self._cache, 0, [0, 0], 0)
         self._drafts = Drafts(model, profile)
-        self.speculative = speculative
-        self._drafts.prepare(speculative)
+        self._plans = self._drafts.prepare(speculative)
+        # The plan of a file and not its name: the file may change, or go.
+        is_file = not isinstance(speculative, DraftPlan) and speculative not in NAMES
+        self._speculative: Speculative = speculative
+        if is_file:
+            self._speculative = self._plans[0] if self._plans else "off"
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
@@ -167,6 +175,11 @@ class LLM:
     def model(self) -> Llama:
         """The model; with its int8 form from the moment that a plan needs one."""
         return self._drafts.model
+
+    @property
+    def speculative(self) -> Speculative:
+        """How requests draft that do not say it themselves."""
+        return self._speculative
 
     @property
     def costs(self) -> PassCosts:
@@ -230,8 +243,8 @@ class LLM:
         if not params.ignore_eos:
             end_ids.update(config.eos_token_ids)
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
-        wanted = self.speculative if params.speculative is None else params.speculative
-        plans = self._drafts.prepare(wanted)
+        wanted = params.speculative
+        plans = self._plans if wanted is None else self._drafts.prepare(wanted)
         text = TextStream(self._tokenizer, stop)
         return RunningSequence(
             prompt, params, seed, text, frozenset(end_ids), self.max_length, plans

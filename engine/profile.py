@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import numba
 import platformdirs
 import torch
 import triton
+from llvmlite.binding import get_host_cpu_name
 
 from engine.costs import PassCosts
 from engine.kv_cache import KVCache, make_kv_cache
@@ -26,11 +28,10 @@ from kernels.numba_compile import code_digest
 from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
 from models.plan import DraftPlan
 
-VERIFY_ROWS = (5, 9, 2, 16, 3, 7)  # most useful first: a large model may get no further
-BUDGET_SECONDS = 0.7  # of a profile; one sweep is made whatever it takes up to row 9
+VERIFY_ROWS = (5, 9, 2, 16, 3, 7, 32)  # most useful first: a large model may get no further
+BUDGET_SECONDS = 0.7  # for the sweeps; the first goes up to 5 rows whatever it takes
 SWEEPS = 3
-CONTEXT = 256  # cache positions before the measured rows
-POSITIONS = CONTEXT + 16
+CONTEXT = 256  # cache positions before the measured rows, where the model has so many
 
 
 def profile_verify(model: Llama) -> tuple[tuple[int, float], ...]:
@@ -38,7 +39,7 @@ def profile_verify(model: Llama) -> tuple[tuple[int, float], ...]:
 
     The fastest of a few: whatever else the machine does only ever makes a pass slower.
     """
-    cache = make_kv_cache(model.config, 1, POSITIONS, model.device, model.dtype)
+    cache = _cache(model)
     plan = full_plan(model.config, 1, model.device)
     fastest: dict[int, float] = {}
     _seconds(model, cache, plan, 1)  # the first pass finds cold caches
@@ -46,7 +47,7 @@ def profile_verify(model: Llama) -> tuple[tuple[int, float], ...]:
     for sweep in range(SWEEPS):
         for rows in (1, *VERIFY_ROWS):
             is_late = time.perf_counter() - started > BUDGET_SECONDS
-            if is_late and (sweep > 0 or rows not in (1, *VERIFY_ROWS[:2])):
+            if is_late and (sweep > 0 or rows not in (1, VERIFY_ROWS[0])):
                 break
             seconds = _seconds(model, cache, plan, rows)
             fastest[rows] = min(seconds, fastest.get(rows, seconds))
@@ -59,22 +60,34 @@ def profile_verify(model: Llama) -> tuple[tuple[int, float], ...]:
 
 def profile_draft(model: Llama, plan: DraftPlan) -> float:
     """R: the cost of a one-row pass under `plan` in units of a full-precision one."""
-    cache = make_kv_cache(model.config, 1, POSITIONS, model.device, model.dtype)
+    cache = _cache(model)
     full = full_plan(model.config, 1, model.device)
     table = plan_table([plan], model.device)
     drafts, plain = [], []
+    started = time.perf_counter()
     for _ in range(SWEEPS + 1):  # one more, as the first pass finds cold caches
         drafts.append(_seconds(model, cache, table, 1))
         plain.append(_seconds(model, cache, full, 1))
+        if time.perf_counter() - started > BUDGET_SECONDS:
+            break
     return min(drafts) / min(plain)
+
+
+def _cache(model: Llama) -> KVCache:
+    """A cache of its own: the engine's may be in use."""
+    length = CONTEXT + max(VERIFY_ROWS)
+    cache = make_kv_cache(model.config, 1, length, model.device, model.dtype)
+    return KVCache(cache.k.zero_(), cache.v.zero_())  # numbers as real ones, not what memory holds
 
 
 @torch.inference_mode()
 def _seconds(model: Llama, cache: KVCache, plan: torch.Tensor, width: int) -> float:
     device, ops = model.device, model.decode_ops
+    positions = torch.arange(CONTEXT, CONTEXT + width, dtype=torch.int32, device=device)
     rows = Rows(
         token_ids=torch.zeros(1, width, dtype=torch.int64, device=device),
-        positions=torch.arange(CONTEXT, CONTEXT + width, dtype=torch.int32, device=device)[None],
+        # A short context has no rotations for later positions; the time does not depend on them.
+        positions=positions.clamp(max=model.cos.shape[0] - 1)[None],
         num_tokens=torch.full((1,), width, dtype=torch.int32, device=device),
         slots=torch.zeros(1, dtype=torch.int32, device=device),
     )
@@ -88,10 +101,10 @@ def _seconds(model: Llama, cache: KVCache, plan: torch.Tensor, width: int) -> fl
 def profile_path(model: Llama) -> Path:
     """Where the profile of such a model on such a machine is kept."""
     device = model.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else code_digest()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else get_host_cpu_name()
     parts = (
-        model.config, where, model.dtype, model.decode_ops.name, numba.get_num_threads(),
-        torch.__version__, triton.__version__,
+        model.config, where, code_digest(), model.dtype, model.decode_ops.name,
+        numba.get_num_threads(), torch.__version__, triton.__version__,
     )  # fmt: skip
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return platformdirs.user_cache_path("knn-ssd-engine") / f"profile-{digest}.json"
@@ -140,14 +153,19 @@ def _read(path: Path) -> dict[str, object]:
 
 def _is_cost(key: str, value: object) -> bool:
     if key != "verify":
-        return isinstance(value, float)
+        return _is_positive(value)
     return (
         isinstance(value, list)
         and len(value) > 1
         and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
-        and all(type(r) is int and isinstance(c, (int, float)) for r, c in value)
+        and all(type(r) is int and _is_positive(c) for r, c in value)
         and [r for r, _ in value] == sorted({r for r, _ in value})
+        and value[0][0] == 1
     )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value > 0
 
 
 def _write(path: Path, stored: dict[str, object]) -> None:

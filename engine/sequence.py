@@ -49,6 +49,7 @@ class RunningSequence:
         self.slot = -1
         self.num_reused = 0  # prompt tokens found in the cache
         self.num_cached = 0  # tokens whose keys and values the cache holds
+        self.num_delivered = 0  # generated tokens that the consumer has seen
         self.logprobs: list[dict[int, float]] = []
         self.finish_reason: FinishReason | None = None
         self.prefill_seconds = 0.0
@@ -76,6 +77,13 @@ class RunningSequence:
         name = "off" if choice.plan is None else choice.plan.name
         self.tally.add(name, num_drafted, num_accepted)
         self.controller.observe(choice, num_drafted, token_ids)
+
+    def forget_undelivered(self) -> None:
+        """Drop the rest of a round that nobody took: as if plain decoding had been stopped here."""
+        length = self.num_prompt + self.num_delivered
+        del self.token_ids[length:]
+        del self.logprobs[self.num_delivered :]
+        self.num_cached = min(self.num_cached, max(length - 1, self.num_reused))
 
     def append(
         self, token_id: int, logprobs: dict[int, float] | None, from_draft: bool = False

@@ -33,7 +33,8 @@ class RequestStats:
     reused_tokens: prompt tokens found in the KV cache, not computed again.
     tokens_per_second: generated tokens after the first / decode_seconds (0.0 for a single token).
     plan: names of the draft plans in force, joined by "+"; "off" without any.
-    rounds: verify passes. drafted, accepted: tokens over all of them.
+    rounds: verify passes. drafted, accepted: tokens over all of them, those included that were
+        right but came after the end of the answer.
     rounds_by_plan: rounds drafted by each plan, "off" for those of plain decoding.
     drafted_by_position, accepted_by_position: the same counts for the i-th token of a draft.
     """

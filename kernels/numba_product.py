@@ -35,7 +35,7 @@ MIXED = -1
 
 
 def _panels(streams: dict[int, int], is_int8: bool) -> list[Any]:
-    """Panels of 1 to 8 rows; a number of rows that has none of its own gets the largest's."""
+    """Panels of 1 to 8 rows; the largest in the place of those that are never called."""
     largest = max(streams)
     sizes = [rows if rows in streams else largest for rows in range(1, 9)]
     return [make_dot_panel(rows, streams[rows], is_int8) for rows in sizes]
@@ -46,6 +46,13 @@ _q1, _q2, _, _q4, *_ = _panels(INT8_STREAMS, True)
 _panel_4x4 = make_dot_panel(4, 4, False, True)
 _panel_1x4 = make_dot_panel(1, 4, False, True)
 LARGEST = max(STREAMS)
+
+
+@device
+def piece_of(rows, largest):
+    """Rows of the next piece: as few pieces as there can be, and alike, 9 as 5 and 4."""
+    pieces = (rows + largest - 1) // largest
+    return (rows + pieces - 1) // pieces
 
 
 @device
@@ -87,9 +94,7 @@ def matmul(x, x_stride, rows, w, num_k, num_cols, out, out_stride, is_cached):
                 _panel_1x4(x_row, x_stride, w, num_k * 4, whole, num_cols, y_row, out_stride)
                 r += 1
         else:
-            # 9 rows as 5 and 4, not as 8 and 1.
-            left = rows - r
-            wanted = left if left <= LARGEST else (left + 1) // 2
+            wanted = piece_of(rows - r, LARGEST)
             _stream(wanted, x_row, x_stride, w, num_k * 4, whole, num_cols, y_row, out_stride)
             r += wanted
     if whole < num_k:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["off", "self", "ngram"]
 SKIP, INT8, FULL = 0, 8, 16  # precisions of a sub-layer
-MAX_DRAFT = 16
+MAX_DRAFT = 15  # a verify pass has one row more
 MAX_FILE_BYTES = 1_000_000  # a plan for the largest model takes a few kilobytes
 _BLOCKS = ("attention", "mlp")  # in the order of a layer's two sub-layers
 
@@ -25,7 +25,7 @@ class DraftPlan:
         earlier occurrence of the last tokens, "off" not at all.
     sublayers: for "self" the precision of each of the 2L sub-layers, 2l the attention of layer l
         and 2l+1 its MLP: 0 skip, 8 int8, 16 full. Empty for other kinds. Lists become tuples.
-    max_draft: tokens in a draft at most, 1 to 16. Only kind "off" takes 0, and it stores 0
+    max_draft: tokens in a draft at most, 1 to 15. Only kind "off" takes 0, and it stores 0
         whichever number is given, so that max_draft can be used without asking for the kind.
     stop_probability: in [0, 1]; the draft ends after a token whose top probability is below it.
 
@@ -43,6 +43,8 @@ class DraftPlan:
             expected = "printable characters, not blank; give the plan such a name"
             raise _error("plan name", _shown(self.name), expected)
         plan = f"plan {_shown(self.name)}"
+        if self.name == "off" and self.kind != "off":
+            raise _error(f"{plan}: kind", _shown(self.kind), "'off'; give the plan another name")
         if self.kind not in get_args(Kind):
             expected = "'off', 'self' or 'ngram'; use 'self' for skipping and int8"
             raise _error(f"{plan}: kind", _shown(self.kind), expected)

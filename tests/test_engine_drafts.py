@@ -11,7 +11,7 @@ from tiny import family_config, tiny_llm
 
 import engine.drafts
 import engine.profile
-from engine import LLM, SamplingParams
+from engine import SamplingParams
 from engine.drafts import resolve_plans
 from engine.profile import measured_costs, profile_path
 from kernels.ops import TORCH
@@ -58,6 +58,7 @@ def test_int8_weights_are_made_when_a_plan_first_needs_them():
     [
         ("int9", "expected 'auto', 'off', 'ngram', 'int8'"),
         ("./no/such/plan.json", "there is no such file"),
+        ("x" * 5000, "there is no such file"),
         (DraftPlan.int8(3), "got 6 sub-layers, expected 4"),
     ],
     ids=str,
@@ -141,7 +142,19 @@ def test_costs_are_measured_once_and_kept_on_disk(profiles):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"verify": [[1, 1.0]]}', '{"verify": [[5, 1], [1, 1]]}', '{"x": "y"}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"verify": [[1, 1.0]]}',
+        '{"verify": [[5, 1.0], [1, 1.0]]}',
+        '{"x": "y"}',
+        '{"verify": [[1, 1.0], [5, 0.0]]}',
+        '{"verify": [[1, NaN], [5, 1.0]]}',
+        '{"x": -1.0}',
+        '{"verify": [[2, 1.0], [5, 1.5]]}',
+    ],
 )
 def test_a_damaged_profile_is_measured_again(profiles, text):
     path, measured = profiles
@@ -179,6 +192,16 @@ def test_a_plan_measured_later_keeps_what_is_known(profiles):
     assert costs.verify == llm.costs.verify and SKIP in costs.drafts and set(measured) == {1}
 
 
-def test_the_llm_says_what_is_in_force():
+@pytest.mark.parametrize("max_length", [2, 3, 16, 40])
+def test_a_short_context_can_be_profiled(profiles, max_length):
+    llm = tiny_llm(family_config("llama3", max_positions=max_length), profile=True)
+    assert all(cost >= 1 for _, cost in llm.costs.verify)
+
+
+def test_a_plans_file_is_read_once(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(SKIP.to_json())
+    llm = tiny_llm(speculative=path)
+    path.unlink()
+    assert llm.generate("x", GREEDY)[0].stats.plan == "skip" and llm.speculative == SKIP
     assert tiny_llm(speculative="int8").speculative == "int8"
-    assert isinstance(LLM.costs, property)

@@ -198,3 +198,20 @@ def test_a_draft_stops_where_the_model_is_unsure(batch, monkeypatch):
     ]  # fmt: skip
     rounds = [stats.rounds for stats in drafted]
     assert rounds[0] < rounds[1] <= rounds[2]
+
+
+@pytest.mark.parametrize("taken", range(1, 14))
+def test_a_stream_closed_in_mid_round_leaves_what_plain_decoding_leaves(taken, monkeypatch):
+    """Tokens of the round that nobody took are neither counted nor kept in the cache."""
+    force_drafts(monkeypatch, lambda: 4)
+    held, stats = [], []
+    for plan in ("off", EVERYTHING):
+        llm = small_llm()
+        stream = llm.stream("closed early", replace(GREEDY, speculative=plan, logprobs=0))
+        for _ in range(taken):
+            next(stream)
+        stream.close()
+        held.append(next(iter(llm._pool._free.values())))
+        stats.append(llm.last_stats)
+    assert held[0] == held[1] and len(held[0]) == stats[0].prompt_tokens + taken - 1
+    assert stats[0].generated_tokens == stats[1].generated_tokens == taken

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.linear_int8 import quantise
 from kernels.numba_math import exp
 from kernels.numba_ops import NUMBA
+from kernels.numba_product import piece_of
 from kernels.ops import TORCH
 from kernels.weight import Weight
 
@@ -194,3 +196,55 @@ def test_exp_is_accurate_everywhere():
     got = np.array([exp(v) for v in x], dtype=np.float64)
     assert np.max(np.abs(got / np.exp(x.astype(np.float64)) - 1)) < 3e-7
     assert exp(np.float32(-1000)) < 2e-38 and np.isfinite(exp(np.float32(1000)))
+
+
+@pytest.mark.parametrize("largest", [4, 8])
+def test_pieces_of_rows_are_covered_by_panels(largest):
+    """Also those of a processor with fewer registers than this one has."""
+    for rows in range(1, 17):
+        left, sizes = rows, []
+        while left > 0:
+            sizes.append(piece_of.py_func(left, largest))  # of no use to Python when compiled
+            left -= sizes[-1]
+        assert sum(sizes) == rows and max(sizes) <= largest and max(sizes) - min(sizes) <= 1
+        assert len(sizes) == -(-rows // largest)
+
+
+PRECISIONS = [(8,), (8, 8, 8), (16, 8, 0), (0, 8, 8)]
+
+
+@pytest.mark.parametrize("precisions", PRECISIONS, ids=str)
+@pytest.mark.parametrize("width", (1, 2, 3, 5, 8, 9))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_weights_and_mixed_plans_match_the_reference(shape, width, precisions):
+    case = Case(shape, batch=len(precisions), width=width, start=3)
+    case.plan[:] = torch.tensor(precisions, dtype=torch.uint8)[:, None]
+    case.plan[:, 3] = torch.tensor([p or 16 for p in precisions], dtype=torch.uint8)
+    weights = [quantise(Weight(w)) for w in (case.qkv, case.attn_out, case.gate_up, case.head)]
+    runs = torch.tensor(precisions).repeat_interleave(width) > 0
+
+    def outputs(ops, dtype):
+        qkv, attn_out, gate_up, head = (w._replace(full=w.full.to(dtype)) for w in weights)
+        up = lambda t: t.to(dtype)  # noqa: E731
+        k, v = case.cache.to(dtype, copy=True)
+        q = ops.norm_qkv_rope_append(
+            up(case.x), up(case.norm), 1e-5, qkv, up(case.bias), None, None, up(case.cos),
+            up(case.sin), case.positions, case.num_tokens, case.slots, k, v, case.plan, 2,
+        )  # fmt: skip
+        residual = up(case.x).clone()
+        ops.linear_residual(up(case.q.flatten(1)), attn_out, residual, case.plan, 2)
+        h = ops.norm_gated_mlp(up(case.x), up(case.norm), 1e-5, gate_up, case.plan, 2)
+        logits = ops.norm_lm_head(up(case.x), up(case.norm), 1e-5, head, case.plan, 3)
+        return {"q": q[runs], "k": k, "v": v, "h": h[runs], "x": residual, "logits": logits}
+
+    outs, lows = outputs(NUMBA, torch.float32), outputs(TORCH, torch.float32)
+    highs = outputs(TORCH, torch.float64)
+    for name in outs:
+        assert_within_budget(name, outs[name], lows[name], highs[name])
+
+
+def test_a_plan_of_8_needs_int8_weights():
+    case = Case("aligned", batch=1, width=1)
+    case.plan[:] = 8
+    with pytest.raises(AssertionError, match="no int8 form"):
+        case.all_outputs(NUMBA)
