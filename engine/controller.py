@@ -24,7 +24,11 @@ from models.plan import DraftPlan
 MIN_SPEED_UP = 1.02  # an estimate; below this a draft is not worth its risk
 PROBE_ROUNDS = 16  # rounds between two probes, or since a self-draft
 PROBE_TOKENS = 2
-SELF_PRIOR, NGRAM_PRIOR = 0.9, 0.6
+# What a new sequence starts from: how often a first and a later token are accepted. A longer match
+# of the n-gram index is right more often, so each length has its own averages; their priors are
+# what the default model's answers in seven domains had.
+SELF_PRIOR = (0.9, 0.9)
+NGRAM_PRIORS = {2: (0.5, 0.8), 3: (0.75, 0.85)}
 RATE = 1 / 16  # weight of the newest observation at least; of the first few more
 
 
@@ -60,21 +64,15 @@ class Acceptance:
                 self.later += (value - self.later) * max(RATE, 1 / self.num_later)
 
 
-def _prior(plan: DraftPlan) -> Acceptance:
-    value = NGRAM_PRIOR if plan.kind == "ngram" else SELF_PRIOR
-    return Acceptance(value, value)
-
-
 class Controller:
     """Chooses among the plans of one sequence, round by round."""
 
     def __init__(self, plans: tuple[DraftPlan, ...]):
         self.plans = plans
-        # A longer match of the n-gram index is right more often: each length has its own average.
         self._acceptance = {
-            (plan, length): _prior(plan)
+            (plan, length): Acceptance(*prior)
             for plan in plans
-            for length in ((2, 3) if plan.kind == "ngram" else (0,))
+            for length, prior in (NGRAM_PRIORS if plan.kind == "ngram" else {0: SELF_PRIOR}).items()
         }
         self._rounds_since_self = 0
         self._match: Match | None = None

@@ -249,4 +249,4 @@ def _error(what: str, got: str, expected: str) -> ValueError:
 
 
 OFF = DraftPlan("off", "off")
-NGRAM = DraftPlan("ngram", "ngram")
+NGRAM = DraftPlan("ngram", "ngram", max_draft=MAX_DRAFT)  # copying costs no pass of the model

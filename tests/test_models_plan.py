@@ -78,7 +78,7 @@ def test_a_plan_is_a_value() -> None:
 def test_defaults_and_constants() -> None:
     assert DraftPlan("x", "ngram") == DraftPlan("x", "ngram", (), 8, 0.0)
     assert (OFF.name, OFF.kind, OFF.sublayers, OFF.max_draft) == ("off", "off", (), 0)
-    assert (NGRAM.name, NGRAM.kind, NGRAM.sublayers, NGRAM.max_draft) == ("ngram", "ngram", (), 8)
+    assert (NGRAM.name, NGRAM.kind, NGRAM.sublayers, NGRAM.max_draft) == ("ngram", "ngram", (), 15)
     for plan in (OFF, NGRAM):
         assert not plan.uses_int8 and plan.head_precision == 16
         assert plan.skipped_attention == plan.skipped_mlp == ()
@@ -220,7 +220,7 @@ def test_json_keys_and_defaults() -> None:
         "max_draft": 5,
         "stop_probability": 0.25,
     }
-    assert DraftPlan.from_json('{"kind": "ngram", "name": "ngram"}') == NGRAM
+    assert DraftPlan.from_json('{"kind": "ngram", "name": "ngram", "max_draft": 15}') == NGRAM
     assert DraftPlan.from_json('{"kind": "off", "name": "off"}') == OFF
 
 
