@@ -106,7 +106,7 @@ def load_llm(args: argparse.Namespace) -> LLM:
         from kernels.numba_compile import is_compiled
 
         if not is_compiled():
-            note("compiling kernels for this processor: once, about 20 seconds")
+            note("compiling kernels for this processor: once, about half a minute")
         return LLM(
             args.model,
             revision=args.revision,

@@ -69,7 +69,7 @@ def _writable_cache_dir() -> Path | None:
 
 
 def is_compiled() -> bool:
-    """Whether a decode step's machine code is on disk; compiling it takes some 20 seconds."""
+    """Whether a decode step's machine code is on disk; compiling it takes half a minute."""
     names = {path.name.split("-")[0] for path in _cache_dir().rglob("*.nbc")}
     needed = {"numba_layers.run_layers", "numba_matmul.norm_lm_head", "numba_sample._sample"}
     return needed <= names
