@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kernels import numba_attention, numba_layers, numba_matmul
+from kernels.nearest_anchor import nearest_anchor_ref
 from kernels.numba_sample import sample, top_probability
 from kernels.ops import Ops
 from kernels.weight import LayerWeights, Weight, form_addresses
@@ -210,6 +211,7 @@ NUMBA = Ops(
     sample=sample,
     top_probability=top_probability,
     accept=accept,
+    nearest_anchor=nearest_anchor_ref,
     is_row_invariant=True,
     run_layers=run_layers,
 )

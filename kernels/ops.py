@@ -10,6 +10,7 @@ import torch
 from kernels.accept import accept_ref
 from kernels.attention import attention_ref
 from kernels.linear_residual import linear_residual_ref
+from kernels.nearest_anchor import Nearest, nearest_anchor_ref
 from kernels.norm_gated_mlp import norm_gated_mlp_ref
 from kernels.norm_lm_head import norm_lm_head_ref
 from kernels.norm_qkv_rope import norm_qkv_rope_append_ref
@@ -34,6 +35,7 @@ class Ops:
     sample: Callable[..., torch.Tensor]
     top_probability: Callable[[torch.Tensor], torch.Tensor]
     accept: Callable[..., torch.Tensor]
+    nearest_anchor: Callable[..., Nearest]
     is_row_invariant: bool
     run_layers: Callable[..., None] | None = None
 
@@ -48,5 +50,6 @@ TORCH = Ops(
     sample=sample_ref,
     top_probability=top_probability_ref,
     accept=accept_ref,
+    nearest_anchor=nearest_anchor_ref,
     is_row_invariant=False,
 )

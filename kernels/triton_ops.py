@@ -12,6 +12,7 @@ from kernels.accept import accept
 from kernels.attn_decode import attn_decode
 from kernels.attn_prefill import attn_prefill
 from kernels.linear_residual import linear_residual, linear_residual_ref
+from kernels.nearest_anchor import nearest_anchor_triton
 from kernels.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
 from kernels.norm_lm_head import norm_lm_head, norm_lm_head_ref
 from kernels.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
@@ -28,6 +29,7 @@ TRITON = Ops(
     sample=sample,
     top_probability=top_probability_ref,
     accept=accept,
+    nearest_anchor=nearest_anchor_triton,
     is_row_invariant=True,
 )
 
@@ -41,5 +43,6 @@ TRITON_PREFILL = Ops(
     sample=sample,
     top_probability=top_probability_ref,
     accept=accept,
+    nearest_anchor=nearest_anchor_triton,
     is_row_invariant=False,
 )

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from kernels.nearest_anchor import nearest_anchor_triton  # noqa: E402
 from kernels.triton_ops import TRITON, TRITON_PREFILL  # noqa: E402
 from kernels.weight import Weight  # noqa: E402
 
@@ -154,6 +155,11 @@ def launch_all(run: Run) -> None:
     logits = meta(rows, shape.vocab, **f32)
     TRITON.sample(logits, *parameters, meta(rows, **i64), meta(rows, **i64))
     TRITON.accept(meta(batch, width, **i64), meta(batch, width - 1, **i64), meta(batch, **i32))
+    u8 = {"dtype": torch.uint8}
+    plans = (meta(8, 2 * layers + 1, **u8), 0, 1.5, meta(batch, 2 * layers + 1, **u8))
+    for anchors, channels in ((70, c), (4096, c), (70, 8192), (4096, 8192)):
+        total, library = meta(batch, channels, **f32), meta(anchors, channels, **f32)
+        nearest_anchor_triton(total, library, meta(anchors, **i32), *plans)
 
 
 def recorded_launches() -> Iterator[tuple[Run, Launch]]:

@@ -23,6 +23,7 @@ KERNELS = MATRIX_KERNELS | {
     "_attn_prefill_kernel",
     "_sample_kernel",
     "_accept_kernel",
+    "_nearest_anchor_kernel",
 }
 
 
