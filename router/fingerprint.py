@@ -1,0 +1,30 @@
+"""Which weights a library was made for.
+
+The hash covers the shape and the signs of a few tensors: rounding to another dtype keeps them, and
+other weights, fine-tuned ones included, differ among so many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from models.llama import Llama
+
+NUM_ELEMENTS = 16384  # of each tensor
+
+
+def fingerprint(model: Llama) -> str:
+    """A hash of a model's shape and of a few of its tensors, the same for every dtype."""
+    config, weights = model.config, model.weights
+    shape = (
+        config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,
+        config.head_dim, config.ffn_size, config.vocab_size,
+    )  # fmt: skip
+    digest = hashlib.sha256(repr(shape).encode())
+    first, last = weights.layers[0], weights.layers[-1]
+    for tensor in (weights.embedding, first.qkv.full, first.down.full, last.gate_up.full):
+        signs = torch.signbit(tensor.flatten()[:NUM_ELEMENTS]).cpu()
+        digest.update(signs.numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,93 @@
+"""Reads the artefacts of the KNN-SSD authors: anchors, their labels, skip sets.
+
+A folder holds one *vector*.npy [N, C] float, one *label*.npy [N] of domain names, and one *.json of
+skip sets, in which the plan of domain d of model m is called "d_m". A label such as "cnndm-2" is a
+part of domain cnndm. Nothing in the files is executed: no pickle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.plan import OFF, DraftPlan, plans_from_skip_sets
+from router.library import MAX_FILE_BYTES, MIN_RATIO, RouterLibrary
+
+
+def import_knn_ssd(directory: Path, fingerprint: str, num_layers: int) -> RouterLibrary:
+    """The folder as a library for the model with this fingerprint.
+
+    Their code has no default plan; here a prompt between two domains is decoded plainly. Raises
+    ValueError, in one line that names the file, for anything that does not fit together.
+    """
+    vectors, labels = (_one(directory, f"*{kind}*.npy") for kind in ("vector", "label"))
+    skip_sets = _one(directory, "*.json")
+    try:
+        plans = plans_from_skip_sets(skip_sets.read_text(encoding="utf-8"), num_layers)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{skip_sets}: {error}") from error
+    anchors, names = _array(vectors), _array(labels)
+    if anchors.ndim != 2 or anchors.dtype.kind != "f":
+        raise _error(vectors, f"{anchors.dtype} {anchors.shape}", "floats [N, C]")
+    if names.shape != anchors.shape[:1] or names.dtype.kind != "U":
+        got = f"{names.dtype} {names.shape}"
+        raise _error(labels, got, f"a text for each of the {len(anchors)} anchors")
+    if not np.isfinite(anchors).all() or not np.abs(anchors).sum(1).all():
+        raise _error(vectors, "NaN, infinity or an anchor of zeros", "directions; export it again")
+    domains = tuple(dict.fromkeys(str(name) for name in names))
+    known = (OFF, *plans.values())
+    plan_of = {name: known.index(_plan_of(name, plans, skip_sets)) for name in domains}
+    unit = torch.nn.functional.normalize(torch.from_numpy(anchors.astype(np.float64)), dim=-1)
+    try:
+        return RouterLibrary(
+            fingerprint, num_layers, domains, known, 0, unit.float(),
+            torch.tensor([domains.index(str(name)) for name in names], dtype=torch.int32),
+            torch.tensor([plan_of[str(name)] for name in names], dtype=torch.int32),
+            MIN_RATIO,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+
+
+def _plan_of(label: str, plans: dict[str, DraftPlan], path: Path) -> DraftPlan:
+    """The plan "LABEL_model", or that of the domain of which the label is a part.
+
+    All names of a file end with the same model: "sql_hard_m" is no plan of domain "sql" where there
+    is a "sql_m".
+    """
+    for domain in (label, label.rpartition("-")[0]):
+        if domain in plans:
+            return plans[domain]
+        begun = [name for name in plans if domain and name.startswith(f"{domain}_")]
+        found = [n for n in begun if all(o.endswith(n.removeprefix(domain)) for o in plans)]
+        if len(found) == 1:
+            return plans[found[0]]
+    raise _error(path, f"no one skip set for the label {label!r:.60}", "one called 'LABEL_model'")
+
+
+def _one(directory: Path, pattern: str) -> Path:
+    found = sorted(directory.glob(pattern))
+    if len(found) != 1:
+        raise _error(directory, f"{len(found)} files {pattern}", "one; see --help")
+    return found[0]
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MB")
+        array: np.ndarray = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("several arrays in one file")
+    # A header may promise more numbers than there is memory for.
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as .npy without pickle: {error!s:.120}"
+        ) from error
+    return array
+
+
+def _error(path: Path, got: str, expected: str) -> ValueError:
+    return ValueError(f"{path}: got {got}, expected {expected}")

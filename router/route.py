@@ -1,0 +1,117 @@
+"""Picks the draft plan of a prompt: the plan of the nearest anchor, or the default one.
+
+    similarity = max over anchors of cosine(anchor, feature)
+    ratio      = (1 - best similarity among anchors of other plans) / (1 - similarity)
+
+A ratio below the library's means that the prompt is unlike anything known, or between two plans:
+then the default plan, which was best over all domains together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from kernels.nearest_anchor import Nearest
+from models.llama import Llama, plan_table
+from models.plan import DraftPlan
+from router.feature import as_feature, state_sum
+from router.library import PlanRates, RouterLibrary
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a router decided for one prompt.
+
+    domain: that of the nearest anchor, also where the prompt was rejected.
+    ratio: infinite where every anchor has the same plan.
+    """
+
+    plan: DraftPlan
+    domain: str
+    similarity: float
+    ratio: float
+    is_rejected: bool
+    state_sum: torch.Tensor = field(repr=False, compare=False)  # [C] float32
+
+
+class Neighbour(NamedTuple):
+    """The anchor of a domain that is nearest to a prompt."""
+
+    domain: str
+    plan: DraftPlan
+    similarity: float
+
+
+class Router:
+    """A library, checked against a model and on its device.
+
+    Raises ValueError where the library was made for another model.
+    """
+
+    def __init__(
+        self, library: RouterLibrary, model: Llama, nearest_anchor: Callable[..., Nearest]
+    ):
+        self.library = library
+        device = model.device
+        self._anchors = library.anchors.to(device)
+        self._anchor_plans = library.anchor_plans.to(device)
+        runs = [
+            plan if plan.kind == "self" else _whole(library.num_layers) for plan in library.plans
+        ]
+        self._plan_rows = plan_table(runs, device)
+        self._table = self._plan_rows[:1].clone()
+        self._norm_weight, self._eps = model.weights.final_norm, model.config.norm_eps
+        self._nearest_anchor = nearest_anchor
+
+    @property
+    def used_plans(self) -> tuple[DraftPlan, ...]:
+        """The plans that a prompt can be routed to, and n-grams where the library knows them."""
+        library = self.library
+        used = {*library.anchor_plans.tolist(), library.default_plan}
+        return tuple(p for i, p in enumerate(library.plans) if i in used or p.kind == "ngram")
+
+    def route(self, states: torch.Tensor) -> Route:
+        """The route of a prompt whose tokens left `states` [n, C] after the last layer."""
+        library = self.library
+        total = state_sum(states, self._norm_weight, self._eps)
+        nearest = self._nearest_anchor(
+            total[None], self._anchors, self._anchor_plans, self._plan_rows, library.default_plan,
+            library.min_ratio, self._table,
+        )  # fmt: skip
+        plan, anchor, similarity, other = (value.cpu()[0] for value in nearest)
+        # In float32, as the kernel decides: near the threshold float64 may see it otherwise.
+        is_kept = bool(1 - other >= library.min_ratio * (1 - similarity))
+        return Route(
+            plan=library.plans[int(plan)],
+            domain=library.domains[int(library.anchor_domains[anchor])],
+            similarity=float(similarity),
+            ratio=(1 - float(other)) / max(1 - float(similarity), 1e-9),
+            is_rejected=not is_kept or bool(plan != library.anchor_plans[anchor]),
+            state_sum=total,
+        )
+
+    def rates(self, route: Route) -> PlanRates:
+        """Acceptance as it was measured on prompts such as this one."""
+        return self.library.rates.get("" if route.is_rejected else route.domain, {})
+
+    def neighbours(self, route: Route) -> list[Neighbour]:
+        """The nearest anchor of every domain, the nearest domain first."""
+        library = self.library
+        cosines = (self._anchors @ as_feature(route.state_sum)).cpu()
+        found = []
+        for i, domain in enumerate(library.domains):
+            anchors = (library.anchor_domains == i).nonzero()[:, 0]
+            if len(anchors):
+                best = anchors[cosines[anchors].argmax()]
+                plan = library.plans[int(library.anchor_plans[best])]
+                found.append(Neighbour(domain, plan, float(cosines[best])))
+        return sorted(found, key=lambda neighbour: -neighbour.similarity)
+
+
+def _whole(num_layers: int) -> DraftPlan:
+    """The row of a plan that runs no cheaper model: the model itself."""
+    return DraftPlan.skipping("whole", num_layers, (), ())
