@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -114,6 +115,7 @@ def load_llm(args: argparse.Namespace) -> LLM:
             dtype=args.dtype,
             max_length=args.max_length,
             speculative=args.speculative,
+            router=args.router,
             profile=args.profile,
             on_progress=on_progress,
         )
@@ -146,7 +148,10 @@ def _answer_json(llm: LLM, params: SamplingParams, conversation: Conversation) -
 
 def _stats_document(stats: RequestStats) -> dict[str, Any]:
     derived = ("acceptance_rate", "tokens_per_round", "acceptance_by_position")
-    return {**asdict(stats), **{name: getattr(stats, name) for name in derived}}
+    document = {**asdict(stats), **{name: getattr(stats, name) for name in derived}}
+    if not math.isfinite(stats.ratio):
+        document["ratio"] = None  # JSON has no infinity
+    return document
 
 
 def _failed(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
@@ -217,6 +222,11 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         metavar="HOW",
         help="drafts: auto, off, ngram, int8 or a plan file (default: auto)",
+    )
+    add(
+        "--router",
+        metavar="FILE",
+        help="library that picks drafts by prompt, or none (default: the model's own, if any)",
     )
     add(
         "--no-profile",

@@ -31,6 +31,7 @@ from models.plan import DraftPlan
 
 if TYPE_CHECKING:
     from engine.llm import LLM
+    from router.route import Route
 
 QUOTES = '"""'
 _INTEGERS = ("max_tokens", "top_k", "seed")
@@ -44,6 +45,7 @@ _HELP = '''\
                         the value "default" unsets it
 /show                   model, context, system prompt and parameters
 /spec [HOW]             how answers are drafted; HOW is on, off, auto, ngram, int8 or a plan's file
+/plan                   how the router judged the last prompt, and the runners-up
 /verify                 repeat the last answer without drafts and compare the tokens
 /system TEXT            set the system prompt and forget the conversation; "" removes it
 /stats [on|off]         statistics of the last answer, or of every answer from now on
@@ -62,6 +64,7 @@ class Repl:
     is_showing_stats: bool = False
     is_done: bool = field(default=False, init=False)
     last_stats: RequestStats | None = field(default=None, init=False)  # of an answer, not /verify
+    last_route: Route | None = field(default=None, init=False)  # the same
 
     def print_stats(self) -> None:
         """What the last answer cost."""
@@ -98,7 +101,7 @@ def _print_answer(repl: Repl, asked: list[dict[str, str]]) -> Answer:
         with _interrupt_as_flag(repl, lambda: writer.has_started) as is_stopped:
             return ask(repl.llm, asked, repl.params, writer.write, is_stopped)
     finally:
-        repl.last_stats = repl.llm.last_stats
+        repl.last_stats, repl.last_route = repl.llm.last_stats, repl.llm.last_route
         if writer.has_started:
             writer.end()
 
@@ -250,6 +253,20 @@ def _setting(value: Speculative) -> str:
     return one_line(value.name if isinstance(value, DraftPlan) else value)
 
 
+def _plan(repl: Repl, argument: str) -> None:
+    llm, route = repl.llm, repl.last_route
+    if llm.router is None:
+        note("no router: drafts are as /spec says")
+    elif route is None:
+        note("no routed answer yet: the router picks the plan of a prompt when /spec is auto")
+    else:
+        verdict = "rejected, default plan" if route.is_rejected else "routed to plan"
+        note(f"{verdict} {one_line(route.plan.name)}; distance ratio {route.ratio:.2f} "
+             f"(at least {llm.router.library.min_ratio:.2f} to be routed)")  # fmt: skip
+        for domain, plan, similarity in llm.router.neighbours(route):
+            note(f"  {similarity:.3f}  {one_line(domain)} (plan {one_line(plan.name)})")
+
+
 def _verify(repl: Repl, argument: str) -> None:
     answer = repl.conversation.last_answer
     if answer is None:
@@ -306,6 +323,7 @@ COMMANDS: dict[str, Callable[[Repl, str], None]] = {
     "/set": _set,
     "/show": _show,
     "/spec": _spec,
+    "/plan": _plan,
     "/verify": _verify,
     "/system": _system,
     "/stats": _stats,

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from engine.costs import PassCosts
 from engine.ngram import Match
 from models.plan import DraftPlan
+from router.library import PlanRates, Rates
 
 MIN_SPEED_UP = 1.02  # an estimate; below this a draft is not worth its risk
 PROBE_ROUNDS = 16  # rounds between two probes, or since a self-draft
@@ -27,8 +28,8 @@ PROBE_TOKENS = 2
 # What a new sequence starts from: how often a first and a later token are accepted. A longer match
 # of the n-gram index is right more often, so each length has its own averages; their priors are
 # what the default model's answers in seven domains had.
-SELF_PRIOR = (0.9, 0.9)
-NGRAM_PRIORS = {2: (0.5, 0.8), 3: (0.75, 0.85)}
+SELF_PRIOR = Rates(0.9, 0.9)
+NGRAM_PRIORS = {2: Rates(0.5, 0.8), 3: Rates(0.75, 0.85)}
 RATE = 1 / 16  # weight of the newest observation at least; of the first few more
 
 
@@ -64,15 +65,23 @@ class Acceptance:
                 self.later += (value - self.later) * max(RATE, 1 / self.num_later)
 
 
+def _priors(plan: DraftPlan, rates: PlanRates) -> dict[int, Rates]:
+    """What the averages of a plan start from, by the length of the n-gram match."""
+    general = NGRAM_PRIORS if plan.kind == "ngram" else {0: SELF_PRIOR}
+    known = rates.get(plan.name, {})
+    return {length: known.get(length, prior) for length, prior in general.items()}
+
+
 class Controller:
     """Chooses among the plans of one sequence, round by round."""
 
-    def __init__(self, plans: tuple[DraftPlan, ...]):
+    def __init__(self, plans: tuple[DraftPlan, ...], rates: PlanRates | None = None):
+        """rates: acceptance measured on similar prompts, by plan name; priors for those it has."""
         self.plans = plans
         self._acceptance = {
             (plan, length): Acceptance(*prior)
             for plan in plans
-            for length, prior in (NGRAM_PRIORS if plan.kind == "ngram" else {0: SELF_PRIOR}).items()
+            for length, prior in _priors(plan, rates or {}).items()
         }
         self._rounds_since_self = 0
         self._match: Match | None = None
@@ -95,7 +104,10 @@ class Controller:
                 longest = min(longest, len(match.token_ids))
             if longest < 1:
                 continue
-            num_tokens, speed_up = self._best_length(plan, costs, num_running, longest, match)
+            accept = self._acceptance[plan, match.length if is_ngram and match is not None else 0]
+            num_tokens, speed_up = costs.best_length(
+                costs.of_draft(plan), accept.first, accept.later, longest, num_running
+            )
             known = match.token_ids[:num_tokens] if is_ngram and match is not None else ()
             if speed_up > best_speed_up:
                 best, best_speed_up = Choice(plan, num_tokens, known), speed_up
@@ -111,24 +123,6 @@ class Controller:
             self._rounds_since_self = 0
             return probe
         return best
-
-    def _best_length(
-        self, plan: DraftPlan, costs: PassCosts, num_running: int, longest: int, match: Match | None
-    ) -> tuple[int, float]:
-        """The draft length with the largest expected speed-up, and that speed-up."""
-        is_ngram = plan.kind == "ngram" and match is not None
-        accept = self._acceptance[plan, match.length if is_ngram and match is not None else 0]
-        plain = costs.of_verify(num_running)
-        draft = costs.of_draft(plan) * plain
-        best_length, best = 1, 0.0
-        reached, tokens = accept.first, 1.0
-        for g in range(1, longest + 1):
-            tokens += reached
-            reached *= accept.later
-            speed_up = tokens * plain / (g * draft + costs.of_verify(num_running * (g + 1)))
-            if speed_up > best:
-                best_length, best = g, speed_up
-        return best_length, best
 
     def observe(self, choice: Choice, num_drafted: int, verified: Sequence[int]) -> None:
         """Learn from a round: `verified` are the tokens that the model made, accepted ones first.

@@ -35,6 +35,25 @@ class PassCosts:
         """R of a plan; 0 for plans that run no pass of the model."""
         return 0.0 if plan.kind != "self" else self.drafts[plan]
 
+    def best_length(
+        self, draft: float, first: float, later: float, longest: int, num_running: int = 1
+    ) -> tuple[int, float]:
+        """The draft length up to `longest` with the largest expected speed-up, and that.
+
+        draft: R of the plan. first, later: how likely a draft's first and a later token is right.
+        num_running: sequences that share the passes; they are taken to draft alike.
+        """
+        plain = self.of_verify(num_running)
+        best_length, best = 1, 0.0
+        reached, tokens = first, 1.0
+        for g in range(1, longest + 1):
+            tokens += reached
+            reached *= later
+            cost = g * draft * plain + self.of_verify(num_running * (g + 1))
+            if tokens * plain / cost > best:
+                best_length, best = g, tokens * plain / cost
+        return best_length, best
+
     def with_draft(self, plan: DraftPlan, cost: float) -> PassCosts:
         """The same with R of one plan more."""
         return replace(self, drafts={**self.drafts, plan: cost})

@@ -38,7 +38,10 @@ class Drafts:
 
     def prepare(self, value: Speculative) -> tuple[DraftPlan, ...]:
         """The plans that `value` means; see resolve_plans for the errors."""
-        plans = resolve_plans(value, self.model)
+        return self.prepare_plans(resolve_plans(value, self.model))
+
+    def prepare_plans(self, plans: tuple[DraftPlan, ...]) -> tuple[DraftPlan, ...]:
+        """Make what `plans` need; they must be plans for this model."""
         with self._lock:
             if any(plan.uses_int8 for plan in plans):
                 self.model = with_int8(self.model)
@@ -74,14 +77,14 @@ def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
     """
     check_speculative(value)
     num_layers = model.config.num_layers
-    if value == "off" or (value == "auto" and not _is_lossless(model)):
+    if value == "off" or (value == "auto" and not is_lossless(model)):
         return ()
     if value == "auto":
         return DraftPlan.int8(num_layers), NGRAM
     plan = _resolve_plan(value, num_layers)
     if plan.kind == "off":
         return ()
-    if not _is_lossless(model):
+    if not is_lossless(model):
         raise ValueError(
             f"speculative: got {plan.name!r} with {str(model.dtype).removeprefix('torch.')} on a "
             "CPU, where the number of rows moves the last bit and a draft could change a token; "
@@ -101,6 +104,6 @@ def _resolve_plan(value: Speculative, num_layers: int) -> DraftPlan:
     return load_plan(Path(value), num_layers)
 
 
-def _is_lossless(model: Llama) -> bool:
+def is_lossless(model: Llama) -> bool:
     """Whether a row's bits do not depend on the rows beside it, or only in float32's last place."""
     return model.decode_ops.is_row_invariant or model.dtype == torch.float32

@@ -72,6 +72,7 @@ def _first_token(model: Llama, cache: KVCache, sequence: RunningSequence) -> Tok
     started = time.perf_counter()
     logits = prefill(model, cache, sequence.slot, sequence.token_ids, sequence.num_reused)
     sequence.num_cached = sequence.num_prompt
+    sequence.take_route(cache.states[sequence.slot, : sequence.num_prompt])
     token = int(draw(logits, [(sequence, 0)], model.prefill_ops))
     sequence.prefill_seconds = time.perf_counter() - started
     return sequence.append(token, _logprobs(sequence, logits[0], token))

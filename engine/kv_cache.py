@@ -10,17 +10,29 @@ import torch
 
 from engine.sequence import RunningSequence
 from models.config import LlamaConfig
+from models.llama import Rows
 
 
 class KVCache(NamedTuple):
-    """Keys (after RoPE) and values of every layer, allocated once.
+    """Keys (after RoPE) and values of every layer, and what the last layer made; allocated once.
 
     How many positions of a slot are valid is the engine's knowledge, an argument to every pass:
-    rejecting tokens is not moving that length.
+    rejecting tokens is not moving that length. `states` are valid where keys and values are: the
+    router pools them over a prompt, however much of it an earlier request has left here.
     """
 
     k: torch.Tensor  # [L, slots, H_kv, S, D]
     v: torch.Tensor  # [L, slots, H_kv, S, D]
+    states: torch.Tensor  # [slots, S, C]: the residual stream after the last layer
+
+    def keep_states(self, rows: Rows, x: torch.Tensor) -> None:
+        """Store a pass's last residual stream x [B*T, C] at its rows' positions.
+
+        Padding rows land behind the valid length, as their keys and values do, or at the last
+        position of the cache, which no prompt reaches.
+        """
+        slots, positions = rows.slots.long()[:, None], rows.positions.long()
+        self.states[slots, positions] = x.view(*positions.shape, -1)
 
 
 def make_kv_cache(
@@ -28,8 +40,9 @@ def make_kv_cache(
 ) -> KVCache:
     """Allocate a cache for `num_slots` sequences of up to `max_length` tokens."""
     shape = (config.num_layers, num_slots, config.num_kv_heads, max_length, config.head_dim)
+    shapes = (shape, shape, (num_slots, max_length, config.hidden_size))
     # On a CPU untouched pages of an empty tensor take no memory, so a long context costs nothing.
-    return KVCache(*(torch.empty(shape, device=device, dtype=dtype) for _ in range(2)))
+    return KVCache(*(torch.empty(s, device=device, dtype=dtype) for s in shapes))
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

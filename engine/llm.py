@@ -9,18 +9,21 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 import torch
 
 from engine.costs import PassCosts
-from engine.drafts import NAMES, Drafts, check_speculative
+from engine.drafts import NAMES, Drafts, check_speculative, is_lossless
 from engine.generate import generate
 from engine.kv_cache import SlotPool, make_kv_cache
 from engine.loading import Loaded, choose_device, choose_dtype, load
 from engine.params import SamplingParams, Speculative
 from engine.prefill import prefill
+from engine.routing import check_router, make_router, open_router
 from engine.sequence import RunningSequence
 from engine.stream import TextStream
 from engine.types import RequestOutput, RequestStats, TokenEvent
 from models.llama import Llama
 from models.plan import DraftPlan
 from models.quantise import int8_bytes
+from router.library import RouterLibrary
+from router.route import Route, Router
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -36,10 +39,13 @@ class LLM:
     max_sequences: how many requests can hold a slot of the cache at once.
     max_length: tokens of context of each; None is the model's own, at most 8192.
     seed: makes the seeds of requests that name none reproducible.
-    speculative: how to draft: "auto" (int8 copies of the weights and n-grams of the text, whichever
-        pays at the moment), "off", "ngram", "int8", a DraftPlan, or the file of one. The tokens of
-        an answer are the same whatever is chosen. "auto" and "int8" need memory for a second copy
-        of the weights, a byte an element; "ngram" and "off" do not.
+    speculative: how to draft: "auto" (what the router picks for the prompt; without a router, int8
+        copies of the weights and n-grams of the text, whichever pays at the moment), "off",
+        "ngram", "int8", a DraftPlan, or the file of one. The tokens of an answer are the same
+        whatever is chosen. "auto" and "int8" need memory for a second copy of the weights, a byte
+        an element; "ngram" and "off" do not.
+    router: the library by which "auto" picks plans: a file of `python -m engine.calibrate`, or
+        "none". None is the library that comes with the engine, where there is one for the model.
     profile: measure what passes cost on this machine, once, in about a second (longer where a
         single pass takes that long); False estimates.
     on_progress: called with (bytes done, bytes in all) while weights load.
@@ -59,14 +65,16 @@ class LLM:
         max_length: int | None = None,
         seed: int | None = None,
         speculative: Speculative = "auto",
+        router: str | os.PathLike[str] | None = None,
         profile: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
     ):
         check_speculative(speculative)
+        check_router(router)
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
         loaded = load(model, revision, torch_device, torch_dtype, max_length, on_progress)
-        self._start(loaded, max_sequences, seed, speculative, profile)
+        self._start(loaded, max_sequences, seed, speculative, router, profile)
 
     @classmethod
     def from_loaded(
@@ -76,11 +84,13 @@ class LLM:
         max_sequences: int = 1,
         seed: int | None = None,
         speculative: Speculative = "auto",
+        router: str | os.PathLike[str] | None = None,
         profile: bool = True,
     ) -> LLM:
         """An engine around a model that is in memory already."""
+        check_router(router)
         llm = cls.__new__(cls)
-        llm._start(loaded, max_sequences, seed, speculative, profile)
+        llm._start(loaded, max_sequences, seed, speculative, router, profile)
         return llm
 
     def _start(
@@ -89,6 +99,7 @@ class LLM:
         max_sequences: int,
         seed: int | None,
         speculative: Speculative,
+        router: str | os.PathLike[str] | None,
         profile: bool,
     ) -> None:
         if isinstance(max_sequences, bool) or not isinstance(max_sequences, int):
@@ -112,13 +123,16 @@ class LLM:
         # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
         with torch.inference_mode():
             prefill(model, self._cache, 0, [0, 0], 0)
+        self.last_route: Route | None = None
+        # 16-bit models on a CPU decode plainly: nothing to choose.
+        self._router = open_router(router, model) if is_lossless(model) else None
         self._drafts = Drafts(model, profile)
-        self._plans = self._drafts.prepare(speculative)
+        plans, _ = self._choose_plans(speculative)
         # The plan of a file and not its name: the file may change, or go.
         is_file = not isinstance(speculative, DraftPlan) and speculative not in NAMES
         self._speculative: Speculative = speculative
         if is_file:
-            self._speculative = self._plans[0] if self._plans else "off"
+            self._speculative = plans[0] if plans else "off"
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
@@ -131,7 +145,7 @@ class LLM:
         sequences = [self._sequence(self._encode(prompt), params) for prompt in batch]
         for sequence, event in self._generate(sequences):
             if event.finish_reason is not None:
-                self.last_stats = sequence.stats()
+                self.last_stats, self.last_route = sequence.stats(), sequence.route
         return [sequence.output() for sequence in sequences]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
@@ -172,6 +186,23 @@ class LLM:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     @property
+    def router(self) -> Router | None:
+        """What picks the plans of "auto" requests, if anything does."""
+        return self._router
+
+    def use_library(self, library: RouterLibrary | None) -> None:
+        """Let this library pick the plans of "auto" requests from now on; None is without one.
+
+        Raises ValueError for a library of another model, and where no draft is lossless.
+        """
+        if library is not None and not is_lossless(self.model):
+            raise ValueError(
+                f"router: got a library for {self.dtype} on a CPU, expected none, as a draft could "
+                "change a token there; use dtype='float32'"
+            )
+        self._router = None if library is None else make_router(library, self.model)
+
+    @property
     def model(self) -> Llama:
         """The model; with its int8 form from the moment that a plan needs one."""
         return self._drafts.model
@@ -203,7 +234,7 @@ class LLM:
                 yield event
         finally:
             steps.close()
-            self.last_stats = sequence.stats()
+            self.last_stats, self.last_route = sequence.stats(), sequence.route
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -244,8 +275,17 @@ class LLM:
             end_ids.update(config.eos_token_ids)
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
         wanted = params.speculative
-        plans = self._plans if wanted is None else self._drafts.prepare(wanted)
+        plans, router = self._choose_plans(self._speculative if wanted is None else wanted)
         text = TextStream(self._tokenizer, stop)
         return RunningSequence(
-            prompt, params, seed, text, frozenset(end_ids), self.max_length, plans
+            prompt, params, seed, text, frozenset(end_ids), self.max_length, plans, router
         )
+
+    def _choose_plans(
+        self, speculative: Speculative
+    ) -> tuple[tuple[DraftPlan, ...], Router | None]:
+        """The plans of a request, or the router that will choose them; what they need is made."""
+        if speculative == "auto" and self._router is not None:
+            self._drafts.prepare_plans(self._router.used_plans)
+            return (), self._router
+        return self._drafts.prepare(speculative), None

@@ -77,7 +77,9 @@ def _cache(model: Llama) -> KVCache:
     """A cache of its own: the engine's may be in use."""
     length = CONTEXT + max(VERIFY_ROWS)
     cache = make_kv_cache(model.config, 1, length, model.device, model.dtype)
-    return KVCache(cache.k.zero_(), cache.v.zero_())  # numbers as real ones, not what memory holds
+    cache.k.zero_()  # numbers like real ones, not what memory happens to hold
+    cache.v.zero_()
+    return cache
 
 
 @torch.inference_mode()

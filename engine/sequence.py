@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+
+import torch
 
 from engine.controller import Choice, Controller
 from engine.costs import PassCosts
 from engine.ngram import NgramIndex
 from engine.params import SamplingParams
+from engine.routing import plans_beside
 from engine.stream import TextStream
 from engine.tally import Tally
 from engine.types import (
@@ -18,6 +22,7 @@ from engine.types import (
     TokenEvent,
 )
 from models.plan import MAX_DRAFT, DraftPlan
+from router.route import Route, Router
 
 
 class RunningSequence:
@@ -32,7 +37,9 @@ class RunningSequence:
         end_ids: frozenset[int],
         max_length: int,
         plans: tuple[DraftPlan, ...] = (),
+        router: Router | None = None,
     ):
+        """router: chooses the plans once the prompt is read; `plans` are in force until then."""
         self.num_prompt = len(prompt)
         self.token_ids = list(prompt)
         self.params = params
@@ -42,9 +49,12 @@ class RunningSequence:
         room = max_length - len(prompt)
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         self.plans = plans  # among which the controller chooses; none is plain decoding
+        self.router = router
+        self.route: Route | None = None
+        self.router_seconds = 0.0
         self.controller = Controller(plans)
-        has_ngram = any(plan.kind == "ngram" for plan in plans)
-        self.ngrams = NgramIndex(prompt) if has_ngram else None
+        self.ngrams: NgramIndex | None = None
+        self._index_ngrams()
         self.tally = Tally()
         self.slot = -1
         self.num_reused = 0  # prompt tokens found in the cache
@@ -58,6 +68,21 @@ class RunningSequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    def take_route(self, states: torch.Tensor) -> None:
+        """Let the router, if any, choose the plans from the prompt's states [n, C]."""
+        if self.router is None:
+            return
+        started = time.perf_counter()
+        self.route = self.router.route(states)
+        self.plans = plans_beside(self.route.plan, self.router.library.plans)
+        self.controller = Controller(self.plans, self.router.rates(self.route))
+        self._index_ngrams()
+        self.router_seconds = time.perf_counter() - started
+
+    def _index_ngrams(self) -> None:
+        if any(plan.kind == "ngram" for plan in self.plans):
+            self.ngrams = NgramIndex(self.token_ids)
 
     def banned_ids(self, ahead: int = 0) -> frozenset[int]:
         """Tokens that may not be drawn after `ahead` more: those that would end it too early."""
@@ -110,7 +135,7 @@ class RunningSequence:
         return TokenEvent(token_id, piece, from_draft, logprob, self.finish_reason)
 
     def stats(self) -> RequestStats:
-        later = self.num_generated - 1
+        later, route = self.num_generated - 1, self.route
         is_timed = later > 0 and self.decode_seconds > 0
         return RequestStats(
             prompt_tokens=self.num_prompt,
@@ -124,6 +149,11 @@ class RunningSequence:
             drafted=sum(self.tally.drafted_by_position),
             accepted=sum(self.tally.accepted_by_position),
             rounds_by_plan=dict(self.tally.rounds_by_plan),
+            domain=route.domain if route else "",
+            similarity=route.similarity if route else 0.0,
+            ratio=route.ratio if route else 0.0,
+            is_rejected=route.is_rejected if route else False,
+            router_microseconds=self.router_seconds * 1e6,
             drafted_by_position=tuple(self.tally.drafted_by_position),
             accepted_by_position=tuple(self.tally.accepted_by_position),
         )

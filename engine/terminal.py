@@ -79,6 +79,8 @@ def print_stats(stats: RequestStats | None, int8_bytes: int = 0) -> None:
         text = stats_line(stats)
         if stats.rounds and stats.drafted:
             text += "\n" + drafts_line(stats, int8_bytes)
+        if stats.domain:
+            text += "\n" + route_line(stats)
     _console().print(Text(text, style="dim"), soft_wrap=True)
 
 
@@ -88,6 +90,15 @@ def stats_line(stats: RequestStats) -> str:
         f"prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused), "
         f"generated {stats.generated_tokens} tokens; prefill {stats.prefill_seconds:.3f} s, "
         f"decode {stats.decode_seconds:.3f} s, {stats.tokens_per_second:.1f} tokens/s"
+    )
+
+
+def route_line(stats: RequestStats) -> str:
+    """What the router made of the prompt of one request."""
+    verdict = " (unlike any, default plan)" if stats.is_rejected else ""
+    return (
+        f"route {one_line(stats.domain):.30}{verdict}, similarity {stats.similarity:.3f}, "
+        f"ratio {stats.ratio:.2f}, {stats.router_microseconds:.0f} us"
     )
 
 

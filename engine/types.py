@@ -36,6 +36,8 @@ class RequestStats:
     rounds: verify passes. drafted, accepted: tokens over all of them, those included that were
         right but came after the end of the answer.
     rounds_by_plan: rounds drafted by each plan, "off" for those of plain decoding.
+    domain, similarity, ratio, is_rejected: the router's decision, as in `Route`; domain is "" where
+        nothing was routed. router_microseconds: what it took.
     drafted_by_position, accepted_by_position: the same counts for the i-th token of a draft.
     """
 
@@ -50,6 +52,11 @@ class RequestStats:
     drafted: int = 0
     accepted: int = 0
     rounds_by_plan: dict[str, int] = field(default_factory=dict)
+    domain: str = ""
+    similarity: float = 0.0
+    ratio: float = 0.0
+    is_rejected: bool = False
+    router_microseconds: float = 0.0
     drafted_by_position: tuple[int, ...] = ()
     accepted_by_position: tuple[int, ...] = ()
 

@@ -45,6 +45,7 @@ def verify(
     # Padding rows are computed and never looked at; their positions must exist all the same.
     rows.positions.clamp_(max=cache.k.shape[3] - 1)
     x = forward(model, rows, cache.k, cache.v, plan, model.decode_ops)
+    cache.keep_states(rows, x)
     scores = logits(model, x, plan, model.decode_ops)
     token_ids = draw(scores, [(s, t) for s in sequences for t in range(width)], model.decode_ops)
     return Verified(scores.view(batch, width, -1), token_ids.view(batch, width))
