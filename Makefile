@@ -44,7 +44,7 @@ $(VENV)/.chat: $(VENV)/.venv pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.chat
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,bench]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,bench,calibrate]"
 	touch $@
 
 clean:

@@ -1,0 +1,230 @@
+"""`python -m engine.calibrate`: build the router library of a model.
+
+The steps are in engine/calibration.py. What was measured is kept beside --out while the run goes
+on, so the same command continues a run that was stopped. Exit codes: 0 written, 1 the machine
+failed, 2 wrong arguments or files, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.conversation import check_text
+from engine.terminal import note, report_error
+
+if TYPE_CHECKING:
+    from engine.calibration import Report
+    from router.library import RouterLibrary
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+STATE_SUFFIX = ".calibration"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; argparse leaves through SystemExit."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if (args.prompts is None) == (args.import_knn_ssd is None):
+        parser.error("give --prompts DIR to calibrate, or --import-knn-ssd DIR to convert")
+    if os.path.isdir(args.out):
+        parser.error(f"--out: got {args.out}, which is a folder; expected a file to write")
+    try:
+        library = _import(args) if args.import_knn_ssd else _calibrate(args)
+        library.save(args.out)
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on from here")
+        return EXIT_INTERRUPTED
+    except ValueError as error:
+        report_error(error)
+        return EXIT_USAGE
+    except (RuntimeError, OSError, MemoryError) as error:
+        report_error(error)
+        return EXIT_FAILED
+    if args.prompts:
+        _state_path(args.out).unlink(missing_ok=True)
+    print(json.dumps(_summary(library) | {"out": str(args.out)}))
+    return EXIT_OK
+
+
+def read_prompts(directory: Path, domains: Sequence[str] | None) -> dict[str, list[str]]:
+    """Prompts by domain from DOMAIN.jsonl files, one {"prompt": ...} a line.
+
+    Raises ValueError, naming file and line, for anything else, and for a domain without a file.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: is no folder; expected one with DOMAIN.jsonl files")
+    names = domains or sorted(path.stem for path in directory.glob("*.jsonl"))
+    if not names:
+        raise ValueError(f"{directory}: has no *.jsonl; expected DOMAIN.jsonl for each domain")
+    return {name: _read_domain(directory / f"{name}.jsonl") for name in names}
+
+
+def _read_domain(path: Path) -> list[str]:
+    try:
+        # Not splitlines: JSON strings may hold other characters at which that splits.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f'{path}, line {number}: got {line!r:.60}, expected an object with "prompt"'
+            ) from error
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{path}, line {number}: the prompt is empty or no text")
+        prompts.append(check_text(f"{path}, line {number}", prompt))
+    if not prompts:
+        raise ValueError(f"{path}: has no prompts; expected one JSON object a line")
+    return prompts
+
+
+def _calibrate(args: argparse.Namespace) -> RouterLibrary:
+    # Here and not above: torch takes longer to import than --help may.
+    from engine.calibration import MIX, Calibration, Settings
+    from engine.calibration_state import CalibrationState
+    from engine.llm import LLM
+    from router.fingerprint import fingerprint
+
+    prompts = read_prompts(args.prompts, args.domains.split(",") if args.domains else None)
+    if MIX in prompts:
+        raise ValueError(f"domain {MIX!r}: is the name of all of them together; use another")
+    for domain, texts in prompts.items():
+        if len(texts) < args.anchors:
+            note(f"{domain}: {len(texts)} prompts, so no more anchors than that")
+    settings = Settings(
+        num_anchors=args.anchors, trace_tokens=args.trace_tokens, method=args.method,
+        iterations=args.iterations, seed=args.seed, max_minutes=args.max_minutes,
+    )  # fmt: skip
+    llm = LLM(args.model, device=args.device, speculative="auto", router="none")
+    fixed = {
+        "fingerprint": fingerprint(llm.model),
+        "prompts": sha256(json.dumps(prompts).encode()).hexdigest(),
+        "trace_tokens": args.trace_tokens,
+    }
+    state = CalibrationState(_state_path(args.out), fixed)
+    if state.num_values:
+        note(f"going on with {state.num_values} measurements from {state.path}")
+    try:
+        with _progress() as report:
+            return Calibration(llm, prompts, settings, state, report).run()
+    finally:
+        state.close()
+
+
+def _import(args: argparse.Namespace) -> RouterLibrary:
+    from engine.llm import LLM
+    from router.fingerprint import fingerprint
+    from router.knn_ssd import import_knn_ssd
+
+    llm = LLM(args.model, device=args.device, speculative="off", router="none")
+    num_layers, hidden = llm.model.config.num_layers, llm.model.config.hidden_size
+    library = import_knn_ssd(args.import_knn_ssd, fingerprint(llm.model), num_layers)
+    library.check_model(library.fingerprint, num_layers, hidden)
+    return library
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar for each step on a terminal, with the time left; else a line when a step begins."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}"),
+               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task, current = progress.add_task("", total=None), None
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal task, current
+            if what != current:
+                current = what
+                progress.remove_task(task)
+                task = progress.add_task(what, total=total or None)
+                if not console.is_terminal:
+                    note(what)
+            progress.update(task, completed=done)
+
+        yield report
+
+
+def _state_path(out: Path) -> Path:
+    return out.with_name(out.name + STATE_SUFFIX)
+
+
+def _summary(library: RouterLibrary) -> dict[str, object]:
+    domains = {}
+    for i, domain in enumerate(library.domains):
+        used = library.anchor_plans[library.anchor_domains == i].unique().tolist()
+        domains[domain] = [library.plans[plan].name for plan in used]
+    default = library.plans[library.default_plan].name
+    return {
+        "anchors": len(library.anchors), "domains": domains, "default": default,
+        "min_ratio": library.min_ratio,
+    }  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m engine.calibrate", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--model", help="directory, .gguf file or hub id; default: the default model")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl files")
+    add("--import-knn-ssd", type=Path, metavar="DIR",
+        help="convert the KNN-SSD authors' *vector*.npy, *label*.npy, *.json")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="FILE", help="the library to write")
+    add("--domains", metavar="A,B", help="default: every file of the folder")
+    add("--anchors", type=_positive, default=10, help="for each domain (default: 10)")
+    add("--trace-tokens", type=_positive, default=128, help="of each answer (default: 128)")
+    add("--method", choices=["greedy", "bayes", "none"], default="greedy",
+        help="how skip sets are searched (default: greedy)")  # fmt: skip
+    add("--iterations", type=_positive, default=200, help="of --method bayes (default: 200)")
+    add("--max-minutes", type=_minutes, help="stop searching skip sets after so long")
+    add("--seed", type=_seed, default=0)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 0")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"got {value}, expected 0 to {2**32 - 1}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

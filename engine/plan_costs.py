@@ -1,0 +1,63 @@
+"""R of any plan as a sum over its parts: head, attention blocks, MLP blocks, each in its precision.
+
+Six passes are measured: everything, attention alone and MLP alone, at full precision and in int8.
+head = attention alone + MLP alone - everything, and a block is its share of what the rest leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from engine.costs import PassCosts
+from models.plan import FULL, INT8, SKIP, DraftPlan
+
+
+@dataclass(frozen=True)
+class PlanCosts:
+    """R by parts, in plain decode steps: precision -> cost; blocks are (attention, MLP)."""
+
+    head: Mapping[int, float]
+    block: Mapping[int, tuple[float, float]]
+
+    def of(self, plan: DraftPlan) -> float:
+        """R of a plan; 0 for plans that run no pass of the model."""
+        if plan.kind != "self":
+            return 0.0
+        return self.head[plan.head_precision] + sum(
+            self.block[precision][i % 2] for i, precision in enumerate(plan.sublayers)
+        )
+
+    def fill(self, costs: PassCosts, plans: Mapping[DraftPlan, object]) -> PassCosts:
+        """`costs` with R of every plan."""
+        for plan in plans:
+            costs = costs.with_draft(plan, self.of(plan))
+        return costs
+
+
+def measure_parts(
+    measure: Callable[[DraftPlan], float], num_layers: int
+) -> dict[str, tuple[float, float, float]]:
+    """R of everything, of attention alone and of MLP alone, by precision as text."""
+    layers = range(num_layers)
+    return {
+        str(base): (
+            measure(DraftPlan.skipping("all", num_layers, (), (), precision=base)),
+            measure(DraftPlan.skipping("attention", num_layers, (), layers, precision=base)),
+            measure(DraftPlan.skipping("mlp", num_layers, layers, (), precision=base)),
+        )
+        for base in (FULL, INT8)
+    }
+
+
+def from_parts(parts: Mapping[str, tuple[float, float, float]], num_layers: int) -> PlanCosts:
+    """The table from what `measure_parts` found. Noise may not make a part cheaper than nothing."""
+    head, block = {}, {SKIP: (0.0, 0.0)}
+    for base in (FULL, INT8):
+        everything, attention, mlp = parts[str(base)]
+        head[base] = max(0.0, attention + mlp - everything)
+        block[base] = (
+            max(0.0, everything - mlp) / num_layers,
+            max(0.0, everything - attention) / num_layers,
+        )
+    return PlanCosts(head, block)
