@@ -239,7 +239,10 @@ def _spec(repl: Repl, argument: str) -> None:
         # The plan of a file and not its name: the file may change, or go.
         kept = value if value in NAMES else plans[0] if plans else "off"
         repl.params = replace(repl.params, speculative=kept)
-    shown, names = _setting(value), one_line("+".join(plan.name for plan in plans) or "no drafts")
+    names = one_line("+".join(plan.name for plan in plans) or "no drafts")
+    if value == "auto" and llm.router is not None:
+        names = "what the router picks, see /plan"
+    shown = _setting(value)
     memory = f"; int8 weights take {llm.int8_bytes / 1e6:.0f} MB" if llm.int8_bytes else ""
     note(f"speculative  {shown}{'' if names == shown else f' ({names})'}{memory}")
 

@@ -15,7 +15,7 @@ from engine.kv_cache import SlotPool, make_kv_cache
 from engine.loading import Loaded, choose_device, choose_dtype, load
 from engine.params import SamplingParams, Speculative
 from engine.prefill import prefill
-from engine.routing import check_router, make_router, open_router
+from engine.routing import NONE, check_router, make_router, open_router
 from engine.sequence import RunningSequence
 from engine.stream import TextStream
 from engine.types import RequestOutput, RequestStats, TokenEvent
@@ -124,8 +124,7 @@ class LLM:
         with torch.inference_mode():
             prefill(model, self._cache, 0, [0, 0], 0)
         self.last_route: Route | None = None
-        # 16-bit models on a CPU decode plainly: nothing to choose.
-        self._router = open_router(router, model) if is_lossless(model) else None
+        self._router = self._open_router(router, model)
         self._drafts = Drafts(model, profile)
         plans, _ = self._choose_plans(speculative)
         # The plan of a file and not its name: the file may change, or go.
@@ -196,10 +195,7 @@ class LLM:
         Raises ValueError for a library of another model, and where no draft is lossless.
         """
         if library is not None and not is_lossless(self.model):
-            raise ValueError(
-                f"router: got a library for {self.dtype} on a CPU, expected none, as a draft could "
-                "change a token there; use dtype='float32'"
-            )
+            raise self._nothing_to_route()
         self._router = None if library is None else make_router(library, self.model)
 
     @property
@@ -221,6 +217,19 @@ class LLM:
     def int8_bytes(self) -> int:
         """Memory that drafting in 8 bits takes beside the weights; 0 while no plan needed it."""
         return int8_bytes(self.model.weights)
+
+    def _open_router(self, value: str | os.PathLike[str] | None, model: Llama) -> Router | None:
+        if is_lossless(model):
+            return open_router(value, model)
+        if value not in (None, NONE):
+            raise self._nothing_to_route()
+        return None  # such a model decodes plainly
+
+    def _nothing_to_route(self) -> ValueError:
+        return ValueError(
+            f"router: got a library for {self.dtype} on a CPU, expected 'none', as a draft could "
+            "change a token there; use dtype='float32'"
+        )
 
     def _generate(
         self, sequences: Sequence[RunningSequence]

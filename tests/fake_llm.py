@@ -20,6 +20,7 @@ import engine.chat
 from engine.params import SamplingParams, Speculative
 from engine.terminal import loading_progress
 from engine.types import CompletionOutput, RequestOutput, RequestStats, TokenEvent
+from router.route import Route, Router
 
 Messages = Sequence[Mapping[str, str]]
 NUM_SLOW = 400
@@ -53,6 +54,8 @@ class FakeLLM:
         self.generation = generation or {}
         self.speculative = speculative
         self.int8_bytes = 0
+        self.router: Router | None = None
+        self.last_route: Route | None = None
         # What resolve_plans looks at.
         self.model = SimpleNamespace(
             config=SimpleNamespace(num_layers=2),
