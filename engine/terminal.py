@@ -71,7 +71,7 @@ def report_error(error: BaseException) -> None:
 
 
 def print_stats(stats: RequestStats | None, int8_bytes: int = 0) -> None:
-    """Print what an answer cost on stderr: a line, and one more where tokens were drafted."""
+    """Print what an answer cost on stderr: a line, and one each for its drafts and its route."""
     from rich.text import Text
 
     text = "no statistics yet"
