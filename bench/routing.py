@@ -31,13 +31,13 @@ from typing import Any
 from bench.arms import OWN_PROMPTS, Run
 from bench.arms import read_prompts as read_own_prompts
 from bench.harness import print_machine, print_result
+from bench.skip_sets import judge, print_skip_sets, summarise_skip_sets
 from bench.stream import (
     ROUTED,
     SINGLE,
     Experiment,
     Measured,
     Prompt,
-    double_search,
     is_identical,
     make_experiment,
     make_stream,
@@ -50,7 +50,6 @@ from bench.stream import (
 )
 from engine import LLM
 from engine.calibrate import read_prompts
-from router.library import RouterLibrary
 
 ANSWER_TOKENS = 64  # of which the router's time is given as a share
 MAX_LENGTH = 2048
@@ -220,7 +219,6 @@ def summarise(rows: Sequence[Measured], experiment: Experiment) -> dict[str, Any
         "router_share": None if share is None else round(share, 6),
         "oracle_share": _ratio(arms["knn"], arms["oracle"]),
         "unknown_vs_off": speed_ups(unknown, ("off", "knn"))["knn"],
-        "double_search": _double_search(known, experiment.library),
     }
 
 
@@ -234,21 +232,6 @@ def _rounded(values: Mapping[str, float | None], digits: int) -> dict[str, float
 
 def _ratio(value: float | None, base: float | None) -> float | None:
     return None if value is None or not base else round(value / base, 4)
-
-
-def _double_search(
-    rows: Sequence[Measured], library: RouterLibrary
-) -> dict[str, dict[str, float | None]] | None:
-    """Speed-ups of the skip sets that several searches found for one domain, on that domain."""
-    pairs = double_search(library)
-    found = {
-        domain: {
-            name: speed_ups([row for row in rows if row.domain == domain], ("off", name))[name]
-            for name in names
-        }
-        for domain, names in pairs.items()
-    }
-    return found or None
 
 
 def best_single(arms: Mapping[str, float | None]) -> str:
@@ -291,8 +274,6 @@ def print_summary(result: Mapping[str, Any]) -> None:
     print(f"router: {result['router_microseconds']:.0f} us in the median{part}")
     print(f"knn over the oracle: {result['oracle_share']}")
     print(f"knn over off in unknown domains: {result['unknown_vs_off'] or 'not measured'}")
-    noise = result["double_search"] or "not available, the library has no two of one domain"
-    print(f"skip sets of two searches in one domain: {noise}")
 
 
 def _listed(values: Mapping[str, float]) -> str:
@@ -338,6 +319,9 @@ def run(
     found = summarise_streams(streams, orders, timed, best)
     result |= found | {"identical": result["identical"] and found["identical"]}
     print_summary(result)
+    table = judge(llm, prompts, timed, experiment.library)
+    result["skip_sets"] = summarise_skip_sets(table, experiment.library)
+    print_skip_sets(table, result["skip_sets"])
     if args.plots:
         write_plots(args.plots, rows, experiment, result, args.seed)
     return result

@@ -139,7 +139,6 @@ def make_experiment(library: RouterLibrary, first: str, num_prompts: int, seed: 
     else:
         arms["knn-skip"] = Arm("auto", skips)
     arms |= {"knn": Arm("auto", library), "auto": Arm("auto")}
-    arms |= {name: Arm(known[name]) for pair in double_search(library).values() for name in pair}
     columns = {
         in_force(library, plan): Arm("auto", fixed_library(library, plan))
         for plan in routable(library)
@@ -159,15 +158,6 @@ def routable(library: RouterLibrary) -> list[DraftPlan]:
 def in_force(library: RouterLibrary, plan: DraftPlan) -> str:
     """What decodes a prompt that was routed to `plan`, as `RequestStats.plan` names it."""
     return "+".join(p.name for p in plans_beside(plan, library.plans)) or "off"
-
-
-def double_search(library: RouterLibrary) -> dict[str, list[str]]:
-    """Domains with several full-precision skip sets, such as "math-skip" and "math-skip-2"."""
-    found = {
-        domain: [p.name for p in library.plans if p.name.startswith(f"{domain}-skip")]
-        for domain in library.domains
-    }
-    return {domain: names for domain, names in found.items() if len(names) > 1}
 
 
 def answer(llm: LLM, prompt: Prompt, arm: Arm, new_tokens: int, run: Run) -> RequestStats:

@@ -25,7 +25,6 @@ from bench.stream import (
     Measured,
     Prompt,
     arms_of_prompt,
-    double_search,
     fixed_library,
     make_experiment,
     make_stream,
@@ -163,17 +162,6 @@ def test_names_that_mean_the_same_share_a_run():
     assert {library.plans[i] for i in fixed.anchor_plans.tolist()} == {SQL}
 
 
-def test_two_skip_sets_of_a_domain_are_compared():
-    assert double_search(library_of()) == {}
-    again = replace(MATH, name="math-skip-2", sublayers=MIX.sublayers)
-    library = library_of(plans=(OFF, NGRAM, INT8, MATH, again))
-    experiment = experiment_of(library)
-    assert experiment.arms["math-skip-2"].speculative == again
-    seconds = SECONDS | {"math-skip": 2.0, "math-skip-2": 4.0}
-    result = summarise([row_of("math", seconds), row_of("sql", seconds)], experiment)
-    assert result["double_search"] == {"math": {"math-skip": 2.0, "math-skip-2": 1.0}}
-
-
 def test_rates_are_all_tokens_over_all_seconds():
     some = rows()[:3]
     assert rate_of(some, "off") == 12 / 12
@@ -194,7 +182,7 @@ def test_summary_of_made_up_measurements(capsys):
     assert result["unknown_vs_off"] == 1.25
     assert result["router_microseconds"] == 200
     assert result["router_share"] == pytest.approx(200e-6 * 2.4 / 64, abs=1e-6)
-    assert result["plans"]["sql"]["ngram"] == 4.0 and result["double_search"] is None
+    assert result["plans"]["sql"]["ngram"] == 4.0
     assert best_single(result["arms"]) == "int8"
     some, orders = rows()[:3], {0.0: [0, 1, 2], 1.0: [2, 0, 1]}
     streams = {
@@ -208,7 +196,7 @@ def test_summary_of_made_up_measurements(capsys):
     print_domain("math", some[:2], experiment)
     print_summary(result | found)
     out = capsys.readouterr().out
-    assert "rejected: 0; nearest: chat, math" in out and "not available" in out
+    assert "rejected: 0; nearest: chat, math" in out
     assert json.loads(json.dumps(result | found)) == result | found
 
 
