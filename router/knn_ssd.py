@@ -8,12 +8,18 @@ part of domain cnndm. Nothing in the files is executed: no pickle.
 from __future__ import annotations
 
 from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from models.plan import OFF, DraftPlan, plans_from_skip_sets
 from router.library import MAX_FILE_BYTES, MIN_RATIO, RouterLibrary
+
+# Of numpy: a header is parsed as Python, and may promise more numbers than there is memory for.
+_UNREADABLE = (OSError, ValueError, EOFError, MemoryError, OverflowError, RecursionError, TypeError,
+               SyntaxError, TokenError, BadZipFile)  # fmt: skip
 
 
 def import_knn_ssd(directory: Path, fingerprint: str, num_layers: int) -> RouterLibrary:
@@ -29,8 +35,8 @@ def import_knn_ssd(directory: Path, fingerprint: str, num_layers: int) -> Router
     except (OSError, ValueError) as error:
         raise ValueError(f"{skip_sets}: {error}") from error
     anchors, names = _array(vectors), _array(labels)
-    if anchors.ndim != 2 or anchors.dtype.kind != "f":
-        raise _error(vectors, f"{anchors.dtype} {anchors.shape}", "floats [N, C]")
+    if anchors.ndim != 2 or not anchors.size or anchors.dtype.kind != "f":
+        raise _error(vectors, f"{anchors.dtype} {anchors.shape}", "floats [N, C], not empty")
     if names.shape != anchors.shape[:1] or names.dtype.kind != "U":
         got = f"{names.dtype} {names.shape}"
         raise _error(labels, got, f"a text for each of the {len(anchors)} anchors")
@@ -81,10 +87,9 @@ def _array(path: Path) -> np.ndarray:
         array: np.ndarray = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("several arrays in one file")
-    # A header may promise more numbers than there is memory for.
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
-            f"{path}: cannot be read as .npy without pickle: {error!s:.120}"
+            f"{path}: cannot be read as .npy without pickle: {error!r:.120}"
         ) from error
     return array
 

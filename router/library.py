@@ -98,7 +98,8 @@ class RouterLibrary:
             if ids.dtype != torch.int32 or ids.shape != shape[:1]:
                 raise _error(name, f"{ids.dtype} {tuple(ids.shape)}", f"int32 [{shape[0]}]")
             if int(ids.min()) < 0 or int(ids.max()) >= count:
-                raise _error(name, f"ids up to {int(ids.max())}", f"ids below {count}")
+                got = f"ids from {int(ids.min())} to {int(ids.max())}"
+                raise _error(name, got, f"ids from 0 to {count - 1}")
 
     def check_model(self, fingerprint: str, num_layers: int, hidden_size: int) -> None:
         """Raises ValueError unless the library was made for a model with this fingerprint."""
@@ -134,7 +135,7 @@ class RouterLibrary:
             part.replace(path)
         except OSError as error:
             raise ValueError(
-                f"{path}: cannot be written: {error.strerror}; choose another place"
+                f"{path}: cannot be written: {error.strerror or error}; choose another place"
             ) from error
         finally:
             with suppress(OSError):  # it is there only where something went wrong
@@ -161,7 +162,7 @@ def _read(path: Path) -> dict[str, Any]:
             names = sorted(file.keys())
             # Copies: the file is only mapped, and may be overwritten while they are in use.
             tensors = {name: file.get_tensor(name).clone() for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, TypeError) as error:  # torch refuses sizes beyond an int64
         raise ValueError(
             f"no whole safetensors file ({_shown(error)}); expected a router library, calibrate "
             "again"
@@ -179,21 +180,29 @@ def _parse(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
         if not isinstance(document, dict) or document.keys() != _TYPES.keys():
-            raise ValueError(f"got other keys than {', '.join(sorted(_TYPES))}")
+            got = sorted(document) if isinstance(document, dict) else document
+            raise _error("keys", got, sorted(_TYPES))
         for name, kind in _TYPES.items():
             if type(document[name]) is not kind:
                 raise _error(name, document[name], f"a value of type {kind.__name__}")
         plans = tuple(DraftPlan.from_json(json.dumps(plan)) for plan in document["plans"])
-        rates = {
+        rates = _parse_rates(document["rates"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"metadata 'library': {error}; calibrate again") from error
+    return document | {"domains": tuple(document["domains"]), "plans": plans, "rates": rates}
+
+
+def _parse_rates(document: dict[str, Any]) -> dict[str, PlanRates]:
+    try:
+        return {
             domain: {
                 plan: {int(length): Rates(*pair) for length, pair in by_length.items()}
                 for plan, by_length in by_plan.items()
             }
-            for domain, by_plan in document["rates"].items()
+            for domain, by_plan in document.items()
         }
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"metadata 'library': {error}; calibrate again") from error
-    return document | {"domains": tuple(document["domains"]), "plans": plans, "rates": rates}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _error("rates", document, "{domain: {plan: {length: [first, later]}}}") from error
 
 
 def _check_names(what: str, names: tuple[str, ...]) -> None:

@@ -9,13 +9,14 @@ then the default plan, which was best over all domains together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from kernels.nearest_anchor import Nearest
+from kernels.nearest_anchor import MIN_NORM, Nearest
 from models.llama import Llama, plan_table
 from models.plan import DraftPlan
 from router.feature import as_feature, state_sum
@@ -47,10 +48,7 @@ class Neighbour(NamedTuple):
 
 
 class Router:
-    """A library, checked against a model and on its device.
-
-    Raises ValueError where the library was made for another model.
-    """
+    """A library on the device of its model, against which `RouterLibrary.check_model` held it."""
 
     def __init__(
         self, library: RouterLibrary, model: Llama, nearest_anchor: Callable[..., Nearest]
@@ -83,8 +81,9 @@ class Router:
             library.min_ratio, self._table,
         )  # fmt: skip
         plan, anchor, similarity, other = (value.cpu()[0] for value in nearest)
-        # In float32, as the kernel decides: near the threshold float64 may see it otherwise.
-        is_kept = bool(1 - other >= library.min_ratio * (1 - similarity))
+        # As the kernel decides, and in float32: near the threshold float64 may see it otherwise.
+        has_direction = MIN_NORM.value <= float(total.square().sum().sqrt()) < math.inf
+        is_kept = has_direction and bool(1 - other >= library.min_ratio * (1 - similarity))
         return Route(
             plan=library.plans[int(plan)],
             domain=library.domains[int(library.anchor_domains[anchor])],

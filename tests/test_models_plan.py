@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import check_words, refusal
 
 from models.plan import (
     MAX_FILE_BYTES,
@@ -25,22 +26,6 @@ from models.plan import (
 GSM8K = '{"gsm8k_llama-2-13b": {"attention": [3, 6], "mlp": [2, 5]}}'
 MIXED = DraftPlan("mixed", "self", (16, 8, 0, 16, 8, 0), 5, 0.25)
 DEEP = 100_000
-
-
-def refusal(function: Callable[..., object], *args: Any, **kwargs: Any) -> str:
-    """The message of the ValueError, which must be one line of bounded length."""
-    with pytest.raises(ValueError) as caught:
-        function(*args, **kwargs)
-    assert type(caught.value) is ValueError
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1 and message.isprintable(), message
-    assert len(message) < 600
-    return message
-
-
-def check_words(message: str, *words: str) -> None:
-    for word in words:
-        assert word in message, f"{word!r} is not in: {message}"
 
 
 @st.composite
