@@ -39,7 +39,9 @@ def small_llm(**options):
 
 
 def valid(cache, slot, length):
-    return torch.stack([part[:, slot, :, :length] for part in cache])
+    """Keys, values and last states of the valid positions."""
+    parts = [part[:, slot, :, :length] for part in (cache.k, cache.v)]
+    return torch.cat([part.flatten() for part in (*parts, cache.states[slot, :length])])
 
 
 @pytest.mark.parametrize("lengths", [[4], [0, 3], [8, 0, 0, 1], [1, 2, 3, 4, 5, 6, 7, 8]], ids=str)
@@ -84,9 +86,11 @@ def test_a_draft_is_clipped_at_the_end_of_the_context(length, monkeypatch):
             assert output.outputs[0].finish_reason == "length"
             # The last token of all is never run, so its position is not written either.
             end = 32 - 1 if max_tokens is None else 20 + 7 - 1
-            for part in llm._cache:
-                assert (part[:, 0, :, :end] != CANARY).all()
-                assert (part[:, 0, :, end:] == CANARY).all()
+            cache = llm._cache
+            # The heads of a position beside each other, so that all three have the same axes.
+            for part in (*(p.transpose(2, 3) for p in (cache.k, cache.v)), cache.states[None]):
+                assert (part[:, 0, :end] != CANARY).all()
+                assert (part[:, 0, end:] == CANARY).all()
                 assert (part[:, 1:] == CANARY).all()
 
 

@@ -169,7 +169,7 @@ def pass_logits(model, cache, token_ids, start, ops, batch=1):
         torch.arange(batch, dtype=torch.int32, device=device),
     )
     plan = full_plan(model.config, batch, device)
-    x = forward(model, rows, *cache, plan, ops)
+    x = forward(model, rows, cache.k, cache.v, plan, ops)
     return logits(model, x, plan, ops).view(batch, width, -1)
 
 

@@ -40,7 +40,9 @@ def run(model, cache, token_ids, start=0):
 
 
 def new_cache(model):
-    return make_kv_cache(model.config, 1, model.config.max_positions, model.device, model.dtype)
+    """Keys and values: all that the forward pass takes."""
+    cache = make_kv_cache(model.config, 1, model.config.max_positions, model.device, model.dtype)
+    return cache.k, cache.v
 
 
 @pytest.fixture(params=FAMILIES)
@@ -90,7 +92,7 @@ def test_one_launch_for_all_layers_is_the_five_operations_bit_for_bit(family):
     for plan in (full_plan(model.config, 1, model.device), torch.tensor([[16, 0, 0, 16, 16]])):
         caches = [new_cache(model) for _ in range(2)]
         for cache in caches:
-            cache.k.zero_(), cache.v.zero_()
+            cache[0].zero_(), cache[1].zero_()
         for start, stop in ((0, 30), (30, 31), (31, 36), (36, 40)):
             rows = rows_of(prompt[start:stop], start)
             one, other = (
