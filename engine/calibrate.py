@@ -92,6 +92,18 @@ def _read_domain(path: Path) -> list[str]:
     return prompts
 
 
+def _check_names(domains: set[str]) -> None:
+    """Refuse now what a library, with plans named after its domains, would refuse at the end."""
+    for name in sorted(domains):
+        if not name.strip() or not name.isprintable():
+            raise ValueError(f"domain {name!r:.80}: is blank or not printable; rename its file")
+        if f"{name}-int8" in domains:
+            raise ValueError(
+                f"domain '{name}-int8': its plans would have the names of the int8 plans of "
+                f"{name!r}; rename its file"
+            )
+
+
 def _calibrate(args: argparse.Namespace) -> RouterLibrary:
     # Here and not above: torch takes longer to import than --help may.
     from engine.calibration import MIX, Calibration, Settings
@@ -102,6 +114,7 @@ def _calibrate(args: argparse.Namespace) -> RouterLibrary:
     prompts = read_prompts(args.prompts, args.domains.split(",") if args.domains else None)
     if MIX in prompts:
         raise ValueError(f"domain {MIX!r}: is the name of all of them together; use another")
+    _check_names({MIX, *prompts})
     for domain, texts in prompts.items():
         if len(texts) < args.anchors:
             note(f"{domain}: {len(texts)} prompts, so no more anchors than that")
@@ -163,7 +176,7 @@ def _progress() -> Iterator[Report]:
                 task = progress.add_task(what, total=total or None)
                 if not console.is_terminal:
                     note(what)
-            progress.update(task, completed=done)
+            progress.update(task, completed=done, total=total or None)
 
         yield report
 

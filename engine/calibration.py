@@ -191,7 +191,7 @@ class Calibration:
         def score(plan: DraftPlan) -> float:
             if self._is_late():
                 raise _OutOfTime
-            self._report(f"{name}: skip sets", len(seen), 0)
+            self._report(f"{name}: skip sets", len(seen), self._num_scores(len(seen)))
             rate = acceptance([torch.tensor(one) for one in judge(plan)])
             seen.append(Scored(plan, rate, speed(plan, rate)))
             return rate
@@ -208,6 +208,13 @@ class Calibration:
             self._report(f"{name}: out of time", len(seen), 0)
         skipping = [s for s in seen if SKIP in s.plan.sublayers]
         return max(skipping, key=lambda s: s.speed).plan if skipping else None
+
+    def _num_scores(self, num_seen: int) -> int:
+        """How many plans a search scores; of the greedy one, which ends where it will, a guess."""
+        if self._settings.method == "bayes":
+            return self._settings.iterations
+        first_step = 2 * self._num_layers - 3
+        return max(first_step + PATIENCE * SEARCH_WIDTH, num_seen + SEARCH_WIDTH)
 
     def _choose(
         self,

@@ -61,9 +61,9 @@ class CalibrationState:
 
     def _read(self, settings: dict[str, Any]) -> int:
         """Take what the file holds; returns how many of its bytes are whole lines."""
-        if not self.path.exists():
-            return 0
         try:
+            if not self.path.exists():
+                return 0
             data = self.path.read_bytes()
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read: {error.strerror}") from error
