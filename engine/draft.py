@@ -47,12 +47,12 @@ def draft(
         if not drafting:
             break
         plans = [plan for b in drafting if (plan := choices[b].plan) is not None]
-        is_sure = _step(
+        goes_on = _step(
             model, cache, [sequences[b] for b in drafting], plans, drafting, token_ids, i
         )
         for b in drafting:
             lengths[b] = i + 1
-        drafting = [b for b, sure in zip(drafting, is_sure, strict=True) if sure]
+        drafting = [b for b, go in zip(drafting, goes_on, strict=True) if go]
     return Draft(token_ids, tuple(lengths))
 
 
@@ -65,7 +65,10 @@ def _step(
     token_ids: torch.Tensor,  # [B, G], column i is written
     i: int,
 ) -> list[bool]:
-    """Draft token i of `sequences`, rows `places` of token_ids; return which may go on."""
+    """Draft token i of `sequences`, rows `places` of token_ids; return which may go on.
+
+    Nothing is drafted after what would end the answer: short answers would pay for it dearly.
+    """
     device, ops = model.device, model.decode_ops
 
     def int32(values: object) -> torch.Tensor:
@@ -83,8 +86,16 @@ def _step(
     )
     table = plan_table(plans, device)
     scores = logits(model, forward(model, rows, cache.k, cache.v, table, ops), table, ops)
-    token_ids[places, i] = draw(scores, [(s, i) for s in sequences], ops)
-    if not any(plan.stop_probability for plan in plans):
-        return [True] * len(plans)  # on a GPU, without waiting for it
-    sure = ops.top_probability(scores).tolist()
-    return [p >= plan.stop_probability for p, plan in zip(sure, plans, strict=True)]
+    drawn = draw(scores, [(s, i) for s in sequences], ops)
+    token_ids[places, i] = drawn
+    goes_on = [True] * len(plans)
+    if device.type == "cpu":  # on a GPU looking at the tokens would mean to wait for them
+        tokens = drawn.tolist()
+        goes_on = [t not in s.end_ids for t, s in zip(tokens, sequences, strict=True)]
+    if any(plan.stop_probability for plan in plans):
+        sure = ops.top_probability(scores).tolist()
+        goes_on = [
+            go and p >= plan.stop_probability
+            for go, p, plan in zip(goes_on, sure, plans, strict=True)
+        ]
+    return goes_on

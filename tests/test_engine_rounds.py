@@ -204,6 +204,24 @@ def test_a_draft_stops_where_the_model_is_unsure(batch, monkeypatch):
     assert rounds[0] < rounds[1] <= rounds[2]
 
 
+def test_nothing_is_drafted_after_what_ends_the_answer(monkeypatch, device):
+    if device.type != "cpu":
+        pytest.skip("on a GPU the drafted tokens are not looked at")
+    llm = small_llm()
+    free = tokens(llm.generate("ends here", GREEDY)[0])
+    force_drafts(monkeypatch, lambda: 8)
+    first = {token: i for i, token in reversed([*enumerate(free)])}
+    for end, at in first.items():
+        # Room for whole drafts, wherever it ends.
+        params = replace(GREEDY, max_tokens=60, speculative=EVERYTHING, stop_token_ids=(end,))
+        output = llm.generate("ends here", params)[0]
+        assert tokens(output) == free[: at + 1]
+        # Of whole rounds of 9 tokens all 8 drafted ones count, of the last those up to the end.
+        later = output.stats.generated_tokens - 1
+        assert output.stats.drafted == output.stats.accepted
+        assert output.stats.drafted == later - later // 9
+
+
 @pytest.mark.parametrize("taken", range(1, 14))
 def test_a_stream_closed_in_mid_round_leaves_what_plain_decoding_leaves(taken, monkeypatch):
     """Tokens of the round that nobody took are neither counted nor kept in the cache."""
