@@ -69,3 +69,20 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     yield
+
+
+def product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """a @ b, one column of `a` after the other: an element's bits do not depend on its place."""
+    total = np.zeros((a.shape[0], b.shape[1]), dtype or a.dtype)
+    for k in range(a.shape[1]):
+        total += np.multiply(a[:, k : k + 1], b[k : k + 1], dtype=total.dtype)
+    return total
+
+
+@pytest.fixture
+def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter's dot treat all columns of a tile alike, as a tensor core does.
+
+    It is numpy's product, and some kernels of OpenBLAS round the last columns differently.
+    """
+    monkeypatch.setattr(np, "matmul", product_in_order)

@@ -114,7 +114,9 @@ def rows_of_width(args: tuple, width: int, first: int = 0) -> tuple:
 
 
 @pytest.mark.parametrize("head_dim, group", [(64, 1), (16, 3), (96, 4)])
-def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(head_dim, group, dtype, device):
+def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(
+    head_dim, group, dtype, device, dots_in_order
+):
     """One-token passes, verify passes of any width and any batch give equal bits."""
     lengths = (0, SPLIT_KV - 3, SPLIT_KV + 60)
     case = Case(head_dim, 1, group, 16, lengths, (16, 16, 16))

@@ -188,7 +188,7 @@ def test_mixed_precisions_in_a_tile(name, precisions, dtype, device):
         assert torch.equal(out[skips], case.residual[skips])
 
 
-def test_bits_of_a_row_do_not_depend_on_the_others(name, dtype, device):
+def test_bits_of_a_row_do_not_depend_on_the_others(name, dtype, device, dots_in_order):
     case = make((33, 1, 123), dtype, device)
     whole = run_kernel(name, case, table(8, case))
     for num_rows in (1, 2, 5, 8, 16, 17):

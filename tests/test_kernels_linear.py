@@ -122,7 +122,7 @@ def outputs_of_rows(x, norm, weights, residual, plan):
     return torch.cat((total.float(), hidden.float(), head), dim=1)
 
 
-def test_bits_of_a_row_do_not_depend_on_the_others(dtype, device):
+def test_bits_of_a_row_do_not_depend_on_the_others(dtype, device, dots_in_order):
     k, n = 123, 77
     x, residual = (randn(33, c, dtype=dtype, device=device) for c in (k, n))
     norm = randn(k, dtype=dtype, device=device)

@@ -144,7 +144,7 @@ def test_padding_rows_are_not_looked_up(device):
 
 
 @pytest.mark.parametrize("head_dim", [20, 64])
-def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(head_dim, dtype, device):
+def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(head_dim, dtype, device, dots_in_order):
     case = Case(3, 1, head_dim, 123, 16, (0, 9), (16, 16), has_bias=True, has_qk_norm=True)
     args = make(case, dtype, device)
     whole = run(norm_qkv_rope_append, args)

@@ -6,7 +6,6 @@ import itertools
 import threading
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from forced import force_drafts, random_plan
@@ -197,17 +196,7 @@ def test_numba_rows_have_the_same_bits_whatever_shares_the_pass(family):
     assert_rows_do_not_depend_on_width(llm, llm.model.decode_ops)
 
 
-def product_in_order(a, b, dtype=None):
-    """a @ b, one column of `a` after the other: an element's bits do not depend on its place."""
-    total = np.zeros((a.shape[0], b.shape[1]), dtype or a.dtype)
-    for k in range(a.shape[1]):
-        total += np.multiply(a[:, k : k + 1], b[k : k + 1], dtype=total.dtype)
-    return total
-
-
-def test_triton_rows_have_the_same_bits_whatever_shares_the_pass(device, monkeypatch):
-    # The interpreter's dot is numpy's, and some BLAS round the last columns of a tile otherwise.
-    monkeypatch.setattr(np, "matmul", product_in_order)
+def test_triton_rows_have_the_same_bits_whatever_shares_the_pass(device, dots_in_order):
     options = {"prefill_ops": TRITON_PREFILL, "decode_ops": TRITON, "device": device}
     config = family_config("llama2", vocab_size=VOCAB, num_layers=1)
     llm = tiny_llm(config, max_sequences=3, speculative="off", **options)
