@@ -18,7 +18,9 @@ from typing import Any
 
 from bench.harness import spread
 from engine import LLM, SamplingParams
+from engine.params import Speculative
 from engine.profile import profile_draft, profile_verify
+from engine.types import RequestStats
 from models.plan import DraftPlan
 
 ARMS = ("off", "ngram", "int8", "auto")
@@ -59,9 +61,11 @@ def read_prompts(
     return found
 
 
-def answer(llm: LLM, token_ids: Sequence[int], arm: str, new_tokens: int, run: Run) -> None:
+def answer(
+    llm: LLM, token_ids: Sequence[int], speculative: Speculative, new_tokens: int, run: Run
+) -> RequestStats:
     """Answer once and add what happened to `run`."""
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, speculative=arm)
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, speculative=speculative)
     first = last = 0.0
     made = []
     for event in llm.stream(token_ids, params):
@@ -74,6 +78,7 @@ def answer(llm: LLM, token_ids: Sequence[int], arm: str, new_tokens: int, run: R
     run.token_ids = tuple(made)
     run.seconds.append(last - first)
     run.rounds, run.drafted, run.accepted = stats.rounds, stats.drafted, stats.accepted
+    return stats
 
 
 def measure_prompt(llm: LLM, prompt: str, new_tokens: int, repeats: int) -> dict[str, Run]:

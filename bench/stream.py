@@ -9,18 +9,16 @@ streams that are really run check that their order indeed does not matter.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 
-from bench.arms import Run, speed_up
-from engine import LLM, SamplingParams
+from bench.arms import Run, answer, speed_up
+from engine import LLM
 from engine.params import Speculative
 from engine.routing import plans_beside
-from engine.types import RequestStats
 from models.plan import OFF, DraftPlan
 from router.feature import as_feature
 from router.library import RouterLibrary
@@ -160,30 +158,13 @@ def in_force(library: RouterLibrary, plan: DraftPlan) -> str:
     return "+".join(p.name for p in plans_beside(plan, library.plans)) or "off"
 
 
-def answer(llm: LLM, prompt: Prompt, arm: Arm, new_tokens: int, run: Run) -> RequestStats:
-    """Answer once and add what happened to `run`. The library has been set."""
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, speculative=arm.speculative)
-    first = last = 0.0
-    made = []
-    for event in llm.stream(prompt.token_ids, params):
-        last = time.perf_counter()
-        first = first or last
-        made.append(event.token_id)
-    stats = llm.last_stats
-    assert stats is not None
-    run.is_repeatable &= not run.token_ids or run.token_ids == tuple(made)
-    run.token_ids = tuple(made)
-    run.seconds.append(last - first)
-    run.rounds, run.drafted, run.accepted = stats.rounds, stats.drafted, stats.accepted
-    return stats
-
-
 def measure_prompt(
     llm: LLM, prompt: Prompt, experiment: Experiment, index: int, new_tokens: int, repeats: int
 ) -> Measured:
     """Every arm and column on the prompt `index`, by turns, each time from another one on."""
     llm.use_library(experiment.library)
-    route = answer(llm, prompt, experiment.arms["knn"], 1, Run())  # reads the prompt into the cache
+    # Reads the prompt into the cache.
+    route = answer(llm, prompt.token_ids, experiment.arms["knn"].speculative, 1, Run())
     chosen = llm.last_route
     assert chosen is not None
     arms, same = arms_of_prompt(experiment, experiment.drawn[index], route.plan, route.is_rejected)
@@ -193,7 +174,7 @@ def measure_prompt(
         start = (index * repeats + repeat) % len(names)
         for name in names[start:] + names[:start]:
             llm.use_library(arms[name].library)
-            stats = answer(llm, prompt, arms[name], new_tokens, runs[name])
+            stats = answer(llm, prompt.token_ids, arms[name].speculative, new_tokens, runs[name])
             if name == "knn":
                 microseconds.append(stats.router_microseconds)
     runs |= {name: runs[other] for name, other in same.items()}
@@ -229,7 +210,7 @@ def warm_up(llm: LLM, experiment: Experiment) -> None:
     drawn = {p: Arm("auto", fixed_library(experiment.library, p)) for p in experiment.drawn}
     for arm in (*experiment.arms.values(), *experiment.columns.values(), *drawn.values()):
         llm.use_library(arm.library)
-        answer(llm, prompt, arm, 4, Run())
+        answer(llm, prompt.token_ids, arm.speculative, 4, Run())
 
 
 def run_streams(
@@ -252,7 +233,7 @@ def run_streams(
             llm.use_library(arms[name].library)
             for i in orders[mix][start : start + segment]:
                 run = Run()
-                answer(llm, prompts[i], arms[name], new_tokens, run)
+                answer(llm, prompts[i].token_ids, arms[name].speculative, new_tokens, run)
                 runs[mix, name].append(run)
         turns = [*turns[1:], turns[0]]
     return runs

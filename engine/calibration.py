@@ -246,7 +246,7 @@ class Calibration:
         params = SamplingParams(
             temperature=0, max_tokens=self._settings.trace_tokens, speculative="auto"
         )
-        timed = [trace for trace in traces if len(trace.token_ids) > 1][:TIMED_PROMPTS]
+        timed = traces[:TIMED_PROMPTS]
         fastest = {plan.name: [math.inf] * len(timed) for plan in plans}
         for run in range(TIMED_RUNS):
             for i, trace in enumerate(timed):

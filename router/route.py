@@ -64,13 +64,11 @@ class Router:
         self._table = self._plan_rows[:1].clone()
         self._norm_weight, self._eps = model.weights.final_norm, model.config.norm_eps
         self._nearest_anchor = nearest_anchor
-
-    @property
-    def used_plans(self) -> tuple[DraftPlan, ...]:
-        """The plans that a prompt can be routed to, and n-grams where the library knows them."""
-        library = self.library
+        # The plans that a prompt can be routed to, and n-grams where the library knows them.
         used = {*library.anchor_plans.tolist(), library.default_plan}
-        return tuple(p for i, p in enumerate(library.plans) if i in used or p.kind == "ngram")
+        self.used_plans = tuple(
+            p for i, p in enumerate(library.plans) if i in used or p.kind == "ngram"
+        )
 
     def route(self, states: torch.Tensor) -> Route:
         """The route of a prompt whose tokens left `states` [n, C] after the last layer."""

@@ -11,11 +11,9 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numba
 import pytest
 import torch
 from checkpoints import write_hf_checkpoint
-from threadpoolctl import threadpool_limits
 from tiny import family_config
 from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 
@@ -27,6 +25,7 @@ from models.weights import random_weights
 from router.library import RouterLibrary
 from router.matchness import Matchness
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 4  # the growth keeps the first and the last, so it has two to skip
 PROMPTS = {
     "chat": ["hi", "How are you today?", "Tell me a joke"],
@@ -66,16 +65,6 @@ def no_clock(monkeypatch, tmp_path):
     monkeypatch.setattr("engine.drafts.profile_path", lambda model: tmp_path / "profile.json")
     ticks = itertools.count()
     monkeypatch.setattr("engine.generate.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a machine that is busy two threads wait for each other longer than they compute."""
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    numba.set_num_threads(threads)
 
 
 class Work:

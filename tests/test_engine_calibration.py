@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numba
 import pytest
-from threadpoolctl import threadpool_limits
 from tiny import family_config, tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE, byte_tokenizer
 
@@ -20,22 +18,13 @@ from router.library import Rates
 from router.matchness import Matchness, Trace
 from router.search import greedy_growth
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 4  # the growth keeps the first and the last, so it has two to skip
 INT8 = DraftPlan.int8(LAYERS)
 PROMPTS = {
     "chat": ["hi", "hello hello hello", "abcabcabcabc"],
     "math": ["1+1", "1, 2, 3, 1, 2, 3", "xyxyxyxy", "7"],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a machine that is busy two threads wait for each other longer than they compute."""
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    numba.set_num_threads(threads)
 
 
 @pytest.fixture

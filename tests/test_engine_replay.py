@@ -7,7 +7,6 @@ import json
 import random
 from dataclasses import replace
 
-import numba
 import pytest
 import torch
 from forced import force_drafts, random_plan
@@ -26,18 +25,10 @@ from router.fingerprint import fingerprint
 from router.library import Rates, RouterLibrary
 from router.matchness import Matchness, Trace
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VERIFY = ((1, 1.0), (2, 1.1), (3, 1.2), (4, 1.3), (16, 2.5))
 SURE = Rates(1.0, 1.0)
 EVERYTHING = DraftPlan("all-16", "self", (FULL,) * 4)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a machine that is busy two threads wait for each other longer than they compute."""
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    yield
-    numba.set_num_threads(threads)
 
 
 def trace_of(length):
