@@ -1,17 +1,11 @@
-"""From logits to tokens: forbidden tokens, the sampler, log-probabilities."""
+"""From logits to tokens: the first token of an answer, log-probabilities."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
 from engine.sequence import RunningSequence
 from kernels.ops import Ops
-
-# A row to draw for: a sequence, and how many tokens beyond its end the row's own token is. A draft
-# and its verification name the same rows, so they draw with the same noise.
-RowOf = tuple[RunningSequence, int]
 
 
 def token_logprobs(logits: torch.Tensor, token_id: int, num_top: int) -> dict[int, float]:
@@ -23,24 +17,24 @@ def token_logprobs(logits: torch.Tensor, token_id: int, num_top: int) -> dict[in
     return chosen | dict(best)
 
 
-def draw(logits: torch.Tensor, rows: Sequence[RowOf], ops: Ops) -> torch.Tensor:
-    """The next token of each row, [R] int64, from logits [R, V] float32."""
-    banned = [sequence.banned_ids(ahead) for sequence, ahead in rows]
-    if any(banned):
-        logits = logits.clone()
-        for row, ids in enumerate(banned):
-            logits[row, sorted(ids)] = float("-inf")
-    params = [sequence.params for sequence, _ in rows]
+def draw(logits: torch.Tensor, sequence: RunningSequence, ops: Ops) -> torch.Tensor:
+    """The next token [1] int64 of a sequence, from logits [1, V] float32."""
+    params, device = sequence.params, logits.device
 
-    def column(values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)
+    def column(value: float | None, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([value], dtype=dtype, device=device)
 
+    position = len(sequence.token_ids)
+    may_end = position >= sequence.min_position
+    end_ids = [-1] if may_end else sorted(sequence.end_ids) or [-1]
     return ops.sample(
         logits,
-        column([p.temperature for p in params], torch.float32),
-        column([p.top_k for p in params], torch.int32),
-        column([p.top_p for p in params], torch.float32),
-        column([p.min_p for p in params], torch.float32),
-        column([sequence.seed for sequence, _ in rows], torch.int64),
-        column([len(sequence.token_ids) + ahead for sequence, ahead in rows], torch.int64),
+        column(params.temperature, torch.float32),
+        column(params.top_k, torch.int32),
+        column(params.top_p, torch.float32),
+        column(params.min_p, torch.float32),
+        column(sequence.seed, torch.int64),
+        column(position, torch.int64),
+        torch.tensor([end_ids], dtype=torch.int32, device=device),
+        column(sequence.min_position, torch.int32),
     )

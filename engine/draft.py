@@ -2,7 +2,8 @@
 
 A self-drafting sequence runs its plan's cheaper model one token at a time. These passes read the
 full-precision keys and values of the past and write their own at the drafted positions, in the
-layers that they run; the verify pass overwrites them in every layer.
+layers that they run; the verify pass overwrites them in every layer. Between two steps nothing goes
+through the host, unless a plan wants to stop where it is unsure, or the host is the device.
 """
 
 from __future__ import annotations
@@ -10,92 +11,85 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from engine.choose import draw
 from engine.controller import Choice
-from engine.kv_cache import KVCache
+from engine.passes import Passes
 from engine.sequence import RunningSequence
-from models.llama import Llama, Rows, forward, logits, plan_table
-from models.plan import DraftPlan
+from models.llama import Llama
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafted tokens: the first num_drafted[b] of a row of `token_ids` [B, G] int64 are a draft."""
+    """What is in the buffers: row `places[b]` is sequence b, `width` columns are to be verified."""
 
-    token_ids: torch.Tensor
-    num_drafted: tuple[int, ...]
+    places: tuple[int, ...]
+    width: int
 
 
 def draft(
-    model: Llama, cache: KVCache, sequences: Sequence[RunningSequence], choices: Sequence[Choice]
-) -> Draft:
-    """Draft up to choice.num_tokens for each sequence. Writes the cache behind its valid length."""
-    width = max(choice.num_tokens for choice in choices)
-    token_ids = torch.zeros(len(sequences), width, dtype=torch.int64, device=model.device)
-    lengths = [0] * len(sequences)
-    drafting = []
-    for b, choice in enumerate(choices):
-        if choice.token_ids:
-            lengths[b] = len(choice.token_ids)
-            token_ids[b, : lengths[b]] = torch.tensor(choice.token_ids, device=model.device)
-        elif choice.plan is not None:
-            drafting.append(b)
-    for i in range(width):
-        drafting = [b for b in drafting if choices[b].num_tokens > i]
-        if not drafting:
-            break
-        plans = [plan for b in drafting if (plan := choices[b].plan) is not None]
-        goes_on = _step(
-            model, cache, [sequences[b] for b in drafting], plans, drafting, token_ids, i
-        )
-        for b in drafting:
-            lengths[b] = i + 1
-        drafting = [b for b, go in zip(drafting, goes_on, strict=True) if go]
-    return Draft(token_ids, tuple(lengths))
-
-
-def _step(
     model: Llama,
-    cache: KVCache,
+    passes: Passes,
     sequences: Sequence[RunningSequence],
-    plans: Sequence[DraftPlan],
-    places: Sequence[int],
-    token_ids: torch.Tensor,  # [B, G], column i is written
-    i: int,
-) -> list[bool]:
-    """Draft token i of `sequences`, rows `places` of token_ids; return which may go on.
+    choices: Sequence[Choice],
+) -> Draft:
+    """Draft up to choice.num_tokens for each sequence. Writes the cache behind its valid length.
 
-    Nothing is drafted after what would end the answer: short answers would pay for it dearly.
+    model: `passes.model`, with the int8 forms that the plans need.
     """
-    device, ops = model.device, model.decode_ops
-
-    def int32(values: object) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    if i == 0:
-        newest = torch.tensor([s.token_ids[-1] for s in sequences], device=device)
-    else:
-        newest = token_ids[places, i - 1]
-    rows = Rows(
-        token_ids=newest[:, None],
-        positions=int32([[len(s.token_ids) - 1 + i] for s in sequences]),
-        num_tokens=int32([1] * len(sequences)),
-        slots=int32([s.slot for s in sequences]),
+    # Those that draft most come first, so that those that still draft are the first rows.
+    steps = [
+        0 if choice.token_ids or choice.plan is None else choice.num_tokens for choice in choices
+    ]
+    order = sorted(range(len(sequences)), key=lambda b: -steps[b])
+    _stage(passes, [sequences[b] for b in order], [choices[b] for b in order])
+    device = passes.staging.device
+    is_stopping = any(
+        choice.plan is not None and choice.plan.stop_probability for choice in choices
     )
-    table = plan_table(plans, device)
-    scores = logits(model, forward(model, rows, cache.k, cache.v, table, ops), table, ops)
-    drawn = draw(scores, [(s, i) for s in sequences], ops)
-    token_ids[places, i] = drawn
-    goes_on = [True] * len(plans)
-    if device.type == "cpu":  # on a GPU looking at the tokens would mean to wait for them
-        tokens = drawn.tolist()
-        goes_on = [t not in s.end_ids for t, s in zip(tokens, sequences, strict=True)]
-    if any(plan.stop_probability for plan in plans):
-        sure = ops.top_probability(scores).tolist()
-        goes_on = [
-            go and p >= plan.stop_probability
-            for go, p, plan in zip(goes_on, sure, plans, strict=True)
-        ]
-    return goes_on
+    looks = device.device.type == "cpu" or is_stopping
+    longest = max(len(choice.token_ids) for choice in choices)
+    for i in range(max(steps)):
+        batch = sum(n > i for n in steps)
+        if looks and not _still_drafting(passes, batch):
+            break
+        passes.draft_step(model, batch)
+        longest = max(longest, i + 1)
+    places = np.argsort(order).tolist()
+    return Draft(tuple(places), longest + 1)
+
+
+def _still_drafting(passes: Passes, batch: int) -> bool:
+    """Whether any of the first `batch` rows wants more: what a step leaves on the device."""
+    buffers = passes.buffers
+    return bool((buffers.num_drafted[:batch] < buffers.num_wanted[:batch]).any())
+
+
+def _stage(passes: Passes, sequences: Sequence[RunningSequence], choices: Sequence[Choice]) -> None:
+    """Write a round's inputs, in this order, and have them copied over."""
+    inputs, max_positions = passes.staging.inputs, passes.cache.k.shape[3]
+    num_rows = passes.num_rows(len(sequences))
+    for row in range(len(sequences), num_rows):  # padding: valid addresses, and nothing to do
+        inputs["num_drafted"][row], inputs["num_wanted"][row] = -1, -1
+        inputs["first"][row], inputs["slots"][row] = max_positions - 1, 0
+        inputs["temperature"][row] = 0
+    for row, (sequence, choice) in enumerate(zip(sequences, choices, strict=True)):
+        first, drafted = len(sequence.token_ids) - 1, choice.token_ids
+        assert first + choice.num_tokens < max_positions, (first, choice, max_positions)
+        inputs["token_ids"][row, 0] = sequence.token_ids[-1]
+        inputs["token_ids"][row, 1 : len(drafted) + 1] = drafted
+        inputs["first"][row], inputs["slots"][row] = first, sequence.slot
+        inputs["num_drafted"][row] = len(drafted)
+        inputs["num_wanted"][row] = choice.num_tokens
+        params = sequence.params
+        inputs["seed"][row] = sequence.seed
+        inputs["temperature"][row], inputs["top_k"][row] = params.temperature, params.top_k
+        inputs["top_p"][row], inputs["min_p"][row] = params.top_p, params.min_p
+        inputs["min_position"][row] = sequence.min_position
+        inputs["end_ids"][row] = -1
+        inputs["end_ids"][row, : len(sequence.end_ids)] = sorted(sequence.end_ids)
+        inputs["stop_probability"][row] = 0
+        if choice.plan is not None and not drafted:
+            inputs["stop_probability"][row] = choice.plan.stop_probability
+            passes.set_plan(sequence.slot, choice.plan)
+    passes.staging.copy_over()

@@ -8,14 +8,15 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from engine.accept import Verdict, accept
+from engine.accept import accept
 from engine.choose import draw, token_logprobs
 from engine.costs import PassCosts
 from engine.draft import draft
-from engine.kv_cache import KVCache, SlotPool
+from engine.kv_cache import SlotPool
+from engine.passes import Passes
 from engine.prefill import prefill
 from engine.sequence import RunningSequence
-from engine.types import TokenEvent
+from engine.types import TokenEvent, Verdict
 from engine.verify import verify
 from models.llama import Llama
 
@@ -24,13 +25,14 @@ Event = tuple[RunningSequence, TokenEvent]
 
 def generate(
     model: Llama,
-    cache: KVCache,
+    passes: Passes,
     pool: SlotPool,
     costs: PassCosts,
     sequences: Sequence[RunningSequence],
 ) -> Generator[Event, None, None]:
     """Run sequences to their ends; yield every token as it is made, with its sequence.
 
+    model: what drafts: `passes.model`, with the int8 forms that the sequences' plans need.
     Closing the iterator ends all of them and leaves the cache consistent. Raises RuntimeError when
     other requests hold every slot.
     """
@@ -43,7 +45,7 @@ def generate(
                 if not pool.acquire(running[-1]):
                     waiting.appendleft(running.pop())
                     break
-                yield from _deliver([(running[-1], _first_token(model, cache, running[-1]))])
+                yield from _deliver([(running[-1], _first_token(passes, running[-1]))])
                 _retire(running, pool)
             if waiting and not running:
                 raise RuntimeError(
@@ -52,7 +54,7 @@ def generate(
                 )
             if running:
                 # A list, so that the consumer sees the tokens of a round after the round.
-                yield from _deliver(_round(model, cache, costs, running))
+                yield from _deliver(_round(model, passes, costs, running))
                 _retire(running, pool)
     finally:
         for sequence in running:
@@ -68,32 +70,54 @@ def _deliver(events: list[Event]) -> Generator[Event, None, None]:
 
 
 @torch.inference_mode()
-def _first_token(model: Llama, cache: KVCache, sequence: RunningSequence) -> TokenEvent:
+def _first_token(passes: Passes, sequence: RunningSequence) -> TokenEvent:
     started = time.perf_counter()
-    logits = prefill(model, cache, sequence.slot, sequence.token_ids, sequence.num_reused)
-    sequence.num_cached = sequence.num_prompt
-    sequence.take_route(cache.states[sequence.slot, : sequence.num_prompt])
-    token = int(draw(logits, [(sequence, 0)], model.prefill_ops))
+    with passes.lock:
+        model, cache = passes.model, passes.cache
+        logits = prefill(model, cache, sequence.slot, sequence.token_ids, sequence.num_reused)
+        sequence.num_cached = sequence.num_prompt
+        drawn = draw(logits, sequence, model.prefill_ops)
+        _route(passes, sequence)
+        token = int(drawn)
     sequence.prefill_seconds = time.perf_counter() - started
     return sequence.append(token, _logprobs(sequence, logits[0], token))
 
 
+def _route(passes: Passes, sequence: RunningSequence) -> None:
+    """Let the router, if any, choose the sequence's plans and write the slot's row of the table.
+
+    The row is on the device before the host has read the decision, which it wants for its accounts.
+    """
+    router, slot = sequence.router, sequence.slot
+    if router is None:
+        return
+    started = time.perf_counter()
+    passes.note_plan(slot, None)
+    pending = router.launch(passes.cache.states[slot, : sequence.num_prompt], passes.plan_row(slot))
+    route = router.read(pending)
+    passes.note_plan(slot, route.plan if route.plan.kind == "self" else None)
+    sequence.take_route(route, time.perf_counter() - started)
+
+
 @torch.inference_mode()
 def _round(
-    model: Llama, cache: KVCache, costs: PassCosts, running: Sequence[RunningSequence]
+    model: Llama, passes: Passes, costs: PassCosts, running: Sequence[RunningSequence]
 ) -> list[Event]:
     """Draft, verify, accept: at least one token more for every running sequence."""
     started = time.perf_counter()
     choices = [sequence.choose(costs, len(running)) for sequence in running]
-    drafted = draft(model, cache, running, choices)
-    verified = verify(model, cache, running, drafted)
-    verdicts = accept(drafted, verified, model.decode_ops)
-    seconds = time.perf_counter() - started
-    events: list[Event] = []
-    for b, sequence in enumerate(running):
-        sequence.decode_seconds += seconds
-        sequence.account(choices[b], drafted.num_drafted[b], *verdicts[b])
-        events += _take(sequence, verdicts[b], verified.logits[b])
+    with passes.lock:
+        drafted = draft(model, passes, running, choices)
+        verified = verify(passes, drafted)
+        verdicts = accept(drafted, verified)
+        seconds = time.perf_counter() - started
+        events: list[Event] = []
+        for choice, place, verdict, sequence in zip(
+            choices, drafted.places, verdicts, running, strict=True
+        ):
+            sequence.decode_seconds += seconds
+            sequence.account(choice, verdict)
+            events += _take(sequence, verdict, verified.logits[place])
     return events
 
 

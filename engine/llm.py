@@ -14,7 +14,9 @@ from engine.generate import generate
 from engine.kv_cache import SlotPool, make_kv_cache
 from engine.loading import Loaded, choose_device, choose_dtype, load
 from engine.params import SamplingParams, Speculative
+from engine.passes import Passes
 from engine.prefill import prefill
+from engine.round_buffers import MAX_END_IDS
 from engine.routing import NONE, check_router, make_router, open_router
 from engine.sequence import RunningSequence
 from engine.stream import TextStream
@@ -120,6 +122,7 @@ class LLM:
         self._cache = make_kv_cache(
             model.config, max_sequences, self.max_length, model.device, model.dtype
         )
+        self._passes = Passes(model, self._cache, max_sequences)
         # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
         with torch.inference_mode():
             prefill(model, self._cache, 0, [0, 0], 0)
@@ -127,6 +130,9 @@ class LLM:
         self._router = self._open_router(router, model)
         self._drafts = Drafts(model, profile)
         plans, _ = self._choose_plans(speculative)
+        if model.device.type == "cuda":
+            with torch.inference_mode():
+                self._passes.warm_up(self.model)
         # The plan of a file and not its name: the file may change, or go.
         is_file = not isinstance(speculative, DraftPlan) and speculative not in NAMES
         self._speculative: Speculative = speculative
@@ -234,7 +240,7 @@ class LLM:
     def _generate(
         self, sequences: Sequence[RunningSequence]
     ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
-        return generate(self.model, self._cache, self._pool, self.costs, sequences)
+        return generate(self.model, self._passes, self._pool, self.costs, sequences)
 
     def _run(self, sequence: RunningSequence) -> Iterator[TokenEvent]:
         steps = self._generate([sequence])
@@ -282,6 +288,11 @@ class LLM:
         end_ids = set(stop_ids)
         if not params.ignore_eos:
             end_ids.update(config.eos_token_ids)
+        if len(end_ids) > MAX_END_IDS:
+            raise ValueError(
+                f"stop_token_ids: got {len(stop_ids)}, with the model's own end tokens "
+                f"{len(end_ids)}; expected at most {MAX_END_IDS}"
+            )
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
         wanted = params.speculative
         plans, router = self._choose_plans(self._speculative if wanted is None else wanted)

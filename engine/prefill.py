@@ -33,5 +33,5 @@ def prefill(
             slots=torch.tensor([slot], dtype=torch.int32, device=device),
         )
         x = forward(model, rows, cache.k, cache.v, plan, model.prefill_ops)
-        cache.keep_states(rows, x)
+        model.prefill_ops.keep_states(x, rows.positions, rows.slots, cache.states)
     return logits(model, x[-1:], plan, model.prefill_ops)

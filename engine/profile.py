@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numba
@@ -23,12 +24,16 @@ import triton
 from llvmlite.binding import get_host_cpu_name
 
 from engine.costs import PassCosts
-from engine.kv_cache import KVCache, make_kv_cache
+from engine.kv_cache import make_kv_cache
+from engine.passes import Passes, widths
+from engine.round_buffers import MAX_WIDTH
 from kernels.numba_compile import code_digest
-from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
+from models.llama import Llama
 from models.plan import DraftPlan
+from models.quantise import without_int8
 
-VERIFY_ROWS = (5, 9, 2, 16, 3, 7, 32)  # most useful first: a large model may get no further
+# Most useful first: a large model may get no further. More than a sequence may verify are two's.
+VERIFY_ROWS = (5, 9, 2, 16, 3, 7, 32)
 BUDGET_SECONDS = 0.7  # for the sweeps; the first goes up to 5 rows whatever it takes
 SWEEPS = 3
 CONTEXT = 256  # cache positions before the measured rows, where the model has so many
@@ -39,17 +44,18 @@ def profile_verify(model: Llama) -> tuple[tuple[int, float], ...]:
 
     The fastest of a few: whatever else the machine does only ever makes a pass slower.
     """
-    cache = _cache(model)
-    plan = full_plan(model.config, 1, model.device)
+    passes = _passes(model)
     fastest: dict[int, float] = {}
-    _seconds(model, cache, plan, 1)  # the first pass finds cold caches
+    _verify_seconds(passes, 1)  # the first pass finds cold caches
     started = time.perf_counter()
     for sweep in range(SWEEPS):
-        for rows in (1, *VERIFY_ROWS):
+        for rows in (1, *_measured_rows(passes)):
             is_late = time.perf_counter() - started > BUDGET_SECONDS
             if is_late and (sweep > 0 or rows not in (1, VERIFY_ROWS[0])):
                 break
-            seconds = _seconds(model, cache, plan, rows)
+            if passes.is_padded and sweep == 0:
+                _verify_seconds(passes, rows)  # captures the graph
+            seconds = _verify_seconds(passes, rows)
             fastest[rows] = min(seconds, fastest.get(rows, seconds))
     costs, least = [], 1.0
     for rows in sorted(fastest):
@@ -59,45 +65,66 @@ def profile_verify(model: Llama) -> tuple[tuple[int, float], ...]:
 
 
 def profile_draft(model: Llama, plan: DraftPlan) -> float:
-    """R: the cost of a one-row pass under `plan` in units of a full-precision one."""
-    cache = _cache(model)
-    full = full_plan(model.config, 1, model.device)
-    table = plan_table([plan], model.device)
+    """R: the cost of a draft step under `plan` in units of a pass of plain decoding."""
+    passes = _passes(model)
+    passes.set_plan(0, plan)
     drafts, plain = [], []
     started = time.perf_counter()
     for _ in range(SWEEPS + 1):  # one more, as the first pass finds cold caches
-        drafts.append(_seconds(model, cache, table, 1))
-        plain.append(_seconds(model, cache, full, 1))
-        if time.perf_counter() - started > BUDGET_SECONDS:
+        drafts.append(_draft_seconds(model, passes))
+        plain.append(_verify_seconds(passes, 1))
+        if len(drafts) > 1 and time.perf_counter() - started > BUDGET_SECONDS:
             break
     return min(drafts) / min(plain)
 
 
-def _cache(model: Llama) -> KVCache:
-    """A cache of its own: the engine's may be in use."""
-    length = CONTEXT + max(VERIFY_ROWS)
-    cache = make_kv_cache(model.config, 1, length, model.device, model.dtype)
-    cache.k.zero_()  # numbers like real ones, not what memory happens to hold
-    cache.v.zero_()
-    return cache
+def _measured_rows(passes: Passes) -> Sequence[int]:
+    """Where passes are padded to buckets, nothing lies between those."""
+    return [*widths()[1:], 2 * MAX_WIDTH] if passes.is_padded else VERIFY_ROWS
+
+
+def _passes(model: Llama) -> Passes:
+    """Passes over a cache of their own: the engine's may be in use."""
+    length = CONTEXT + MAX_WIDTH + 1
+    cache = make_kv_cache(model.config, 2, length, model.device, model.dtype)
+    for part in cache:
+        part.zero_()  # numbers like real ones, not what memory happens to hold
+    # A short context has no rotations for later positions; the time does not depend on them.
+    turns = torch.arange(length, device=model.device).clamp(max=model.cos.shape[0] - 1)
+    model = replace(without_int8(model), cos=model.cos[turns], sin=model.sin[turns])
+    return Passes(model, cache, 2)
 
 
 @torch.inference_mode()
-def _seconds(model: Llama, cache: KVCache, plan: torch.Tensor, width: int) -> float:
-    device, ops = model.device, model.decode_ops
-    positions = torch.arange(CONTEXT, CONTEXT + width, dtype=torch.int32, device=device)
-    rows = Rows(
-        token_ids=torch.zeros(1, width, dtype=torch.int64, device=device),
-        # A short context has no rotations for later positions; the time does not depend on them.
-        positions=positions.clamp(max=model.cos.shape[0] - 1)[None],
-        num_tokens=torch.full((1,), width, dtype=torch.int32, device=device),
-        slots=torch.zeros(1, dtype=torch.int32, device=device),
-    )
+def _verify_seconds(passes: Passes, rows: int) -> float:
+    batch = -(-rows // MAX_WIDTH)
+    width = rows // batch
+    _stage(passes, batch, num_drafted=width - 1, num_wanted=0)
     started = time.perf_counter()
-    x = forward(model, rows, cache.k, cache.v, plan, ops)
-    # Read back, as a round reads its tokens; on a GPU nothing has run before.
-    logits(model, x, plan, ops).argmax(-1).tolist()
+    passes.verify(batch, width).result.tolist()  # read back, as a round reads its tokens
     return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def _draft_seconds(model: Llama, passes: Passes) -> float:
+    model = replace(model, cos=passes.model.cos, sin=passes.model.sin)
+    _stage(passes, 1, num_drafted=0, num_wanted=1)
+    started = time.perf_counter()
+    passes.draft_step(model, 1)
+    passes.buffers.num_drafted.tolist()  # on a GPU nothing is known to have run before
+    return time.perf_counter() - started
+
+
+def _stage(passes: Passes, batch: int, num_drafted: int, num_wanted: int) -> None:
+    """A round of sequences with CONTEXT tokens behind them, decoded greedily."""
+    inputs = passes.staging.inputs
+    for values in inputs.values():
+        values.fill(0)
+    inputs["end_ids"].fill(-1)
+    inputs["first"].fill(CONTEXT)
+    inputs["slots"][:batch] = range(batch)
+    inputs["num_drafted"][:batch], inputs["num_wanted"][:batch] = num_drafted, num_wanted
+    passes.staging.copy_over()
 
 
 def profile_path(model: Llama) -> Path:

@@ -41,7 +41,8 @@ def make_router(library: RouterLibrary, model: Llama) -> Router:
     """Raises ValueError for a library of another model."""
     config = model.config
     library.check_model(fingerprint(model), config.num_layers, config.hidden_size)
-    return Router(library, model, model.decode_ops.nearest_anchor)
+    ops = model.decode_ops
+    return Router(library, model, ops.nearest_anchor, ops.pool_states)
 
 
 def check_router(value: object) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-
-import torch
 
 from engine.controller import Choice, Controller
 from engine.costs import PassCosts
@@ -20,6 +17,7 @@ from engine.types import (
     RequestOutput,
     RequestStats,
     TokenEvent,
+    Verdict,
 )
 from models.plan import MAX_DRAFT, DraftPlan
 from router.route import Route, Router
@@ -69,25 +67,22 @@ class RunningSequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
-    def take_route(self, states: torch.Tensor) -> None:
-        """Let the router, if any, choose the plans from the prompt's states [n, C]."""
-        if self.router is None:
-            return
-        started = time.perf_counter()
-        self.route = self.router.route(states)
-        self.plans = plans_beside(self.route.plan, self.router.library.plans)
-        self.controller = Controller(self.plans, self.router.rates(self.route))
+    def take_route(self, route: Route, seconds: float) -> None:
+        """Draft as the router says, which took so many seconds to say it."""
+        assert self.router is not None
+        self.route, self.router_seconds = route, seconds
+        self.plans = plans_beside(route.plan, self.router.library.plans)
+        self.controller = Controller(self.plans, self.router.rates(route))
         self._index_ngrams()
-        self.router_seconds = time.perf_counter() - started
 
     def _index_ngrams(self) -> None:
         if any(plan.kind == "ngram" for plan in self.plans):
             self.ngrams = NgramIndex(self.token_ids)
 
-    def banned_ids(self, ahead: int = 0) -> frozenset[int]:
-        """Tokens that may not be drawn after `ahead` more: those that would end it too early."""
-        is_early = self.num_generated + ahead < self.params.min_tokens
-        return self.end_ids if is_early else frozenset()
+    @property
+    def min_position(self) -> int:
+        """The first position at which the answer may end."""
+        return min(self.num_prompt + self.params.min_tokens, 2**31 - 1)
 
     def choose(self, costs: PassCosts, num_running: int) -> Choice:
         """What to draft next. A round adds a token more than its draft, so one less has room."""
@@ -95,13 +90,11 @@ class RunningSequence:
         match = None if self.ngrams is None else self.ngrams.propose(min(room, MAX_DRAFT))
         return self.controller.choose(costs, num_running, room, match)
 
-    def account(
-        self, choice: Choice, num_drafted: int, token_ids: Sequence[int], num_accepted: int
-    ) -> None:
-        """Book a round: the model made `token_ids`, the first `num_accepted` as drafted."""
+    def account(self, choice: Choice, verdict: Verdict) -> None:
+        """Book a round: the model made the verdict's tokens, the first of them as drafted."""
         name = "off" if choice.plan is None else choice.plan.name
-        self.tally.add(name, num_drafted, num_accepted)
-        self.controller.observe(choice, num_drafted, token_ids)
+        self.tally.add(name, verdict.num_drafted, verdict.num_accepted)
+        self.controller.observe(choice, verdict.num_drafted, verdict.token_ids)
 
     def forget_undelivered(self) -> None:
         """Drop the rest of a round that nobody took: as if plain decoding had been stopped here."""

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
+
+
+class Verdict(NamedTuple):
+    """The tokens of a round, in order: `num_accepted` drafted ones, then the model's next."""
+
+    token_ids: list[int]
+    num_accepted: int
+    num_drafted: int
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ def attention_ref(
     slots: torch.Tensor,  # [B] int32
     plan: torch.Tensor,  # [B, 2L] uint8
     sublayer: int,
+    counters: torch.Tensor,  # [n] int32, for a kernel that splits its work (ops.py)
 ) -> torch.Tensor:
     """Return o [R, H*D]; zero for padding rows and for sequences that skip `sublayer`."""
     batch, width = positions.shape

@@ -22,7 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import BLOCK_ROWS, BLOCK_S, SPLIT_KV, assert_attention_operands
+from kernels.launch import (
+    BLOCK_ROWS,
+    BLOCK_S,
+    SPLIT_KV,
+    assert_attention_operands,
+    assert_counters,
+)
 from kernels.triton_tiles import softmax_step
 
 
@@ -162,6 +168,7 @@ def attn_decode(
     slots: torch.Tensor,  # [B] int32
     plan: torch.Tensor,  # [B, 2L] uint8
     sublayer: int,
+    counters: torch.Tensor,  # [n] int32, zero before and after
 ) -> torch.Tensor:
     """Return o [R, H*D]; zero for padding rows and for sequences that skip `sublayer`."""
     batch, width = positions.shape
@@ -172,13 +179,13 @@ def attn_decode(
     block_d = max(16, triton.next_power_of_2(head_dim))
     max_splits = triton.cdiv(max_positions, SPLIT_KV)
     num_tiles = num_kv_heads * triton.cdiv(width * group, BLOCK_ROWS)
+    assert_counters(counters, batch * num_tiles)
     num_partials = batch * num_kv_heads * max_splits * width * group
     partial = torch.empty(num_partials, block_d, dtype=torch.float32, device=q.device)
     stats = torch.empty(num_partials, 2, dtype=torch.float32, device=q.device)
-    counter = torch.zeros(batch, num_tiles, dtype=torch.int32, device=q.device)
     o = torch.empty(num_rows, num_heads * head_dim, dtype=q.dtype, device=q.device)
     _attn_decode_kernel[(max_splits, num_tiles, batch)](
-        *(q, k_cache, v_cache, positions, num_tokens, slots, plan, partial, stats, counter, o),
+        *(q, k_cache, v_cache, positions, num_tokens, slots, plan, partial, stats, counters, o),
         *(plan.stride(0), width, num_kv_heads, group, max_positions, sublayer),
         head_dim**-0.5 * math.log2(math.e),
         HEAD_DIM=head_dim,

@@ -109,6 +109,7 @@ def attn_prefill(
     slots: torch.Tensor,  # [B] int32
     plan: torch.Tensor,  # [B, 2L] uint8
     sublayer: int,
+    counters: torch.Tensor,  # [n] int32, not needed
 ) -> torch.Tensor:
     """Return o [R, H*D]; zero for padding rows and for sequences that skip `sublayer`."""
     batch, width = positions.shape

@@ -20,6 +20,7 @@ from kernels.weight import Weight
 BLOCK_ROWS = 16  # rows of a matrix tile: the narrowest tensor-core operand
 SPLIT_KV = 128  # cache positions of one split of decode attention
 BLOCK_S = 64  # positions loaded at a time in decode attention
+NUM_COUNTERS = 1 << 16  # of a model: one a tile whose sum several programs share
 SAMPLE_BLOCK_V = 4096  # logits loaded at a time by the sampler
 
 
@@ -107,6 +108,12 @@ def assert_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> None:
         if tensor is not None:
             assert tensor.dtype == dtype, (tensor.shape, tensor.dtype, dtype)
             assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
+
+
+def assert_counters(counters: torch.Tensor, num_tiles: int) -> None:
+    """One counter a tile; the caller's duty, and the kernels' own, is that they are zero."""
+    assert_plain(torch.int32, counters)
+    assert counters.numel() >= num_tiles, (counters.numel(), num_tiles)
 
 
 def assert_weight(weight: Weight, shape: tuple[int, int], dtype: torch.dtype) -> None:

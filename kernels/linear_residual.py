@@ -27,6 +27,7 @@ def linear_residual_ref(
     residual: torch.Tensor,  # [R, C], updated in place
     plan: torch.Tensor,  # [B, 2L] uint8
     sublayer: int,
+    counters: torch.Tensor,  # [n] int32, for a kernel that splits its work (ops.py)
 ) -> None:
     """Add x @ W^T to the rows of the sequences that run `sublayer`."""
     runs = row_precisions(plan, sublayer, x.shape[0])[:, None] > 0
@@ -78,6 +79,7 @@ def linear_residual(
     residual: torch.Tensor,  # [R, C], updated in place
     plan: torch.Tensor,  # [B, 2L] uint8
     sublayer: int,
+    counters: torch.Tensor,  # [n] int32, for a kernel that splits its work (ops.py)
 ) -> None:
     """Add x @ W^T to the rows of the sequences that run `sublayer`."""
     (num_rows, k), n = x.shape, weight.full.shape[0]

@@ -13,7 +13,8 @@ its anchor passes. Without an anchor of another plan `other` is -inf, and the te
 without a direction (a norm of zero, that is under 2^-63, or a sum of squares that is not finite)
 has cosine 0 with every anchor: similarity 0, anchor 0, and always the default plan.
 
-Shapes: total [B, C], anchors [N, C], plan_rows [P, W], plan_table [B, W]. Everything is float32.
+Shapes: total [B, C], anchors [N, C], plan_rows [P, W], plan_table [B, W] -> record [B, 5], which is
+all that a host has to copy; `Nearest` names its columns. Everything is float32, indices included.
 Moves 4 * B * N * C bytes, less what the sequences of a batch share in the L2 cache. A program takes
 BLOCK_ANCHORS anchors of one sequence; the last one of a sequence to arrive reads all its cosines
 and decides. Neither B nor the order of arrival changes a bit of a result, and equal anchors have
@@ -33,16 +34,18 @@ from kernels.launch import assert_plain
 MAX_ANCHORS = 4096  # the last arriver holds all cosines in registers
 BLOCK_ANCHORS = 4  # with BLOCK_CHANNELS: 16 KiB in flight a program, eight 16-byte loads a thread
 BLOCK_CHANNELS = 1024
+MAX_PLANS = 1 << 24  # float32 holds every index below
 MIN_NORM = tl.constexpr(2.0**-63)  # the square of anything less is subnormal, which GPUs may flush
 
 
 class Nearest(NamedTuple):
-    """What was chosen for each sequence, and how clearly."""
+    """What was chosen for each sequence, and how clearly: `Nearest(*record.unbind(-1))`."""
 
-    plan: torch.Tensor  # [B] int32: the plan of the best anchor, or default_plan where rejected
-    anchor: torch.Tensor  # [B] int32: the best anchor, the lowest index among equals
-    similarity: torch.Tensor  # [B] float32: its cosine
-    other: torch.Tensor  # [B] float32: the best cosine among anchors of another plan, or -inf
+    plan: torch.Tensor  # [B]: the plan of the best anchor, or default_plan where rejected
+    anchor: torch.Tensor  # [B]: the best anchor, the lowest index among equals
+    similarity: torch.Tensor  # [B]: its cosine
+    other: torch.Tensor  # [B]: the best cosine among anchors of another plan, or -inf
+    is_chosen: torch.Tensor  # [B]: 1, or 0 where rejected, also if default_plan is the anchor's
 
 
 def nearest_anchor_ref(
@@ -53,7 +56,7 @@ def nearest_anchor_ref(
     default_plan: int,
     min_ratio: float,
     plan_table: torch.Tensor,  # [B, W] uint8
-) -> Nearest:
+) -> torch.Tensor:
     """Choose a plan for each sequence and write its row into `plan_table`."""
     norm = total.square().sum(-1, keepdim=True).sqrt()
     has_direction = (norm >= MIN_NORM.value) & (norm < float("inf"))
@@ -65,7 +68,7 @@ def nearest_anchor_ref(
     is_chosen = (1 - other >= min_ratio * (1 - similarity)) & has_direction[:, 0]
     plan = nearest_plan.where(is_chosen, default_plan)
     plan_table.copy_(plan_rows.index_select(0, plan))
-    return Nearest(plan, anchor.int(), similarity, other)
+    return torch.stack([plan, anchor, similarity, other, is_chosen], -1)
 
 
 @triton.jit
@@ -96,10 +99,7 @@ def _nearest_anchor_kernel(  # type: ignore[no-untyped-def]
     plan_rows_ptr,
     cosines_ptr,
     counter_ptr,
-    plan_ptr,
-    anchor_ptr,
-    similarity_ptr,
-    other_ptr,
+    record_ptr,
     plan_table_ptr,
     N,
     C,
@@ -134,10 +134,12 @@ def _nearest_anchor_kernel(  # type: ignore[no-untyped-def]
     other = tl.max(tl.where(plans == plan, float("-inf"), cosines), axis=0)
     is_chosen = (1 - other >= min_ratio * (1 - similarity)) & has_direction
     plan = tl.where(is_chosen, plan, default_plan)
-    tl.store(plan_ptr + b, plan)
-    tl.store(anchor_ptr + b, anchor)
-    tl.store(similarity_ptr + b, similarity)
-    tl.store(other_ptr + b, other)
+    record_ptr += b * 5
+    tl.store(record_ptr, plan.to(tl.float32))
+    tl.store(record_ptr + 1, anchor.to(tl.float32))
+    tl.store(record_ptr + 2, similarity)
+    tl.store(record_ptr + 3, other)
+    tl.store(record_ptr + 4, is_chosen.to(tl.float32))
     offs_w = tl.arange(0, BLOCK_W)
     mask_w = offs_w < W
     row = tl.load(plan_rows_ptr + plan.to(tl.int64) * W + offs_w, mask=mask_w)
@@ -152,7 +154,7 @@ def nearest_anchor_triton(
     default_plan: int,
     min_ratio: float,
     plan_table: torch.Tensor,  # [B, W] uint8
-) -> Nearest:
+) -> torch.Tensor:
     """Choose a plan for each sequence and write its row into `plan_table`; never waits."""
     (batch, channels), (num_anchors, _), (num_plans, width) = (
         tensor.shape for tensor in (total, anchors, plan_rows)
@@ -161,19 +163,17 @@ def nearest_anchor_triton(
     assert anchors.shape == (num_anchors, channels), (anchors.shape, total.shape)
     assert anchor_plans.shape == (num_anchors,), (anchor_plans.shape, anchors.shape)
     assert plan_table.shape == (batch, width), (plan_table.shape, batch, width)
-    assert 0 <= default_plan < num_plans, (default_plan, num_plans)
+    assert 0 <= default_plan < num_plans <= MAX_PLANS, (default_plan, num_plans)
     assert_plain(torch.float32, total, anchors)
     assert_plain(torch.int32, anchor_plans)
     assert_plain(torch.uint8, plan_rows, plan_table)
     device = total.device
     cosines = torch.empty(batch, num_anchors, dtype=torch.float32, device=device)
     counter = torch.zeros(batch, dtype=torch.int32, device=device)
-    plan, anchor = (torch.empty(batch, dtype=torch.int32, device=device) for _ in range(2))
-    similarity, other = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(2))
+    record = torch.empty(batch, len(Nearest._fields), dtype=torch.float32, device=device)
     # Sequences vary fastest, so that those of a batch find a block of anchors in the L2 cache.
     _nearest_anchor_kernel[(batch, triton.cdiv(num_anchors, BLOCK_ANCHORS))](
-        *(total, anchors, anchor_plans, plan_rows, cosines, counter),
-        *(plan, anchor, similarity, other, plan_table),
+        *(total, anchors, anchor_plans, plan_rows, cosines, counter, record, plan_table),
         *(num_anchors, channels, width, default_plan, min_ratio),
         ALL_ANCHORS=triton.next_power_of_2(num_anchors),
         BLOCK_N=BLOCK_ANCHORS,
@@ -181,4 +181,4 @@ def nearest_anchor_triton(
         BLOCK_W=triton.next_power_of_2(width),
         num_warps=4,
     )
-    return Nearest(plan, anchor, similarity, other)
+    return record

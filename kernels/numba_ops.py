@@ -12,9 +12,12 @@ import numpy as np
 import torch
 
 from kernels import numba_attention, numba_layers, numba_matmul
+from kernels.keep_states import keep_states_ref
 from kernels.nearest_anchor import nearest_anchor_ref
 from kernels.numba_sample import sample, top_probability
 from kernels.ops import Ops
+from kernels.pool_states import pool_states_ref
+from kernels.round_rows import draft_rows_ref, verify_rows_ref
 from kernels.weight import LayerWeights, Weight, form_addresses
 
 
@@ -86,6 +89,7 @@ def attention(
     slots: torch.Tensor,
     plan: torch.Tensor,
     sublayer: int,
+    counters: torch.Tensor,
 ) -> torch.Tensor:
     """See attention.py; q may have any row stride."""
     (batch, width), (rows, heads, head_dim) = positions.shape, q.shape
@@ -101,7 +105,12 @@ def attention(
 
 
 def linear_residual(
-    x: torch.Tensor, weight: Weight, residual: torch.Tensor, plan: torch.Tensor, sublayer: int
+    x: torch.Tensor,
+    weight: Weight,
+    residual: torch.Tensor,
+    plan: torch.Tensor,
+    sublayer: int,
+    counters: torch.Tensor,
 ) -> None:
     """See linear_residual.py."""
     _check(x, weight)
@@ -155,16 +164,39 @@ def norm_lm_head(
     return logits
 
 
-def accept(target: torch.Tensor, draft: torch.Tensor, num_drafted: torch.Tensor) -> torch.Tensor:
+def accept(
+    target: torch.Tensor, token_ids: torch.Tensor, num_drafted: torch.Tensor
+) -> torch.Tensor:
     """See accept.py; a few tokens on a CPU are compared in less time than one torch operation."""
     width, rows = target.shape[1], []
-    drafts = zip(target.tolist(), draft.tolist(), num_drafted.tolist(), strict=True)
+    drafts = zip(target.tolist(), token_ids.tolist(), num_drafted.tolist(), strict=True)
     for tokens, drafted, length in drafts:
         count = 0
-        while count < min(length, len(drafted)) and drafted[count] == tokens[count]:
+        while count < min(length, width - 1) and drafted[count + 1] == tokens[count]:
             count += 1
-        rows.append([count, tokens[count], *tokens[: count + 1], *[-1] * (width - count - 1)])
+        rows.append([count, length, *tokens[: count + 1], *[-1] * (width - count - 1)])
     return torch.tensor(rows)
+
+
+def keep_drafted(
+    logits: torch.Tensor,
+    drawn: torch.Tensor,
+    token_ids: torch.Tensor,
+    num_drafted: torch.Tensor,
+    num_wanted: torch.Tensor,
+    end_ids: torch.Tensor,
+    stop_probability: torch.Tensor,
+) -> None:
+    """See keep_drafted.py; likewise."""
+    limits = stop_probability.tolist()
+    sure = top_probability(logits).tolist() if any(limits) else [1.0] * len(limits)
+    rows = zip(drawn.tolist(), num_drafted.tolist(), num_wanted.tolist(), sure, limits, strict=True)
+    for b, (token, drafted, wanted, probability, limit) in enumerate(rows):
+        if drafted < wanted:
+            token_ids[b, drafted + 1] = token
+            num_drafted[b] = drafted + 1
+            if probability < limit or token in end_ids[b].tolist():
+                num_wanted[b] = drafted + 1
 
 
 def run_layers(
@@ -209,8 +241,12 @@ NUMBA = Ops(
     norm_gated_mlp=norm_gated_mlp,
     norm_lm_head=norm_lm_head,
     sample=sample,
-    top_probability=top_probability,
+    keep_states=keep_states_ref,
+    draft_rows=draft_rows_ref,
+    keep_drafted=keep_drafted,
+    verify_rows=verify_rows_ref,
     accept=accept,
+    pool_states=pool_states_ref,
     nearest_anchor=nearest_anchor_ref,
     is_row_invariant=True,
     run_layers=run_layers,

@@ -12,7 +12,7 @@ on the other rows or on the number of cores. It is fast by what it leaves out:
     top-k and top-p bisect over int32 keys in the order of the float32 values, and only over those
     logits that can be the threshold. Top-p finds them by summing probabilities into buckets.
 
-Shapes: logits [R, V] float32, one parameter a row -> token [R] int64.
+Shapes: logits [R, V] float32, one parameter a sequence -> token [R] int64.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from numba import prange
 
+from kernels.launch import assert_plain
 from kernels.noise import MASK32, PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1
 from kernels.numba_compile import device, kernel
 from kernels.numba_math import F, addresses_at, exp, floats_at, ints_at
+from kernels.sample import assert_parameters, without_early_ends
 
 CHUNK = 64  # logits that are skipped or looked at together
 GROUPS = CHUNK // 4  # one philox call serves four logits
@@ -274,35 +276,38 @@ def _draw(row, num_v, maxima, first, floor, temperature, seed, position):
 
 @device
 def _sample_row(
-    r, logits, num_rows, num_v, temperature, top_k, top_p, min_p, seed, position, tokens
+    r, logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed, position, tokens
 ):
-    """Draw the token of row r."""
-    row, temp = logits + r * num_v * 4, floats_at(temperature, num_rows)[r]
+    """Draw the token of row r, one of `width` rows of its sequence."""
+    b, batch = r // width, num_rows // width
+    row, temp = logits + r * num_v * 4, floats_at(temperature, batch)[b]
     maxima = np.empty((num_v + CHUNK - 1) // CHUNK, np.int32)
     max_key = _chunk_maxima(row, num_v, maxima)
     token = _first_index(row, num_v, maxima, max_key)
     # An infinite maximum wins whatever the noise, and the filters could not subtract it.
     if temp > F(0.0) and abs(max_key) < INFINITY_KEY:
-        k, p = ints_at(top_k, num_rows)[r], floats_at(top_p, num_rows)[r]
-        least = floats_at(min_p, num_rows)[r]
+        k, p = ints_at(top_k, batch)[b], floats_at(top_p, batch)[b]
+        least = floats_at(min_p, batch)[b]
         floor = _filter_key(row, num_v, maxima, max_key, temp, k, p, least)
-        key, drawn = addresses_at(seed, num_rows)[r], addresses_at(position, num_rows)[r]
+        key, drawn = addresses_at(seed, batch)[b], addresses_at(position, num_rows)[r]
         token = _draw(row, num_v, maxima, token, floor, temp, key, drawn)
     addresses_at(tokens, num_rows)[r] = token
 
 
 @kernel
-def _sample(logits, num_rows, num_v, temperature, top_k, top_p, min_p, seed, position, tokens):
+def _sample(
+    logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed, position, tokens
+):
     if num_rows == 1:  # not worth waking the other cores
         _sample_row(
-            np.int64(0), logits, num_rows, num_v, temperature, top_k, top_p, min_p, seed, position,
-            tokens,
+            np.int64(0), logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed,
+            position, tokens,
         )  # fmt: skip
         return
     for r in prange(num_rows):  # numba's r is unsigned, for which all would be compiled once more
         _sample_row(
-            np.int64(r), logits, num_rows, num_v, temperature, top_k, top_p, min_p, seed, position,
-            tokens,
+            np.int64(r), logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed,
+            position, tokens,
         )  # fmt: skip
 
 
@@ -333,34 +338,28 @@ def _top_probability(logits, num_rows, num_v, out):
         _top_row(np.int64(r), logits, num_rows, num_v, out)
 
 
-def _check(dtype: torch.dtype, *tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        assert tensor.dtype == dtype and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
-        assert tensor.device.type == "cpu", tensor.device
-
-
 def sample(
     logits: torch.Tensor,  # [R, V] float32
-    temperature: torch.Tensor,  # [R] float32, 0 is greedy
-    top_k: torch.Tensor,  # [R] int32, <= 0 is off
-    top_p: torch.Tensor,  # [R] float32, 1 is off
-    min_p: torch.Tensor,  # [R] float32, 0 is off
-    seed: torch.Tensor,  # [R] int64
+    temperature: torch.Tensor,  # [B] float32, 0 is greedy
+    top_k: torch.Tensor,  # [B] int32, <= 0 is off
+    top_p: torch.Tensor,  # [B] float32, 1 is off
+    min_p: torch.Tensor,  # [B] float32, 0 is off
+    seed: torch.Tensor,  # [B] int64
     position: torch.Tensor,  # [R] int64: position of the token being drawn
+    end_ids: torch.Tensor | None = None,  # [B, E] int32, -1 is none
+    min_position: torch.Tensor | None = None,  # [B] int32: no end token before it
 ) -> torch.Tensor:
     """Return the drawn token ids [R] int64; a row's token does not depend on the other rows."""
     num_rows, vocab_size = logits.shape
     assert 0 < vocab_size <= MAX_VOCAB, vocab_size
-    for parameter in (temperature, top_k, top_p, min_p, seed, position):
-        assert parameter.shape == (num_rows,), (parameter.shape, num_rows)
-    _check(torch.float32, logits, temperature, top_p, min_p)
-    _check(torch.int32, top_k)
-    _check(torch.int64, seed, position)
+    assert_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
+    assert logits.device.type == "cpu", logits.device
+    logits = without_early_ends(logits, position, end_ids, min_position)
     tokens = torch.empty(num_rows, dtype=torch.int64)
     _sample(
-        logits.data_ptr(), num_rows, vocab_size, temperature.data_ptr(), top_k.data_ptr(),
-        top_p.data_ptr(), min_p.data_ptr(), seed.data_ptr(), position.data_ptr(),
-        tokens.data_ptr(),
+        logits.data_ptr(), num_rows, vocab_size, num_rows // temperature.shape[0],
+        temperature.data_ptr(), top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(),
+        seed.data_ptr(), position.data_ptr(), tokens.data_ptr(),
     )  # fmt: skip
     return tokens
 
@@ -372,7 +371,8 @@ def top_probability(logits: torch.Tensor) -> torch.Tensor:
     """
     num_rows, vocab_size = logits.shape
     assert 0 < vocab_size <= MAX_VOCAB, vocab_size
-    _check(torch.float32, logits)
+    assert_plain(torch.float32, logits)
+    assert logits.device.type == "cpu", logits.device
     out = torch.empty(num_rows)
     _top_probability(logits.data_ptr(), num_rows, vocab_size, out.data_ptr())
     return out

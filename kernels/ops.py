@@ -9,18 +9,25 @@ import torch
 
 from kernels.accept import accept_ref
 from kernels.attention import attention_ref
+from kernels.keep_drafted import keep_drafted_ref
+from kernels.keep_states import keep_states_ref
 from kernels.linear_residual import linear_residual_ref
-from kernels.nearest_anchor import Nearest, nearest_anchor_ref
+from kernels.nearest_anchor import nearest_anchor_ref
 from kernels.norm_gated_mlp import norm_gated_mlp_ref
 from kernels.norm_lm_head import norm_lm_head_ref
 from kernels.norm_qkv_rope import norm_qkv_rope_append_ref
-from kernels.sample import sample_ref, top_probability_ref
+from kernels.pool_states import pool_states_ref
+from kernels.round_rows import PassRows, draft_rows_ref, verify_rows_ref
+from kernels.sample import sample_ref
 
 
 @dataclass(frozen=True)
 class Ops:
     """One implementation of every operation; the files named after them hold the contracts.
 
+    `attention` and `linear_residual` take `counters` last: int32 in the memory of the device, zero
+    between launches. Where several programs share a tile's sum they count themselves there, and the
+    last one adds it up; every kernel leaves zeros behind. The other implementations do not look.
     `run_layers` is all layers of a pass in one launch, where an implementation has that.
     `is_row_invariant`: a row has the same bits however many rows share the pass, so that a draft
     cannot change a token; with torch's products that holds only up to rounding.
@@ -33,9 +40,13 @@ class Ops:
     norm_gated_mlp: Callable[..., torch.Tensor]
     norm_lm_head: Callable[..., torch.Tensor]
     sample: Callable[..., torch.Tensor]
-    top_probability: Callable[[torch.Tensor], torch.Tensor]
+    keep_states: Callable[..., None]
+    draft_rows: Callable[..., tuple[PassRows, torch.Tensor]]
+    keep_drafted: Callable[..., None]
+    verify_rows: Callable[..., PassRows]
     accept: Callable[..., torch.Tensor]
-    nearest_anchor: Callable[..., Nearest]
+    pool_states: Callable[..., torch.Tensor]
+    nearest_anchor: Callable[..., torch.Tensor]
     is_row_invariant: bool
     run_layers: Callable[..., None] | None = None
 
@@ -48,8 +59,12 @@ TORCH = Ops(
     norm_gated_mlp=norm_gated_mlp_ref,
     norm_lm_head=norm_lm_head_ref,
     sample=sample_ref,
-    top_probability=top_probability_ref,
+    keep_states=keep_states_ref,
+    draft_rows=draft_rows_ref,
+    keep_drafted=keep_drafted_ref,
+    verify_rows=verify_rows_ref,
     accept=accept_ref,
+    pool_states=pool_states_ref,
     nearest_anchor=nearest_anchor_ref,
     is_row_invariant=False,
 )

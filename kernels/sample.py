@@ -6,7 +6,8 @@
 
 argmax of logits plus Gumbel noise is an exact draw from the softmax (Gumbel 1954). Each filter
 keeps every logit at or above a threshold, so equal logits stay or go together. Ties go to the
-lowest index. Shapes: logits [R, V] float32, one parameter a row -> token [R] int64.
+lowest index. A sequence's end tokens count as -inf at positions before its `min_position`.
+Shapes: logits [R, V] float32, R = B*T rows, one parameter a sequence -> token [R] int64.
 
 The kernel finds thresholds without sorting: float32 values map to uint32 keys of the same order,
 and a bisection over the keys asks how many logits (top-k), or how much probability (top-p), lie at
@@ -53,16 +54,44 @@ def top_probability_ref(logits: torch.Tensor) -> torch.Tensor:
     return (logits - logits.amax(-1, keepdim=True)).exp().sum(-1).reciprocal()
 
 
+def without_early_ends(
+    logits: torch.Tensor,  # [R, V]
+    position: torch.Tensor,  # [R]
+    end_ids: torch.Tensor | None,  # [B, E], -1 is none
+    min_position: torch.Tensor | None,  # [B]
+) -> torch.Tensor:
+    """The logits, or a copy with -inf for end tokens where an answer may not end yet."""
+    if end_ids is None or min_position is None:
+        return logits
+    width = logits.shape[0] // end_ids.shape[0]
+    is_early = position < min_position.repeat_interleave(width)
+    row, place = (is_early[:, None] & (end_ids >= 0).repeat_interleave(width, 0)).nonzero(
+        as_tuple=True
+    )
+    if row.numel() == 0:
+        return logits
+    logits = logits.clone()
+    logits[row, end_ids[row // width, place].long()] = float("-inf")
+    return logits
+
+
 def sample_ref(
     logits: torch.Tensor,  # [R, V] float32
-    temperature: torch.Tensor,  # [R] float32, 0 is greedy
-    top_k: torch.Tensor,  # [R] int32, <= 0 is off
-    top_p: torch.Tensor,  # [R] float32, 1 is off
-    min_p: torch.Tensor,  # [R] float32, 0 is off
-    seed: torch.Tensor,  # [R] int64
+    temperature: torch.Tensor,  # [B] float32, 0 is greedy
+    top_k: torch.Tensor,  # [B] int32, <= 0 is off
+    top_p: torch.Tensor,  # [B] float32, 1 is off
+    min_p: torch.Tensor,  # [B] float32, 0 is off
+    seed: torch.Tensor,  # [B] int64
     position: torch.Tensor,  # [R] int64: position of the token being drawn
+    end_ids: torch.Tensor | None = None,  # [B, E] int32, -1 is none
+    min_position: torch.Tensor | None = None,  # [B] int32: no end token before it
 ) -> torch.Tensor:
     """Return the drawn token ids [R] int64."""
+    logits = without_early_ends(logits, position, end_ids, min_position)
+    width = logits.shape[0] // temperature.shape[0]
+    temperature, top_k, top_p, min_p, seed = (
+        value.repeat_interleave(width) for value in (temperature, top_k, top_p, min_p, seed)
+    )
     tokens = logits.argmax(-1)
     drawn = (temperature > 0).nonzero().squeeze(-1)
     if drawn.numel() == 0:
@@ -85,17 +114,24 @@ def _ordered_key(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_logits(row_ptr, start, V, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_logits(row_ptr, start, V, ends_ptr, num_ends, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of logits, those of `num_ends` tokens -inf, and its indices."""
     offs_v = start + tl.arange(0, BLOCK_V)
-    return tl.load(row_ptr + offs_v, mask=offs_v < V, other=float("-inf")), offs_v
+    logits = tl.load(row_ptr + offs_v, mask=offs_v < V, other=float("-inf"))
+    for i in range(num_ends):
+        logits = tl.where(offs_v == tl.load(ends_ptr + i), float("-inf"), logits)
+    return logits, offs_v
 
 
 @triton.jit
-def _measure(row_ptr, V, key, row_max, temperature, BLOCK_V: tl.constexpr, IS_MASS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _measure(  # type: ignore[no-untyped-def]
+    row_ptr, V, ends_ptr, num_ends, key, row_max, temperature,
+    BLOCK_V: tl.constexpr, IS_MASS: tl.constexpr,
+):  # fmt: skip
     """How many logits have a key >= `key`, or their sum of exp((logit - max) / temperature)."""
     total = tl.zeros((BLOCK_V,), tl.float32 if IS_MASS else tl.int32)
     for start in range(0, V, BLOCK_V):
-        logits, offs_v = _load_logits(row_ptr, start, V, BLOCK_V)
+        logits, offs_v = _load_logits(row_ptr, start, V, ends_ptr, num_ends, BLOCK_V)
         is_above = (_ordered_key(logits) >= key) & (offs_v < V)
         if IS_MASS:
             mass = tl.exp(tl.div_rn(logits - row_max, temperature))
@@ -107,13 +143,15 @@ def _measure(row_ptr, V, key, row_max, temperature, BLOCK_V: tl.constexpr, IS_MA
 
 @triton.jit
 def _bisect(  # type: ignore[no-untyped-def]
-    row_ptr, V, low, high, target, row_max, temperature,
+    row_ptr, V, ends_ptr, num_ends, low, high, target, row_max, temperature,
     BLOCK_V: tl.constexpr, IS_MASS: tl.constexpr,
 ):  # fmt: skip
     """The largest key in [low, high] at or above which logits measure `target` or more."""
     while low < high:
         middle = high - ((high - low) >> 1)
-        total = _measure(row_ptr, V, middle, row_max, temperature, BLOCK_V, IS_MASS)
+        total = _measure(
+            row_ptr, V, ends_ptr, num_ends, middle, row_max, temperature, BLOCK_V, IS_MASS
+        )
         is_enough = total >= target
         low = tl.where(is_enough, middle, low)
         high = tl.where(is_enough, high, middle - 1)
@@ -124,28 +162,37 @@ def _bisect(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _filter_key(row_ptr, V, row_max, temperature, top_k, top_p, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
+def _filter_key(  # type: ignore[no-untyped-def]
+    row_ptr, V, ends_ptr, num_ends, row_max, temperature, top_k, top_p, BLOCK_V: tl.constexpr
+):  # fmt: skip
     """A key at or above which lie exactly the logits that top-k and then top-p keep."""
     key = tl.zeros((), tl.uint32)
     max_key = _ordered_key(row_max)
     if (top_k > 0) & (top_k < V):
-        key = _bisect(row_ptr, V, key, max_key, top_k, row_max, temperature, BLOCK_V, False)
+        key = _bisect(
+            row_ptr, V, ends_ptr, num_ends, key, max_key, top_k, row_max, temperature, BLOCK_V,
+            False,
+        )  # fmt: skip
     if top_p < 1:
-        mass = top_p * _measure(row_ptr, V, key, row_max, temperature, BLOCK_V, True)
-        key = _bisect(row_ptr, V, key, max_key, mass, row_max, temperature, BLOCK_V, True)
+        mass = top_p * _measure(
+            row_ptr, V, ends_ptr, num_ends, key, row_max, temperature, BLOCK_V, True
+        )
+        key = _bisect(
+            row_ptr, V, ends_ptr, num_ends, key, max_key, mass, row_max, temperature, BLOCK_V, True
+        )
     return key
 
 
 @triton.jit
 def _argmax(  # type: ignore[no-untyped-def]
-    row_ptr, V, key, row_max, temperature, min_p, seed, position,
+    row_ptr, V, ends_ptr, num_ends, key, row_max, temperature, min_p, seed, position,
     BLOCK_V: tl.constexpr, HAS_NOISE: tl.constexpr,
 ):  # fmt: skip
     """Maximum of the logits (with noise: of the kept scores) and the lowest index that has it."""
     best = tl.full((BLOCK_V,), float("-inf"), tl.float32)
     best_index = tl.arange(0, BLOCK_V)
     for start in range(0, V, BLOCK_V):
-        scores, offs_v = _load_logits(row_ptr, start, V, BLOCK_V)
+        scores, offs_v = _load_logits(row_ptr, start, V, ends_ptr, num_ends, BLOCK_V)
         if HAS_NOISE:
             is_probable = tl.exp(tl.div_rn(scores - row_max, temperature)) >= min_p
             is_kept = ((_ordered_key(scores) >= key) & is_probable) | (scores == row_max)
@@ -158,7 +205,7 @@ def _argmax(  # type: ignore[no-untyped-def]
     return row_best, tl.min(tl.where(best == row_best, best_index, V), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _sample_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
@@ -167,47 +214,83 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     min_p_ptr,
     seed_ptr,
     position_ptr,
+    end_ids_ptr,
+    min_position_ptr,
     token_ptr,
     V,
+    T,
+    NUM_ENDS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0)
+    b = row // T
     row_ptr = logits_ptr + row.to(tl.int64) * V
-    temperature = tl.load(temperature_ptr + row)
-    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    temperature = tl.load(temperature_ptr + b)
+    top_k, top_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b)
+    seed, position = tl.load(seed_ptr + b), tl.load(position_ptr + row)
+    ends_ptr, num_ends = end_ids_ptr, 0
+    if NUM_ENDS > 0:
+        ends_ptr = end_ids_ptr + b * NUM_ENDS
+        num_ends = tl.where(position < tl.load(min_position_ptr + b), NUM_ENDS, 0)
     key = tl.zeros((), tl.uint32)
-    row_max, token = _argmax(row_ptr, V, key, 0.0, 1.0, 0.0, seed, position, BLOCK_V, False)
+    row_max, token = _argmax(
+        row_ptr, V, ends_ptr, num_ends, key, 0.0, 1.0, 0.0, seed, position, BLOCK_V, False
+    )
     if temperature > 0:
-        key = _filter_key(row_ptr, V, row_max, temperature, top_k, top_p, BLOCK_V)
-        min_p = tl.load(min_p_ptr + row)
-        _, token = _argmax(
-            row_ptr, V, key, row_max, temperature, min_p, seed, position, BLOCK_V, True
+        key = _filter_key(
+            row_ptr, V, ends_ptr, num_ends, row_max, temperature, top_k, top_p, BLOCK_V
         )
-    tl.store(token_ptr + row, token.to(tl.int64))
+        min_p = tl.load(min_p_ptr + b)
+        _, token = _argmax(
+            row_ptr, V, ends_ptr, num_ends, key, row_max, temperature, min_p, seed, position,
+            BLOCK_V, True,
+        )  # fmt: skip
+    # Logits that are not numbers have no maximum, and V is no token.
+    tl.store(token_ptr + row, tl.minimum(token, V - 1).to(tl.int64))
 
 
 def sample(
     logits: torch.Tensor,  # [R, V] float32
-    temperature: torch.Tensor,  # [R] float32, 0 is greedy
-    top_k: torch.Tensor,  # [R] int32, <= 0 is off
-    top_p: torch.Tensor,  # [R] float32, 1 is off
-    min_p: torch.Tensor,  # [R] float32, 0 is off
-    seed: torch.Tensor,  # [R] int64
+    temperature: torch.Tensor,  # [B] float32, 0 is greedy
+    top_k: torch.Tensor,  # [B] int32, <= 0 is off
+    top_p: torch.Tensor,  # [B] float32, 1 is off
+    min_p: torch.Tensor,  # [B] float32, 0 is off
+    seed: torch.Tensor,  # [B] int64
     position: torch.Tensor,  # [R] int64: position of the token being drawn
+    end_ids: torch.Tensor | None = None,  # [B, E] int32, -1 is none
+    min_position: torch.Tensor | None = None,  # [B] int32: no end token before it
 ) -> torch.Tensor:
     """Return the drawn token ids [R] int64."""
     num_rows, vocab_size = logits.shape
-    for parameter in (temperature, top_k, top_p, min_p, seed, position):
-        assert parameter.shape == (num_rows,), (parameter.shape, num_rows)
-    assert_plain(torch.float32, logits, temperature, top_p, min_p)
-    assert_plain(torch.int32, top_k)
-    assert_plain(torch.int64, seed, position)
+    assert_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
+    assert (end_ids is None) == (min_position is None), "end tokens without a position"
+    assert_plain(torch.int32, end_ids, min_position)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     _sample_kernel[(num_rows,)](
-        *(logits, temperature, top_k, top_p, min_p, seed, position, tokens),
-        vocab_size,
+        *(logits, temperature, top_k, top_p, min_p, seed, position, end_ids, min_position, tokens),
+        *(vocab_size, num_rows // temperature.shape[0]),
+        NUM_ENDS=0 if end_ids is None else end_ids.shape[1],
         BLOCK_V=min(SAMPLE_BLOCK_V, max(128, triton.next_power_of_2(vocab_size))),
         num_warps=16,
     )
     return tokens
+
+
+def assert_parameters(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> None:
+    """One parameter a sequence, as many rows of logits for each, and a position for every row."""
+    num_rows, batch = logits.shape[0], temperature.shape[0]
+    assert batch > 0 and num_rows % batch == 0, (num_rows, batch)
+    for parameter in (temperature, top_k, top_p, min_p, seed):
+        assert parameter.shape == (batch,), (parameter.shape, batch)
+    assert position.shape == (num_rows,), (position.shape, num_rows)
+    assert_plain(torch.float32, logits, temperature, top_p, min_p)
+    assert_plain(torch.int32, top_k)
+    assert_plain(torch.int64, seed, position)

@@ -11,13 +11,17 @@ from __future__ import annotations
 from kernels.accept import accept
 from kernels.attn_decode import attn_decode
 from kernels.attn_prefill import attn_prefill
+from kernels.keep_drafted import keep_drafted
+from kernels.keep_states import keep_states
 from kernels.linear_residual import linear_residual, linear_residual_ref
 from kernels.nearest_anchor import nearest_anchor_triton
 from kernels.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
 from kernels.norm_lm_head import norm_lm_head, norm_lm_head_ref
 from kernels.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
 from kernels.ops import Ops
-from kernels.sample import sample, top_probability_ref
+from kernels.pool_states import pool_states
+from kernels.round_rows import draft_rows, verify_rows
+from kernels.sample import sample
 
 TRITON = Ops(
     name="triton",
@@ -27,8 +31,12 @@ TRITON = Ops(
     norm_gated_mlp=norm_gated_mlp,
     norm_lm_head=norm_lm_head,
     sample=sample,
-    top_probability=top_probability_ref,
+    keep_states=keep_states,
+    draft_rows=draft_rows,
+    keep_drafted=keep_drafted,
+    verify_rows=verify_rows,
     accept=accept,
+    pool_states=pool_states,
     nearest_anchor=nearest_anchor_triton,
     is_row_invariant=True,
 )
@@ -41,8 +49,12 @@ TRITON_PREFILL = Ops(
     norm_gated_mlp=norm_gated_mlp_ref,
     norm_lm_head=norm_lm_head_ref,
     sample=sample,
-    top_probability=top_probability_ref,
+    keep_states=keep_states,
+    draft_rows=draft_rows,
+    keep_drafted=keep_drafted,
+    verify_rows=verify_rows,
     accept=accept,
+    pool_states=pool_states,
     nearest_anchor=nearest_anchor_triton,
     is_row_invariant=False,
 )

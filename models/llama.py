@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.launch import NUM_COUNTERS
 from kernels.ops import Ops
 from models.config import LlamaConfig
 from models.plan import FULL, DraftPlan
@@ -38,6 +39,7 @@ class Llama:
     weights: LlamaWeights
     cos: torch.Tensor  # [S, D/2] float32
     sin: torch.Tensor  # [S, D/2] float32
+    counters: torch.Tensor  # [n] int32, zero between launches: see `Ops`
     prefill_ops: Ops
     decode_ops: Ops
 
@@ -59,7 +61,8 @@ def make_llama(
 ) -> Llama:
     """Put a model together for sequences of up to `num_positions` tokens."""
     cos, sin = (table.to(weights.embedding.device) for table in rope_table(config, num_positions))
-    return Llama(config, weights, cos, sin, prefill_ops, decode_ops)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=weights.embedding.device)
+    return Llama(config, weights, cos, sin, counters, prefill_ops, decode_ops)
 
 
 def full_plan(config: LlamaConfig, batch: int, device: torch.device) -> torch.Tensor:
@@ -85,7 +88,7 @@ def forward(
     ops: Ops,
 ) -> torch.Tensor:
     """Return the residual stream after the last layer, [B*T, C]; see `logits` for the rest."""
-    config = model.config
+    config, counters = model.config, model.counters
     x = model.weights.embedding[rows.token_ids.flatten()]
     if ops.run_layers is not None:
         ops.run_layers(
@@ -100,10 +103,12 @@ def forward(
             layer.k_norm, model.cos, model.sin, rows.positions, rows.num_tokens, rows.slots,
             k, v, plan, 2 * i,
         )  # fmt: skip
-        o = ops.attention(q, k, v, rows.positions, rows.num_tokens, rows.slots, plan, 2 * i)
-        ops.linear_residual(o, layer.attn_out, x, plan, 2 * i)
+        o = ops.attention(
+            q, k, v, rows.positions, rows.num_tokens, rows.slots, plan, 2 * i, counters
+        )
+        ops.linear_residual(o, layer.attn_out, x, plan, 2 * i, counters)
         h = ops.norm_gated_mlp(x, layer.mlp_norm, config.norm_eps, layer.gate_up, plan, 2 * i + 1)
-        ops.linear_residual(h, layer.down, x, plan, 2 * i + 1)
+        ops.linear_residual(h, layer.down, x, plan, 2 * i + 1, counters)
     return x
 
 

@@ -50,6 +50,27 @@ def with_int8(model: Llama) -> Llama:
     return replace(model, weights=replace(weights, layers=layers, lm_head=lm_head))
 
 
+def without_int8(model: Llama) -> Llama:
+    """The same model, sharing its weights, as it is before any plan asks for 8 bits."""
+    if model.weights.lm_head.int8 is None:
+        return model
+
+    def plain(weight: Weight) -> Weight:
+        return Weight(weight.full)
+
+    layers = tuple(
+        layer._replace(
+            qkv=plain(layer.qkv),
+            attn_out=plain(layer.attn_out),
+            gate_up=plain(layer.gate_up),
+            down=plain(layer.down),
+        )
+        for layer in model.weights.layers
+    )
+    lm_head = plain(model.weights.lm_head)
+    return replace(model, weights=replace(model.weights, layers=layers, lm_head=lm_head))
+
+
 def matrices(weights: LlamaWeights) -> list[Weight]:
     """Every matrix that has an 8-bit form, in the order in which a pass reads them."""
     layers = [(x.qkv, x.attn_out, x.gate_up, x.down) for x in weights.layers]

@@ -109,6 +109,13 @@ def random_weights(
     return weights
 
 
+def empty_weights(
+    config: LlamaConfig, *, device: torch.device | str, dtype: torch.dtype
+) -> LlamaWeights:
+    """Room for a model in one piece of memory; what it holds is undefined."""
+    return _allocate(config, torch.device(device), dtype)
+
+
 def to_hf_state_dict(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:
     """The weights under their Hugging Face names and in its row order, as copies.
 

@@ -4,8 +4,8 @@
 
 x_t is the residual stream after the last layer: the mean of the states that the LM head reads, as
 in KNN-SSD (arXiv 2505.16162). A sum points where the mean does, so nothing is divided before the
-unit length. It is a function of the states alone, so a prompt read in chunks, or found in the cache
-from an earlier turn, has the feature of one read in one go.
+unit length. kernels/pool_states.py makes u; it is a function of the states alone, so a prompt read
+in chunks, or found in the cache from an earlier turn, has the feature of one read in one go.
 """
 
 from __future__ import annotations
@@ -13,13 +13,6 @@ from __future__ import annotations
 import torch
 
 
-def state_sum(states: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Sum of the normalised states of a prompt: [n, C] of the model's dtype -> [C] float32."""
-    x = states.float()
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (x * scale).sum(0) * norm_weight.float()
-
-
 def as_feature(total: torch.Tensor) -> torch.Tensor:
-    """The unit vector [..., C] float32 of a `state_sum`."""
+    """The unit vector [..., C] float32 of a total, `Route.state_sum`."""
     return torch.nn.functional.normalize(total, dim=-1)

@@ -196,6 +196,7 @@ def _attention(
     slots: torch.Tensor,  # [R] int32
     _plan_table: torch.Tensor,
     sublayer: int,
+    _counters: torch.Tensor,
 ) -> torch.Tensor:
     """`Ops.attention` over the model's past and the draft's own position; return o [R, H*D]."""
     out = q.new_zeros(q.shape)

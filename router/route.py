@@ -5,21 +5,23 @@
 
 A ratio below the library's means that the prompt is unlike anything known, or between two plans:
 then the default plan, which was best over all domains together.
+
+The device decides, and writes the plan's row where its kernels read it; the host reads the decision
+later, for its own accounts.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from kernels.nearest_anchor import MIN_NORM, Nearest
+from kernels.nearest_anchor import Nearest
 from models.llama import Llama, plan_table
 from models.plan import DraftPlan
-from router.feature import as_feature, state_sum
+from router.feature import as_feature
 from router.library import PlanRates, RouterLibrary
 
 
@@ -39,6 +41,13 @@ class Route:
     state_sum: torch.Tensor = field(repr=False, compare=False)  # [C] float32
 
 
+class PendingRoute(NamedTuple):
+    """A decision in the memory of the device, which may still be at work on it."""
+
+    record: torch.Tensor  # [1, 5] float32: see kernels/nearest_anchor.py
+    state_sum: torch.Tensor  # [C] float32
+
+
 class Neighbour(NamedTuple):
     """The anchor of a domain that is nearest to a prompt."""
 
@@ -51,7 +60,11 @@ class Router:
     """A library on the device of its model, against which `RouterLibrary.check_model` held it."""
 
     def __init__(
-        self, library: RouterLibrary, model: Llama, nearest_anchor: Callable[..., Nearest]
+        self,
+        library: RouterLibrary,
+        model: Llama,
+        nearest_anchor: Callable[..., torch.Tensor],
+        pool_states: Callable[..., torch.Tensor],
     ):
         self.library = library
         device = model.device
@@ -63,33 +76,43 @@ class Router:
         self._plan_rows = plan_table(runs, device)
         self._table = self._plan_rows[:1].clone()
         self._norm_weight, self._eps = model.weights.final_norm, model.config.norm_eps
-        self._nearest_anchor = nearest_anchor
+        self._nearest_anchor, self._pool_states = nearest_anchor, pool_states
         # The plans that a prompt can be routed to, and n-grams where the library knows them.
         used = {*library.anchor_plans.tolist(), library.default_plan}
         self.used_plans = tuple(
             p for i, p in enumerate(library.plans) if i in used or p.kind == "ngram"
         )
 
-    def route(self, states: torch.Tensor) -> Route:
-        """The route of a prompt whose tokens left `states` [n, C] after the last layer."""
-        library = self.library
-        total = state_sum(states, self._norm_weight, self._eps)
-        nearest = self._nearest_anchor(
-            total[None], self._anchors, self._anchor_plans, self._plan_rows, library.default_plan,
-            library.min_ratio, self._table,
+    def launch(self, states: torch.Tensor, plan_row: torch.Tensor) -> PendingRoute:
+        """Have the plan of a prompt's `states` [n, C] written into `plan_row` [1, W] uint8.
+
+        The states are what the prompt's tokens left after the last layer. Only queues work on the
+        device: nothing here waits for it, and a CUDA graph can hold it.
+        """
+        total = self._pool_states(states, self._norm_weight, self._eps)
+        record = self._nearest_anchor(
+            total[None], self._anchors, self._anchor_plans, self._plan_rows,
+            self.library.default_plan, self.library.min_ratio, plan_row,
         )  # fmt: skip
-        plan, anchor, similarity, other = (value.cpu()[0] for value in nearest)
-        # As the kernel decides, and in float32: near the threshold float64 may see it otherwise.
-        has_direction = MIN_NORM.value <= float(total.square().sum().sqrt()) < math.inf
-        is_kept = has_direction and bool(1 - other >= library.min_ratio * (1 - similarity))
+        return PendingRoute(record, total)
+
+    def read(self, pending: PendingRoute) -> Route:
+        """The decision on the host: waits until the device has made it, then copies it once."""
+        library = self.library
+        nearest = Nearest(*pending.record.cpu()[0])
+        anchor, similarity = int(nearest.anchor), float(nearest.similarity)
         return Route(
-            plan=library.plans[int(plan)],
+            plan=library.plans[int(nearest.plan)],
             domain=library.domains[int(library.anchor_domains[anchor])],
-            similarity=float(similarity),
-            ratio=(1 - float(other)) / max(1 - float(similarity), 1e-9),
-            is_rejected=not is_kept or bool(plan != library.anchor_plans[anchor]),
-            state_sum=total,
+            similarity=similarity,
+            ratio=(1 - float(nearest.other)) / max(1 - similarity, 1e-9),
+            is_rejected=not nearest.is_chosen,
+            state_sum=pending.state_sum,
         )
+
+    def route(self, states: torch.Tensor) -> Route:
+        """`launch` and `read`, for those who have no table of plans: waits for the device."""
+        return self.read(self.launch(states, self._table))
 
     def rates(self, route: Route) -> PlanRates:
         """Acceptance as it was measured on prompts such as this one."""

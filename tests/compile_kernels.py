@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from kernels.launch import NUM_COUNTERS  # noqa: E402
 from kernels.nearest_anchor import nearest_anchor_triton  # noqa: E402
 from kernels.triton_ops import TRITON, TRITON_PREFILL  # noqa: E402
 from kernels.weight import Weight  # noqa: E402
@@ -134,6 +135,7 @@ def launch_all(run: Run) -> None:
     c, d, f = shape.hidden, shape.head_dim, shape.ffn
     i32 = {"dtype": torch.int32}
     where = (meta(batch, width, **i32), meta(batch, **i32), meta(batch, **i32))
+    counters = meta(NUM_COUNTERS, **i32)
     plan = (meta(batch, 2 * layers, dtype=torch.uint8), 2)
     caches = tuple(meta(batch, shape.kv_heads, positions, d) for _ in "kv")
     tables = tuple(meta(positions, d // 2, dtype=torch.float32) for _ in ("cos", "sin"))
@@ -145,10 +147,11 @@ def launch_all(run: Run) -> None:
         x, norm, 1e-5, weight(n, c), bias, *head_norms, *tables, *where, *caches, *plan
     )
     for ops in (TRITON, TRITON_PREFILL):
-        ops.attention(meta(rows, shape.heads, d), *caches, *where, *plan)
-    TRITON.linear_residual(meta(rows, shape.heads * d), weight(c, shape.heads * d), x, *plan)
+        ops.attention(meta(rows, shape.heads, d), *caches, *where, *plan, counters)
+    out = weight(c, shape.heads * d)
+    TRITON.linear_residual(meta(rows, shape.heads * d), out, x, *plan, counters)
     TRITON.norm_gated_mlp(x, norm, 1e-5, weight(2 * f, c), *plan)
-    TRITON.linear_residual(meta(rows, f), weight(c, f), x, *plan)
+    TRITON.linear_residual(meta(rows, f), weight(c, f), x, *plan, counters)
     TRITON.norm_lm_head(x, norm, 1e-5, weight(shape.vocab, c), *plan)
     f32, i64 = {"dtype": torch.float32}, {"dtype": torch.int64}
     parameters = (meta(rows, **f32), meta(rows, **i32), meta(rows, **f32), meta(rows, **f32))

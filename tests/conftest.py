@@ -38,6 +38,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def counters(device: torch.device) -> Iterator[torch.Tensor]:
+    """Counters of kernels whose programs share a sum: every launch must leave them zero."""
+    tensor = torch.zeros(1 << 10, dtype=torch.int32, device=device)
+    yield tensor
+    assert not tensor.any()
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     torch.manual_seed(42)

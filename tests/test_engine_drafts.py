@@ -112,13 +112,13 @@ def test_drafts_that_could_change_a_token_are_refused():
 def profiles(tmp_path, monkeypatch):
     """Profiles in a folder of their own; the list of what was measured."""
     measured = []
-    original = engine.profile._seconds
+    original = engine.profile._verify_seconds
 
-    def seconds(model, cache, plan, width):
-        measured.append(width)
-        return original(model, cache, plan, width)
+    def seconds(passes, rows):
+        measured.append(rows)
+        return original(passes, rows)
 
-    monkeypatch.setattr(engine.profile, "_seconds", seconds)
+    monkeypatch.setattr(engine.profile, "_verify_seconds", seconds)
     path = tmp_path / "cache" / "profile.json"
     monkeypatch.setattr(engine.drafts, "profile_path", lambda model: path)
     return path, measured

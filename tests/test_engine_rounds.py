@@ -14,11 +14,11 @@ from tiny import family_config, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
 
 from engine import SamplingParams
-from engine.accept import Verdict
 from engine.controller import Choice
 from engine.generate import _first_token, _round, _take
 from engine.sequence import RunningSequence
 from engine.stream import TextStream
+from engine.types import Verdict
 from models.plan import MAX_DRAFT, DraftPlan
 
 VOCAB = byte_tokenizer().vocab_size
@@ -57,9 +57,9 @@ def test_the_cache_after_each_round_is_that_of_plain_decoding(lengths, monkeypat
         plans = llm._drafts.prepare(plan)
         sequence = RunningSequence(prompt, params, 0, text, frozenset(), 256, plans)
         sequence.slot = 0
-        _first_token(llm.model, llm._cache, sequence)
+        _first_token(llm._passes, sequence)
         while sequence.finish_reason is None:
-            _round(llm.model, llm._cache, llm.costs, [sequence])
+            _round(llm.model, llm._passes, llm.costs, [sequence])
             length = sequence.num_cached
             assert length == len(sequence.token_ids) - 1
             assert torch.equal(valid(llm._cache, 0, length), valid(plain._cache, 0, length))
@@ -119,9 +119,9 @@ def test_lengths_add_up_whatever_is_drafted_and_accepted(max_tokens, rounds):
         num_accepted = min(accepted, num_drafted)
         # The last row of the verify pass is written within the sequence's own positions.
         assert len(sequence.token_ids) - 1 + num_drafted < 3 + sequence.max_tokens <= 64
-        verdict = Verdict([9] * (num_accepted + 1), num_accepted)
+        verdict = Verdict([9] * (num_accepted + 1), num_accepted, num_drafted)
         choice = Choice(EVERYTHING if num_drafted else None, num_drafted)
-        sequence.account(choice, num_drafted, verdict.token_ids, num_accepted)
+        sequence.account(choice, verdict)
         events = _take(sequence, verdict, torch.zeros(num_accepted + 1, VOCAB))
         made += len(events)
         assert [event.from_draft for _, event in events] == [

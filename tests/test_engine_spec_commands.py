@@ -76,10 +76,10 @@ def liar(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
     """An engine that gets the first token after a draft wrong, and nothing else."""
     honest = engine.generate.accept
 
-    def accept(draft, verified, ops):
-        verdicts = honest(draft, verified, ops)
-        for verdict, num_drafted in zip(verdicts, draft.num_drafted, strict=True):
-            if num_drafted:
+    def accept(draft, verified):
+        verdicts = honest(draft, verified)
+        for verdict in verdicts:
+            if verdict.num_drafted:
                 verdict.token_ids[-1] ^= 1
         return verdicts
 

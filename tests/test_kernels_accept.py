@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from kernels.accept import accept, accept_ref
+from kernels.numba_ops import accept as accept_on_a_cpu
 
-Tensors = tuple[torch.Tensor, ...]  # target, draft, num_drafted
+Tensors = tuple[torch.Tensor, ...]  # target, token_ids, num_drafted
+NEWEST = 3  # column 0 of token_ids, which is no draft
 BOTH = pytest.mark.parametrize("op", [accept, accept_ref])
 
 
@@ -18,7 +20,14 @@ def accept_loop(target: list[int], draft: list[int], num_drafted: int) -> list[i
     n = 0
     while n < num_drafted and draft[n] == target[n]:
         n += 1
-    return [n, target[n], *target[: n + 1], *[-1] * (len(target) - n - 1)]
+    return [n, num_drafted, *target[: n + 1], *[-1] * (len(target) - n - 1)]
+
+
+def with_newest(draft: torch.Tensor) -> torch.Tensor:
+    """Drafts as the buffers hold them: after the newest token, in rows of more columns."""
+    batch = draft.shape[0]
+    newest, more = torch.full((batch, 1), NEWEST), torch.full((batch, 2), 1)
+    return torch.cat((newest, draft, more), dim=1)
 
 
 def tensors(
@@ -28,7 +37,7 @@ def tensors(
     batch, width = len(target), len(target[0])
     return (
         torch.tensor(target, device=device),
-        torch.tensor(draft, dtype=torch.int64, device=device).view(batch, width - 1),
+        with_newest(torch.tensor(draft, dtype=torch.int64).view(batch, width - 1)).to(device),
         torch.tensor(num_drafted, dtype=torch.int32, device=device),
     )
 
@@ -39,15 +48,18 @@ def random_round(batch: int, width: int) -> Tensors:
     num_drafted = torch.randint(0, width, (batch,), dtype=torch.int32)
     is_wrong = torch.rand(batch, width - 1) < 1 / 8
     is_wrong &= torch.arange(width - 1) < num_drafted[:, None]
-    return target, target[:, :-1] ^ is_wrong, num_drafted
+    return target, with_newest(target[:, :-1] ^ is_wrong), num_drafted
 
 
 def assert_agree(args: Tensors, device: torch.device) -> None:
     args = tuple(arg.contiguous().to(device) for arg in args)
-    want = [accept_loop(*row) for row in zip(*(arg.tolist() for arg in args), strict=True)]
+    rows = zip(*(arg.tolist() for arg in args), strict=True)
+    want = [accept_loop(target, ids[1:], num_drafted) for target, ids, num_drafted in rows]
     assert accept_ref(*args).tolist() == want
     result = accept(*args)
     assert result.dtype == torch.int64 and result.tolist() == want
+    if device.type == "cpu":
+        assert accept_on_a_cpu(*args).tolist() == want
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 8, 16, 17])
@@ -68,8 +80,9 @@ def test_every_number_drafted_and_accepted(width: int, device: torch.device) -> 
         if n < g:
             draft[row, n] = 7
     num_drafted = torch.tensor([g for g, _ in pairs], dtype=torch.int32)
-    assert_agree((target, draft, num_drafted), device)
-    result = accept(target.to(device), draft.to(device), num_drafted.to(device))
+    token_ids = with_newest(draft)
+    assert_agree((target, token_ids, num_drafted), device)
+    result = accept(target.to(device), token_ids.to(device), num_drafted.to(device))
     assert result[:, 0].tolist() == [n for _, n in pairs]
 
 
@@ -82,26 +95,34 @@ def test_a_round_by_hand(op: Callable[..., torch.Tensor], device: torch.device) 
         device,
     )
     assert op(*args).tolist() == [
-        [3, 8, 5, 6, 7, 8],
-        [1, 6, 5, 6, -1, -1],
-        [1, 6, 5, 6, -1, -1],
-        [0, 5, 5, -1, -1, -1],
+        [3, 3, 5, 6, 7, 8],
+        [1, 3, 5, 6, -1, -1],
+        [1, 1, 5, 6, -1, -1],
+        [0, 3, 5, -1, -1, -1],
     ]
 
 
 @BOTH
-def test_without_a_draft_the_only_token_is_the_next_input(
+def test_without_a_draft_there_is_one_token(
     op: Callable[..., torch.Tensor], device: torch.device
 ) -> None:
     args = tensors([[5], [6]], [[], []], [0, 0], device)
-    assert op(*args).tolist() == [[0, 5, 5], [0, 6, 6]]
+    assert op(*args).tolist() == [[0, 0, 5], [0, 0, 6]]
+
+
+@BOTH
+def test_a_row_without_a_sequence_accepts_nothing(
+    op: Callable[..., torch.Tensor], device: torch.device
+) -> None:
+    args = tensors([[5, 6], [7, 8]], [[5], [7]], [1, -1], device)
+    assert op(*args).tolist() == [[1, 1, 5, 6], [0, -1, 7, -1]]
 
 
 @BOTH
 def test_tokens_wider_than_32_bits(op: Callable[..., torch.Tensor], device: torch.device) -> None:
     """Equal in their low halves only."""
     args = tensors([[2**40 + 1, 2**40 + 2]], [[1]], [1], device)
-    assert op(*args).tolist() == [[0, 2**40 + 1, 2**40 + 1, -1]]
+    assert op(*args).tolist() == [[0, 1, 2**40 + 1, -1]]
 
 
 @BOTH
@@ -110,19 +131,19 @@ def test_a_count_beyond_the_draft_stays_inside_it(
 ) -> None:
     """The sequences lie one after the other: reading on would accept a token of the next."""
     args = tensors([[5, 6, 7, 8], [8, 8, 8, 8]], [[5, 6, 7], [8, 8, 8]], [4, 9], device)
-    assert op(*args).tolist() == [[3, 8, 5, 6, 7, 8], [3, 8, 8, 8, 8, 8]]
+    assert op(*args).tolist() == [[3, 4, 5, 6, 7, 8], [3, 9, 8, 8, 8, 8]]
 
 
 def test_wrong_arguments_are_refused(device: torch.device) -> None:
-    target, draft, num_drafted = (arg.to(device) for arg in random_round(3, 5))
+    target, token_ids, num_drafted = (arg.to(device) for arg in random_round(3, 5))
     for wrong in (
-        (target, draft[:, :3].contiguous(), num_drafted),
-        (target, draft[:2], num_drafted),
-        (target, draft, num_drafted[:2]),
-        (target.int(), draft, num_drafted),
-        (target, draft.int(), num_drafted),
-        (target, draft, num_drafted.long()),
-        (target.T.contiguous().T, draft, num_drafted),
+        (target, token_ids[:, :4].contiguous(), num_drafted),
+        (target, token_ids[:2], num_drafted),
+        (target, token_ids, num_drafted[:2]),
+        (target.int(), token_ids, num_drafted),
+        (target, token_ids.int(), num_drafted),
+        (target, token_ids, num_drafted.long()),
+        (target.T.contiguous().T, token_ids, num_drafted),
         (target[:, :0], target[:, :0], num_drafted),
     ):
         with pytest.raises(AssertionError):

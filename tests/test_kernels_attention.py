@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -12,9 +13,10 @@ import kernels.attn_decode as attn_decode_module
 from kernels.attention import attention_ref
 from kernels.attn_decode import attn_decode
 from kernels.attn_prefill import attn_prefill
-from kernels.launch import SPLIT_KV
+from kernels.launch_table import DECODE, DecodeLaunch
 
 SUBLAYER = 2
+BLOCK_S = 64  # of every row of the launch table
 
 
 class Case(NamedTuple):
@@ -26,7 +28,7 @@ class Case(NamedTuple):
     width: int
     lengths: tuple[int, ...]
     valid: tuple[int, ...]
-    room: int = 2 * SPLIT_KV + 20
+    room: int = 4 * BLOCK_S + 20
 
     def __str__(self) -> str:
         return f"D{self.head_dim}-G{self.group}-T{self.width}-len{self.lengths}-new{self.valid}"
@@ -50,7 +52,8 @@ def make(case: Case, dtype: torch.dtype, device: torch.device) -> tuple:
     num_tokens = torch.tensor(case.valid)
     rows = (t.to(device, torch.int32) for t in (positions, num_tokens, slots))
     plan = torch.full((batch, 6), 16, dtype=torch.uint8, device=device)
-    return (q.to(device, dtype), *caches, *rows, plan, SUBLAYER)
+    counters = torch.zeros(64, dtype=torch.int32, device=device)
+    return (q.to(device, dtype), *caches, *rows, plan, SUBLAYER, counters)
 
 
 def check(attention, args: tuple) -> torch.Tensor:
@@ -64,22 +67,43 @@ def dtype(request):
     return request.param
 
 
-DECODE = [
+DECODE_CASES = [
     Case(64, 1, 1, 1, (0,), (1,)),
-    Case(16, 2, 3, 1, (1, SPLIT_KV - 1), (1, 1)),
-    Case(20, 1, 4, 2, (SPLIT_KV - 1, SPLIT_KV), (2, 1)),
-    Case(96, 1, 8, 5, (SPLIT_KV - 3, 2 * SPLIT_KV + 1), (5, 3)),
-    Case(128, 2, 1, 8, (0, 77, SPLIT_KV + 1), (8, 0, 7)),
-    Case(32, 1, 3, 16, (2 * SPLIT_KV - 5,), (16,)),
+    Case(16, 2, 3, 1, (1, BLOCK_S - 1), (1, 1)),
+    Case(20, 1, 4, 2, (BLOCK_S - 1, BLOCK_S), (2, 1)),
+    Case(96, 1, 8, 5, (2 * BLOCK_S - 3, 4 * BLOCK_S + 1), (5, 3)),
+    Case(128, 2, 1, 8, (0, 77, 2 * BLOCK_S + 1), (8, 0, 7)),
+    Case(32, 1, 3, 16, (4 * BLOCK_S - 5,), (16,)),
 ]
 
 
-@pytest.mark.parametrize("case", DECODE, ids=str)
-def test_decode(case, dtype, device):
+def launch_with(num_splits: int, case: Case) -> DecodeLaunch:
+    """The launch that cuts the cache of this case in so many parts."""
+    return DecodeLaunch(BLOCK_S, num_splits * case.kv_heads, 2, 4)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 64])
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decode(case, num_splits, dtype, device):
+    attention = partial(attn_decode, launch=launch_with(num_splits, case))
+    check(attention, make(case, dtype, device))
+
+
+@pytest.mark.parametrize("length", [BLOCK_S * 9, BLOCK_S * 12 - 1])
+def test_programs_that_go_round_more_than_once(length, dtype, device):
+    """32 key heads leave 8 programs each: 10 or 12 blocks are two rounds for some of them."""
+    case = Case(16, 32, 1, 2, (length,), (2,), room=BLOCK_S * 13)
     check(attn_decode, make(case, dtype, device))
 
 
-PREFILL = [
+def test_programs_depend_on_the_number_of_key_heads_alone():
+    """About 256 a sequence, a power of two a head, and at most 64."""
+    (launch,) = {row.launch._replace(num_stages=0) for row in DECODE[90].values()}
+    heads = {1: 64, 2: 64, 3: 64, 4: 64, 8: 32, 21: 8, 32: 8, 40: 4, 256: 1, 300: 1}
+    assert {count: launch.num_splits(count) for count in heads} == heads
+
+
+PREFILL_CASES = [
     Case(64, 1, 1, 1, (0,), (1,)),
     Case(16, 1, 3, 63, (0, 37), (63, 20)),
     Case(20, 2, 1, 130, (0,), (130,)),
@@ -88,7 +112,7 @@ PREFILL = [
 ]
 
 
-@pytest.mark.parametrize("case", PREFILL, ids=str)
+@pytest.mark.parametrize("case", PREFILL_CASES, ids=str)
 def test_prefill(case, dtype, device):
     check(attn_prefill, make(case, dtype, device))
 
@@ -96,7 +120,7 @@ def test_prefill(case, dtype, device):
 @pytest.mark.parametrize("attention", [attn_decode, attn_prefill])
 def test_skipped_sequences_and_padding_are_zero(attention, device):
     args = make(Case(16, 1, 2, 5, (200, 9, 130), (4, 5, 0)), torch.float32, device)
-    args[-2][1, SUBLAYER] = 0
+    args[6][1, SUBLAYER] = 0
     out = check(attention, args).view(3, 5, -1)
     assert torch.equal(out[1:], torch.zeros_like(out[1:]))
     assert torch.equal(out[0, 4:], torch.zeros_like(out[0, 4:]))
@@ -105,53 +129,86 @@ def test_skipped_sequences_and_padding_are_zero(attention, device):
 
 def rows_of_width(args: tuple, width: int, first: int = 0) -> tuple:
     """The same pass with the `width` tokens of each sequence from token `first` on."""
-    q, k, v, positions, _, slots, plan, sublayer = args
+    q, k, v, positions, _, slots, *rest = args
     batch, full_width = positions.shape
     q = q.view(batch, full_width, *q.shape[1:])[:, first : first + width].flatten(0, 1).contiguous()
     positions = positions[:, first : first + width].contiguous()
     num_tokens = torch.full_like(slots, width)
-    return (q, k, v, positions, num_tokens, slots, plan, sublayer)
+    return (q, k, v, positions, num_tokens, slots, *rest)
 
 
+@pytest.mark.parametrize("num_splits", [1, 2, 64])
 @pytest.mark.parametrize("head_dim, group", [(64, 1), (16, 3), (96, 4)])
 def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(
-    head_dim, group, dtype, device, dots_in_order
+    head_dim, group, num_splits, dtype, device, dots_in_order
 ):
-    """One-token passes, verify passes of any width and any batch give equal bits."""
-    lengths = (0, SPLIT_KV - 3, SPLIT_KV + 60)
+    """One-token passes, verify passes of any width and any batch give equal bits.
+
+    Within the pass the second sequence goes from one block to two, the third from three to four.
+    """
+    lengths = (0, BLOCK_S - 3, 3 * BLOCK_S - 8)
     case = Case(head_dim, 1, group, 16, lengths, (16, 16, 16))
+    attention = partial(attn_decode, launch=launch_with(num_splits, case))
     args = make(case, dtype, device)
-    whole = attn_decode(*args).view(3, 16, -1)
+    whole = attention(*args).view(3, 16, -1)
     for width in (1, 2, 5, 8):
         for first in (0, 3, 16 - width):
-            part = attn_decode(*rows_of_width(args, width, first)).view(3, width, -1)
+            part = attention(*rows_of_width(args, width, first)).view(3, width, -1)
             assert torch.equal(part, whole[:, first : first + width]), (width, first)
-    q, k, v, positions, num_tokens, slots, plan, _ = args
-    alone = attn_decode(q[16:32], k, v, positions[1:2], num_tokens[1:2], slots[1:2], plan[1:2], 2)
-    assert torch.equal(alone.view(16, -1), whole[1])
+    for b in range(3):
+        assert torch.equal(attention(*only_sequence(args, b)).view(16, -1), whole[b]), b
 
 
-def test_invariance_check_notices_a_split_size_chosen_from_the_tokens(device, monkeypatch):
+def only_sequence(args: tuple, b: int) -> tuple:
+    """The same pass with one of its sequences."""
+    q, k, v, positions, num_tokens, slots, plan, *rest = args
+    one, width = slice(b, b + 1), positions.shape[1]
+    q = q[b * width : (b + 1) * width]
+    return (q, k, v, positions[one], num_tokens[one], slots[one], plan[one], *rest)
+
+
+def test_bits_of_a_row_do_not_depend_on_the_room_of_the_cache(dtype, device, dots_in_order):
+    """A shorter cache has fewer programs, but none of those that its sequences need."""
+    case = Case(32, 1, 2, 3, (BLOCK_S + 5, 2), (3, 3))
+    q, k, v, *rest = make(case, dtype, device)
+    short = [cache[:, :, : 2 * BLOCK_S].contiguous() for cache in (k, v)]
+    assert torch.equal(attn_decode(q, *short, *rest), attn_decode(q, k, v, *rest))
+
+
+def test_invariance_check_notices_splits_chosen_from_the_tokens(device):
     """The check above can fail: it does when a one-token pass splits the cache differently."""
-    args = make(Case(64, 1, 1, 8, (2 * SPLIT_KV,), (8,)), torch.float32, device)
-    whole = attn_decode(*args)
-    assert torch.equal(attn_decode(*rows_of_width(args, 1))[0], whole[0])
-    monkeypatch.setattr(attn_decode_module, "SPLIT_KV", SPLIT_KV // 2)
-    assert not torch.equal(attn_decode(*rows_of_width(args, 1))[0], whole[0])
+    case = Case(64, 1, 1, 8, (4 * BLOCK_S,), (8,))
+    args = make(case, torch.float32, device)
+    whole, one = attn_decode(*args), rows_of_width(args, 1)
+    assert torch.equal(attn_decode(*one)[0], whole[0])
+    assert not torch.equal(attn_decode(*one, launch=launch_with(2, case))[0], whole[0])
 
 
-def test_counters_are_ready_for_the_next_launch(device, monkeypatch):
+@pytest.mark.parametrize("attention", [attn_decode, attn_prefill])
+def test_slots_beyond_two_billion_elements(attention, device):
+    """Offsets into a large cache need 64 bits. Of this one only the pages of a slot are touched."""
+    case = Case(64, 2, 2, 3, (5,), (3,), room=BLOCK_S)
+    q, k, v, positions, num_tokens, slots, *rest = make(case, torch.float16, device)
+    slot = 2**31 // k[0].numel() + 1
+    # The caches share a memory, the values one slot further on.
+    memory = torch.empty(slot + 2, *k.shape[1:], dtype=k.dtype, device=device)
+    memory[slot], memory[slot + 1] = k[slots[0]], v[slots[0]]
+    far = (q, memory[:-1], memory[1:], positions, num_tokens, torch.full_like(slots, slot), *rest)
+    near = (q, k, v, positions, num_tokens, slots, *rest)
+    assert torch.equal(attention(*far), attention(*near))
+
+
+def test_counters_are_ready_for_the_next_launch(device):
     """The last program of a tile resets its counter, so that a captured launch can be replayed."""
-    counters = []
-
-    def keep_zeros(*size, **options):
-        counters.append(torch.full(size, 0, **options))
-        return counters[-1]
-
-    args = make(Case(16, 2, 1, 2, (SPLIT_KV, 5), (2, 2)), torch.float32, device)
-    monkeypatch.setattr(torch, "zeros", keep_zeros)
+    args = make(Case(16, 2, 1, 2, (2 * BLOCK_S, 5), (2, 2)), torch.float32, device)
     attn_decode(*args)
-    assert len(counters) == 1 and not counters[0].any()
+    assert not args[-1].any()
+
+
+def test_too_few_counters_are_refused(device):
+    *args, counters = make(Case(16, 2, 1, 2, (2 * BLOCK_S, 5), (2, 2)), torch.float32, device)
+    with pytest.raises(AssertionError):
+        attn_decode(*args, counters[:3])
 
 
 def test_grid_does_not_depend_on_lengths(device, monkeypatch):
@@ -164,7 +221,7 @@ def test_grid_does_not_depend_on_lengths(device, monkeypatch):
             return lambda *args, **kwargs: None
 
     monkeypatch.setattr(attn_decode_module, "_attn_decode_kernel", Recorder())
-    for lengths in ((0, 0), (2 * SPLIT_KV, 3)):
+    for lengths in ((0, 0), (4 * BLOCK_S, 3)):
         attn_decode(*make(Case(16, 2, 4, 5, lengths, (5, 5)), torch.float32, device))
     assert grids[0] == grids[1]
 
@@ -172,12 +229,12 @@ def test_grid_does_not_depend_on_lengths(device, monkeypatch):
 @pytest.mark.gpu
 def test_a_captured_launch_follows_the_positions(device):
     """One CUDA graph serves every length, because lengths are read on the device."""
-    args = make(Case(128, 2, 4, 5, (2 * SPLIT_KV, 9), (5, 5)), torch.bfloat16, device)
+    args = make(Case(128, 2, 4, 5, (4 * BLOCK_S, 9), (5, 5)), torch.bfloat16, device)
     attn_decode(*args)  # compiles, which a capture must not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = attn_decode(*args)
-    for start in (0, SPLIT_KV - 3, 2 * SPLIT_KV):
+    for start in (0, BLOCK_S - 3, 4 * BLOCK_S):
         args[3][0] = torch.arange(start, start + 5)
         for _ in range(2):
             graph.replay()

@@ -79,7 +79,8 @@ def run(name: str, operation: Callable[..., torch.Tensor | None], case: Case, pl
     x, (batch, width) = case.x.flatten(0, 1), case.positions.shape
     if name == "linear_residual":
         residual = case.residual.flatten(0, 1).clone()
-        operation(x, case.weight, residual, plan, SUBLAYER)
+        counters = torch.zeros(64, dtype=torch.int32, device=x.device)
+        operation(x, case.weight, residual, plan, SUBLAYER, counters)
         return residual
     if name != "norm_qkv_rope_append":
         return operation(x, case.norm, EPS, case.weight, plan, SUBLAYER)
@@ -106,12 +107,10 @@ def run_ref(name: str, case: Case, plan: torch.Tensor) -> torch.Tensor:
 def group_width(name: str, case: Case) -> int:
     """Activations that share a scale: the kernel's BLOCK_K."""
     k, dtype = case.x.shape[-1], case.x.dtype
-    return {
-        "linear_residual": lambda: launch.linear_residual_launch(N, k, dtype),
-        "norm_gated_mlp": lambda: launch.gated_mlp_launch(N // 2, k, dtype),
-        "norm_lm_head": lambda: launch.lm_head_launch(k, dtype),
-        "norm_qkv_rope_append": lambda: launch.qkv_launch(HEAD_DIM, k, dtype),
-    }[name]().block_k
+    if name == "norm_qkv_rope_append":
+        return launch.qkv_launch(case.x.device, HEAD_DIM, k, dtype).block_k
+    outputs = N // 2 if name == "norm_gated_mlp" else N
+    return launch.matrix_launch(case.x.device, name, outputs, k, dtype).block_k
 
 
 def run_oracle(name: str, case: Case) -> torch.Tensor:

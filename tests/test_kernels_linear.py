@@ -6,8 +6,7 @@ import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
 
-import kernels.linear_residual as linear_residual_module
-from kernels.launch import linear_residual_launch
+from kernels.launch_table import MatrixLaunch
 from kernels.linear_residual import linear_residual, linear_residual_ref
 from kernels.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
 from kernels.norm_lm_head import norm_lm_head, norm_lm_head_ref
@@ -41,15 +40,38 @@ def make_weight(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Wei
     return Weight(randn(n, k, dtype=dtype, device=device, scale=k**-0.5))
 
 
-def test_linear_residual(size, dtype, device):
+def test_linear_residual(size, dtype, device, counters):
     rows, k, n = size
     x, residual = (randn(rows, c, dtype=dtype, device=device) for c in (k, n))
     weight, plan = make_weight(n, k, dtype, device), full_plan(1, device)
     out, low, high = residual.clone(), residual.clone(), residual.double()
-    linear_residual(x, weight, out, plan, 2)
-    linear_residual_ref(x, weight, low, plan, 2)
-    linear_residual_ref(x.double(), promote(weight), high, plan, 2)
+    linear_residual(x, weight, out, plan, 2, counters)
+    linear_residual_ref(x, weight, low, plan, 2, counters)
+    linear_residual_ref(x.double(), promote(weight), high, plan, 2, counters)
     assert_within_budget(out, low, high, "linear_residual")
+
+
+@pytest.mark.parametrize("split_k", [2, 3])
+@pytest.mark.parametrize("k", [60, 128, 200, 600])
+def test_programs_that_share_the_sums_of_a_tile(k, split_k, dtype, device, counters):
+    """Parts of K are whole tiles of 64: the last one is short here, or there is none for it."""
+    x, residual = (randn(17, c, dtype=dtype, device=device) for c in (k, 77))
+    weight, plan = make_weight(77, k, dtype, device), full_plan(1, device)
+    launch = MatrixLaunch(32, 64, 2, 4, split_k)
+    out, low, high = residual.clone(), residual.clone(), residual.double()
+    linear_residual(x, weight, out, plan, 2, counters, launch=launch)
+    linear_residual_ref(x, weight, low, plan, 2, counters)
+    linear_residual_ref(x.double(), promote(weight), high, plan, 2, counters)
+    assert_within_budget(out, low, high, "linear_residual")
+
+
+def test_too_few_counters_are_refused(device):
+    x, weight = torch.zeros(17, 60, device=device), make_weight(40, 60, torch.float32, device)
+    residual, counters = torch.zeros(17, 40, device=device), torch.zeros(3, dtype=torch.int32)
+    launch = MatrixLaunch(32, 64, 2, 4, 2)
+    args = (x, weight, residual, full_plan(1, device), 0, counters.to(device))
+    with pytest.raises(AssertionError):  # two tiles of rows, two of outputs
+        linear_residual(*args, launch=launch)
 
 
 def test_massive_activations_stay_finite(dtype, device):
@@ -96,7 +118,7 @@ def test_norm_scale_is_inside_the_square_root(device):
 
 
 @pytest.mark.parametrize("mixed", [[16, 0, 16, 0], [0, 0, 0, 16]], ids=str)
-def test_sequences_that_skip_keep_their_rows(mixed, device):
+def test_sequences_that_skip_keep_their_rows(mixed, device, counters):
     """Four sequences of five rows: a tile of 16 rows holds sequences that run and that skip."""
     plan = full_plan(4, device)
     plan[:, 3] = torch.tensor(mixed, dtype=torch.uint8)
@@ -105,53 +127,54 @@ def test_sequences_that_skip_keep_their_rows(mixed, device):
     x[~runs] = float("nan")  # what a skipped sequence's inputs may hold
     weight = make_weight(77, 60, torch.float32, device)
     out, low = residual.clone(), residual.clone()
-    linear_residual(x, weight, out, plan, 3)
-    linear_residual_ref(x, weight, low, plan, 3)
+    linear_residual(x, weight, out, plan, 3, counters)
+    linear_residual_ref(x, weight, low, plan, 3, counters)
     assert torch.equal(out[~runs], residual[~runs])
     torch.testing.assert_close(out[runs], low[runs])
     args = (torch.ones(60, device=device), EPS, make_weight(66, 60, torch.float32, device), plan, 3)
     torch.testing.assert_close(norm_gated_mlp(x, *args)[runs], norm_gated_mlp_ref(x, *args)[runs])
 
 
-def outputs_of_rows(x, norm, weights, residual, plan):
+def outputs_of_rows(x, norm, weights, residual, plan, counters):
     """All three kernels on the same rows, side by side."""
     total = residual.clone()
-    linear_residual(x, weights[0], total, plan, 1)
+    linear_residual(x, weights[0], total, plan, 1, counters)
     hidden = norm_gated_mlp(x, norm, EPS, weights[1], plan, 1)
     head = norm_lm_head(x, norm, EPS, weights[0], plan, 1)
     return torch.cat((total.float(), hidden.float(), head), dim=1)
 
 
-def test_bits_of_a_row_do_not_depend_on_the_others(dtype, device, dots_in_order):
+def test_bits_of_a_row_do_not_depend_on_the_others(dtype, device, dots_in_order, counters):
     k, n = 123, 77
     x, residual = (randn(33, c, dtype=dtype, device=device) for c in (k, n))
     norm = randn(k, dtype=dtype, device=device)
     weights = (make_weight(n, k, dtype, device), make_weight(2 * n, k, dtype, device))
     plan = full_plan(1, device)
-    whole = outputs_of_rows(x, norm, weights, residual, plan)
+    whole = outputs_of_rows(x, norm, weights, residual, plan, counters)
     for rows in (1, 2, 5, 8, 16, 17):
-        part = outputs_of_rows(x[:rows], norm, weights, residual[:rows], plan)
+        part = outputs_of_rows(x[:rows], norm, weights, residual[:rows], plan, counters)
         assert torch.equal(part, whole[:rows]), rows
     order = torch.randperm(33)
-    moved = outputs_of_rows(x[order].contiguous(), norm, weights, residual[order], plan)
+    moved = outputs_of_rows(x[order].contiguous(), norm, weights, residual[order], plan, counters)
     assert torch.equal(moved, whole[order])
 
 
-def test_invariance_check_notices_tiles_chosen_from_the_rows(device, monkeypatch):
-    """The check above can fail: K tiles that depend on the row count change the bits."""
+def test_invariance_check_notices_tiles_chosen_from_the_rows(device, counters):
+    """The check above can fail: K tiles and parts that depend on the row count change the bits."""
     x, weight = torch.randn(8, 1000, device=device), make_weight(32, 1000, torch.float32, device)
     results = []
-    for rows, block_k in ((1, 32), (8, 64)):
-        tile = linear_residual_launch(32, 1000, torch.float32)._replace(block_k=block_k)
-        monkeypatch.setattr(linear_residual_module, "linear_residual_launch", lambda *_, t=tile: t)
+    for rows, block_k, split_k in ((1, 32, 1), (8, 64, 1), (8, 32, 2)):
+        launch = MatrixLaunch(16, block_k, 2, 4, split_k)
         out = torch.zeros(rows, 32, device=device)
-        linear_residual(x[:rows], weight, out, full_plan(1, device), 0)
+        plan = full_plan(1, device)
+        linear_residual(x[:rows], weight, out, plan, 0, counters, launch=launch)
         results.append(out[0])
-    assert not torch.equal(*results)
+    assert not torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("name", ["shape", "dtype", "stride"])
-def test_launchers_refuse_what_they_cannot_address(name, device):
+def test_launchers_refuse_what_they_cannot_address(name, device, counters):
     x, weight = torch.randn(4, 60, device=device), make_weight(16, 60, torch.float32, device)
     residual = torch.zeros(4, 16, device=device)
     bad = {
@@ -160,4 +183,4 @@ def test_launchers_refuse_what_they_cannot_address(name, device):
         "stride": (x, torch.zeros(16, 4, device=device).t()),
     }[name]
     with pytest.raises(AssertionError):
-        linear_residual(bad[0], weight, bad[1], full_plan(1, device), 0)
+        linear_residual(bad[0], weight, bad[1], full_plan(1, device), 0, counters)

@@ -16,7 +16,7 @@ from kernels.nearest_anchor import Nearest, nearest_anchor_ref, nearest_anchor_t
 # Numpy, which interprets the kernels on a CPU, warns of what the bad totals are there to test.
 BAD_TOTALS = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 BOTH = pytest.mark.parametrize("op", [nearest_anchor_triton, nearest_anchor_ref])
-Op = Callable[..., Nearest]
+Op = Callable[..., torch.Tensor]
 SHAPES = [  # N, C
     *((1, 8), (3, 8), (70, 8), (4096, 8)),
     *((5, 1), (5, 64), (5, 100), (5, 576), (5, 8192)),
@@ -57,43 +57,47 @@ def on_a_line(cosines: list[float], plans: list[int], device: torch.device) -> l
     return args
 
 
+def columns(record: torch.Tensor) -> Nearest:
+    assert record.dtype == torch.float32 and record.is_contiguous()
+    return Nearest(*record.unbind(-1))
+
+
 def with_ratio(args: list[Any], min_ratio: float) -> list[Any]:
     return [*args[:5], min_ratio, args[6]]
 
 
 def row_loop(
     cosines: list[float], plans: list[int], default_plan: int, min_ratio: float
-) -> tuple[int, int, float, float]:
-    """One sequence, anchor by anchor: plan, anchor, similarity, other."""
+) -> tuple[int, int, float, float, bool]:
+    """One sequence, anchor by anchor: plan, anchor, similarity, other, whether it is chosen."""
     anchor = cosines.index(max(cosines))
     others = [c for c, plan in zip(cosines, plans, strict=True) if plan != plans[anchor]]
     other = max(others, default=-math.inf)
     is_rejected = 1 - other < min_ratio * (1 - cosines[anchor])
-    return default_plan if is_rejected else plans[anchor], anchor, cosines[anchor], other
+    plan = default_plan if is_rejected else plans[anchor]
+    return plan, anchor, cosines[anchor], other, not is_rejected
 
 
-def oracle(args: list[Any]) -> tuple[list[int], list[int], torch.Tensor, torch.Tensor]:
+def oracle(args: list[Any]) -> Nearest:
     """The result from cosines in float64."""
     total, anchors, plans, _, default_plan, min_ratio, _ = map(promote, args)
     norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
     cosines = (total @ anchors.T / norms).clamp(max=1.0).tolist()
     rows = [row_loop(row, plans.tolist(), default_plan, min_ratio) for row in cosines]
-    chosen, nearest, similarity, other = zip(*rows, strict=True)
-    return list(chosen), list(nearest), *(torch.tensor(x).double() for x in (similarity, other))
+    return Nearest(*torch.tensor(rows, dtype=torch.float64).unbind(-1))
 
 
 def assert_agree(args: list[Any]) -> None:
-    plan, anchor, similarity, other = oracle(args)
-    results = []
+    oracles, results = oracle(args), []
     for op in (nearest_anchor_ref, nearest_anchor_triton):
         args[6].fill_(UNWRITTEN)
-        results.append(op(*args))
-        assert results[-1].plan.dtype == results[-1].anchor.dtype == torch.int32
-        assert results[-1].plan.tolist() == plan and results[-1].anchor.tolist() == anchor
+        results.append(columns(op(*args)))
+        for name in ("plan", "anchor", "is_chosen"):
+            assert getattr(results[-1], name).tolist() == getattr(oracles, name).tolist(), name
         assert torch.equal(args[6], args[3][results[-1].plan.long()])
     low, out = results
-    for name, high in (("similarity", similarity), ("other", other)):
-        got, want = (getattr(result, name).cpu() for result in (out, low))
+    for name in ("similarity", "other"):
+        got, want, high = (getattr(result, name).cpu() for result in (out, low, oracles))
         finite = high.isfinite()
         assert torch.equal(got.isfinite(), finite) and torch.equal(want.isfinite(), finite)
         assert_within_budget(got[finite], want[finite], high[finite], name)
@@ -120,9 +124,8 @@ def test_both_outcomes_are_among_the_random_cases(device: torch.device) -> None:
     """Otherwise the tests above would not see a rule that always rejects, or never."""
     args = make(16, 70, 8, device)
     assert_agree(args)
-    plan, anchor, *_ = nearest_anchor_triton(*args)
-    is_kept = plan == args[2][anchor.long()]
-    assert is_kept.any() and not is_kept.all()
+    is_chosen = columns(nearest_anchor_triton(*args)).is_chosen
+    assert is_chosen.any() and not is_chosen.all()
 
 
 @BOTH
@@ -130,34 +133,42 @@ def test_both_sides_of_the_threshold(op: Op, device: torch.device) -> None:
     """Distances 0.5 and 0.75: the ratio is 1.5 exactly, and equal to the threshold it passes."""
     args = on_a_line([0.25, 0.5], [0, 2], device)
     for min_ratio, plan in ((1.4999, 2), (1.5, 2), (1.5001, 3), (1e30, 3), (0.0, 2)):
-        result = op(*with_ratio(args, min_ratio))
-        assert [x.tolist() for x in result] == [[plan], [1], [0.5], [0.25]]
+        assert op(*with_ratio(args, min_ratio)).tolist() == [[plan, 1, 0.5, 0.25, plan == 2]]
         assert args[6].tolist() == [args[3][plan].tolist()]
 
 
 @BOTH
 def test_the_nearest_anchor_of_the_same_plan_is_no_rival(op: Op, device: torch.device) -> None:
     args = on_a_line([0.5, 0.375, -0.5, 0.4375, -0.25], [2, 2, 1, 2, 0], device)
-    assert [x.tolist() for x in op(*with_ratio(args, 2.0))] == [[2], [0], [0.5], [-0.25]]
+    assert op(*with_ratio(args, 2.0)).tolist() == [[2, 0, 0.5, -0.25, 1]]
+
+
+@BOTH
+def test_a_default_plan_that_is_the_anchors_own_may_be_chosen_or_not(
+    op: Op, device: torch.device
+) -> None:
+    args = on_a_line([0.25, 0.5], [0, 3], device)
+    for min_ratio, is_chosen in ((1.5, 1), (1.6, 0)):
+        assert op(*with_ratio(args, min_ratio)).tolist() == [[3, 1, 0.5, 0.25, is_chosen]]
 
 
 @BOTH
 def test_a_single_plan_is_never_rejected(op: Op, device: torch.device) -> None:
     for cosines in ([0.0], [-1.0, -0.5], [0.25] * 9):
         args = on_a_line(cosines, [1] * len(cosines), device)
-        result = op(*with_ratio(args, 1e30))
-        assert result.plan.tolist() == [1] and result.other.tolist() == [-math.inf]
-        assert result.similarity.tolist() == [max(cosines)]
+        similarity = max(cosines)
+        record = [1, cosines.index(similarity), similarity, -math.inf, 1]
+        assert op(*with_ratio(args, 1e30)).tolist() == [record]
 
 
 @BOTH
 def test_a_prompt_on_its_anchor_is_never_rejected(op: Op, device: torch.device) -> None:
     """Also where the same point is an anchor of another plan, and rounding passes a cosine of 1."""
     args = on_a_line([0.5, 1.0, 1.0], [0, 1, 2], device)
-    assert [x.tolist() for x in op(*with_ratio(args, 1e30))] == [[1], [1], [1.0], [1.0]]
+    assert op(*with_ratio(args, 1e30)).tolist() == [[1, 1, 1, 1, 1]]
     args = make(40, 40, 64, device, num_plans=2)
     args[0] = args[1] * 1000
-    result = op(*with_ratio(args, 1e30))
+    result = columns(op(*with_ratio(args, 1e30)))
     is_on_it = result.similarity == 1
     assert is_on_it.any() and (result.similarity <= 1).all()
     assert torch.equal(result.plan[is_on_it], args[2][is_on_it])
@@ -170,16 +181,15 @@ def test_the_first_of_equal_anchors_wins(op: Op, device: torch.device) -> None:
     for ties, rival in (((6, 7), 0.5), ((3, 4, 29), 0.5), ((29,), -0.5), (range(30), 0.5)):
         row = [0.5 if n in ties else c for n, c in enumerate(cosines)]
         args = on_a_line(row, [n % 3 for n in range(30)], device)
-        plan, anchor, similarity, other = op(*with_ratio(args, 0.5))
-        assert (anchor.item(), similarity.item(), other.item()) == (min(ties), 0.5, rival)
-        assert plan.item() == min(ties) % 3
+        record = [min(ties) % 3, min(ties), 0.5, rival, 1]
+        assert op(*with_ratio(args, 0.5)).tolist() == [record]
 
 
 def test_equal_anchors_have_equal_cosines(device: torch.device) -> None:
     """Wherever they stand in a block of anchors; channels that no block divides."""
     args = make(3, 40, 1100, device)
     args[1] = args[1][:1].repeat(40, 1)
-    result = nearest_anchor_triton(*args)
+    result = columns(nearest_anchor_triton(*args))
     assert result.anchor.tolist() == [0, 0, 0] and torch.equal(result.similarity, result.other)
 
 
@@ -195,14 +205,11 @@ def test_totals_without_a_direction_are_rejected(
     args[0][1] = value
     for min_ratio in (0.0, 1.2):
         got = op(*with_ratio(args, min_ratio))
-        assert got.plan[1] == args[4] and got.anchor[1] == 0
-        assert got.similarity[1] == 0 and got.other[1] == 0
+        assert got[1].tolist() == [args[4], 0, 0, 0, 0]
         assert torch.equal(args[6][1], args[3][args[4]])
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a[::2], b[::2])
+    assert torch.equal(got[::2], want[::2])
     one_plan = [*args[:2], torch.zeros_like(args[2]), *args[3:]]
-    got = op(*one_plan)
-    assert got.plan[1] == args[4] and got.other[1] == -math.inf
+    assert op(*one_plan)[1].tolist() == [args[4], 0, 0, -math.inf, 0]
 
 
 @BOTH
@@ -211,7 +218,7 @@ def test_one_bad_element_is_enough(op: Op, device: torch.device) -> None:
     for value in (math.nan, math.inf):
         args = make(1, 9, 1500, device)
         args[0][0, 1400] = value
-        assert [x.tolist() for x in op(*args)] == [[args[4]], [0], [0.0], [0.0]]
+        assert op(*args).tolist() == [[args[4], 0, 0, 0, 0]]
 
 
 @BOTH
@@ -220,7 +227,7 @@ def test_rows_of_other_sequences_stay(op: Op, device: torch.device) -> None:
     args = make(2, 9, 40, device, width=61)
     whole = torch.full((5, 61), UNWRITTEN, dtype=torch.uint8, device=device)
     args[6] = whole[1:3]
-    plan = op(*args).plan
+    plan = columns(op(*args)).plan
     assert torch.equal(whole[1:3], args[3][plan.long()])
     assert (whole[[0, 3, 4]] == UNWRITTEN).all()
 
@@ -230,8 +237,7 @@ def test_bits_do_not_depend_on_the_batch(device: torch.device) -> None:
     together = nearest_anchor_triton(*args)
     for b in range(3):
         one = [args[0][b : b + 1], *args[1:6], args[6][b : b + 1]]
-        for a, whole in zip(nearest_anchor_triton(*one), together, strict=True):
-            assert torch.equal(a, whole[b : b + 1])
+        assert torch.equal(nearest_anchor_triton(*one), together[b : b + 1])
 
 
 def test_counters_are_ready_for_the_next_launch(
@@ -247,7 +253,7 @@ def test_counters_are_ready_for_the_next_launch(
     args[6].fill_(UNWRITTEN)
     second = nearest_anchor_triton(*args)
     assert not counter.any() and torch.equal(args[6], table)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(first, second)
 
 
 def test_every_sequence_has_its_own_counter_and_cosines(
@@ -295,12 +301,12 @@ def test_a_captured_launch_follows_its_inputs(device: torch.device) -> None:
     nearest_anchor_triton(*args)  # compiles, which a capture must not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = nearest_anchor_triton(*args)
+        out = columns(nearest_anchor_triton(*args))
     for _ in range(3):
         args[0].copy_(torch.randn(3, 576))
         args[6].fill_(UNWRITTEN)
         graph.replay()
-        want = nearest_anchor_ref(*args[:6], torch.empty_like(args[6]))
+        want = columns(nearest_anchor_ref(*args[:6], torch.empty_like(args[6])))
         assert torch.equal(out.plan, want.plan) and torch.equal(out.anchor, want.anchor)
         assert torch.equal(args[6], args[3][want.plan.long()])
 

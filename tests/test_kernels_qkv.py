@@ -162,3 +162,19 @@ def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(head_dim, dtype, device,
     alone = [*args[:9], *(arg[1:] for arg in args[9:12]), *args[12:14], args[PLAN][1:], SUBLAYER]
     alone[0] = args[0][16:]
     assert torch.equal(run(norm_qkv_rope_append, alone)[0], whole[0][16:])
+
+
+def test_slots_beyond_two_billion_elements(device):
+    """Offsets into a large cache need 64 bits. Of this one only the pages of a slot are touched."""
+    args = make(Case(2, 2, 64, 60, 3, (5,), (3,)), torch.float16, device)
+    shape = args[K_CACHE].shape[1:]
+    slot = 2**31 // shape.numel() + 1
+    # The caches share a memory, the values one slot further on.
+    memory = torch.empty(slot + 2, *shape, dtype=torch.float16, device=device)
+    memory[slot:] = CANARY
+    far, (q, *caches) = list(args), run(norm_qkv_rope_append, args)
+    far[K_CACHE], far[V_CACHE] = memory[:-1], memory[1:]
+    far[11] = torch.full_like(args[11], slot)
+    assert torch.equal(norm_qkv_rope_append(*far), q)
+    for written, cache in zip(memory[slot:], caches, strict=True):
+        assert torch.equal(written, cache[args[11][0]])

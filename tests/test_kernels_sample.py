@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 
 import kernels.sample as sample_module
 from kernels.noise import gumbel, gumbel_ref, philox, philox_ref
+from kernels.numba_sample import sample as sample_on_a_cpu
 from kernels.sample import (
     _filter_key,
     _ordered_key,
@@ -20,6 +21,8 @@ from kernels.sample import (
     sample,
     sample_ref,
 )
+
+OPS = (sample_ref, sample, sample_on_a_cpu)
 
 # Random123 1.14, kat_vectors: philox4x32 with 10 rounds. counter, key, result.
 KNOWN_ANSWERS = [
@@ -109,7 +112,7 @@ def _filter_kernel(logits_ptr, t_ptr, top_k_ptr, top_p_ptr, kept_ptr, V, BLOCK_V
     logits = tl.load(row_ptr + offs_v, mask=offs_v < V, other=float("-inf"))
     temperature, top_k = tl.load(t_ptr + row), tl.load(top_k_ptr + row)
     top_p, row_max = tl.load(top_p_ptr + row), tl.max(logits)
-    key = _filter_key(row_ptr, V, row_max, temperature, top_k, top_p, BLOCK_V)
+    key = _filter_key(row_ptr, V, row_ptr, 0, row_max, temperature, top_k, top_p, BLOCK_V)
     is_kept = _ordered_key(logits) >= key
     tl.store(kept_ptr + row * V + offs_v, is_kept.to(tl.int32), mask=offs_v < V)
 
@@ -270,3 +273,48 @@ def test_reference_at_a_real_vocabulary_does_not_depend_on_the_batch():
         together = filter_threshold_ref(logits, *args)
         alone = [filter_threshold_ref(logits[r : r + 1], *(a[:1] for a in args)) for r in range(16)]
         assert torch.equal(together, torch.cat(alone))
+
+
+def test_rows_of_a_sequence_share_its_parameters(device):
+    """R = B*T rows: what is drawn is what each row draws as a sequence of its own."""
+    args = random_rows(4, 77, device)
+    logits = torch.randn(12, 77, device=device)
+    position = torch.arange(12, device=device)
+    together = (logits, *args[1:6], position)
+    alone = (logits, *(arg.repeat_interleave(3) for arg in args[1:6]), position)
+    expected = sample_ref(*alone)
+    for op in OPS if device.type == "cpu" else OPS[:2]:
+        assert torch.equal(op(*together), expected), op
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_an_end_token_is_not_drawn_before_its_time(temperature, device):
+    """As with logits of -inf; the logits themselves stay as they were."""
+    batch, width, size = 3, 4, 50
+    logits = torch.randn(batch * width, size, device=device)
+    logits[:, [7, 49]] += 6.0  # the favourites
+    end_ids = torch.tensor([[7, 49, -1], [49, -1, -1], [-1, -1, -1]], dtype=torch.int32)
+    min_position = torch.tensor([12, 11, 99], dtype=torch.int32)
+    position = torch.arange(10, 10 + width).repeat(batch)
+    banned = logits.clone()
+    for row in range(batch * width):
+        b = row // width
+        if position[row] < min_position[b]:
+            banned[row, end_ids[b][end_ids[b] >= 0].long()] = float("-inf")
+    filters = parameters(batch, temperature, 20, 0.95, 0.01, device)
+    seed = torch.arange(batch, device=device)
+    ends = (end_ids.to(device), min_position.to(device))
+    before = logits.clone()
+    expected = sample_ref(banned, *filters, seed, position.to(device))
+    assert not torch.equal(expected, sample_ref(logits, *filters, seed, position.to(device)))
+    for op in OPS if device.type == "cpu" else OPS[:2]:
+        assert torch.equal(op(logits, *filters, seed, position.to(device), *ends), expected), op
+    assert torch.equal(logits, before)
+
+
+def test_logits_that_are_not_numbers_give_a_token_of_the_vocabulary(device):
+    logits = torch.full((2, 40), float("nan"), device=device)
+    index = torch.arange(2, device=device)
+    for temperature in (0.0, 1.0):
+        tokens = sample(logits, *parameters(2, temperature, 5, 0.9, 0.1, device), index, index)
+        assert all(0 <= token < 40 for token in tokens.tolist())

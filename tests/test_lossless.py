@@ -283,7 +283,7 @@ def test_sampled_tokens_follow_the_model_with_drafts(monkeypatch):
             sequences.append(sequence)
         running = sequences
         while running:
-            _round(llm.model, llm._cache, llm.costs, running)
+            _round(llm.model, llm._passes, llm.costs, running)
             running = [s for s in running if s.finish_reason is None]
         drawn = torch.tensor([s.token_ids[4:] for s in sequences])
         counts += (drawn @ torch.tensor([size**2, size, 1])).bincount(minlength=size**3)

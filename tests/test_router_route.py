@@ -4,72 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 
 import authors_files as authors
 import pytest
 import torch
 import transformers
-from budget import DTYPES, assert_within_budget
+from budget import DTYPES
 from checkpoints import hf_config
+from routers import EARLY, EPS, INT8, LATE, PLANS, make_router, on_a_line
 from tiny import family_config, rows_of, tiny_llama
 
 from engine.kv_cache import make_kv_cache
-from kernels.nearest_anchor import nearest_anchor_ref, nearest_anchor_triton
 from kernels.numba_ops import NUMBA
-from kernels.rms_norm import rms_norm_ref
+from kernels.ops import TORCH
+from kernels.pool_states import pool_states_ref
+from kernels.triton_ops import TRITON
 from models.llama import forward, full_plan
-from models.plan import NGRAM, OFF, DraftPlan, plans_from_skip_sets
+from models.plan import NGRAM, OFF, plans_from_skip_sets
 from models.weights import to_hf_state_dict
-from router.feature import as_feature, state_sum
-from router.library import MIN_RATIO, Rates, RouterLibrary
-from router.route import Neighbour, Router
+from router.feature import as_feature
+from router.library import MIN_RATIO, Rates
+from router.route import Neighbour
 
-LAYERS, EPS = 3, 1e-5
-INT8 = DraftPlan.int8(LAYERS)
-EARLY = DraftPlan.skipping("early", LAYERS, [0], [])
-LATE = DraftPlan.skipping("late", LAYERS, [2], [1, 2])
-PLANS = (OFF, NGRAM, INT8, EARLY, LATE)
-BOTH = pytest.mark.parametrize("op", [nearest_anchor_triton, nearest_anchor_ref])
+BOTH = pytest.mark.parametrize("ops", [TRITON, TORCH], ids=lambda ops: ops.name)
 # Numpy, which interprets the kernels on a CPU, warns of what the bad states are there to test.
 BAD_STATES = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-def model_of(weight, eps=EPS):
-    """All of a model that a router looks at."""
-    return SimpleNamespace(
-        device=weight.device,
-        weights=SimpleNamespace(final_norm=weight),
-        config=SimpleNamespace(norm_eps=eps),
-    )
-
-
-def ids(values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def make_router(op, device, anchors, plan_ids, domain_ids=None, **options):
-    """Every anchor has a domain of its own, and its number for a name, where none are given."""
-    domain_ids = domain_ids or list(range(len(anchors)))
-    values = {
-        "fingerprint": "x",
-        "num_layers": LAYERS,
-        "domains": tuple(map(str, range(max(domain_ids) + 1))),
-        "plans": PLANS,
-        "default_plan": 0,
-        "anchors": anchors,
-        "anchor_domains": ids(domain_ids),
-        "anchor_plans": ids(plan_ids),
-    }
-    library = RouterLibrary(**(values | options))
-    return Router(library, model_of(torch.ones(anchors.shape[1], device=device)), op)
-
-
-def on_a_line(op, device, cosines, plan_ids, domain_ids=None, **options):
-    """A router in the plane, and states along its first axis: cosines exact in float32."""
-    anchors = torch.tensor([[cosine, math.sqrt(1 - cosine**2)] for cosine in cosines])
-    states = torch.tensor([[3.0, 0.0], [0.5, 0.0]], device=device)
-    return make_router(op, device, anchors, plan_ids, domain_ids, **options), states
 
 
 def slow_route(router, states):
@@ -84,23 +43,6 @@ def slow_route(router, states):
     return best, cosines[best], ratio
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens, channels", [(1, 64), (7, 123), (300, 576)])
-def test_state_sum_is_the_sum_of_the_normalised_states(num_tokens, channels, dtype):
-    """Some channels and some tokens are large, as in a model."""
-    x = torch.randn(num_tokens, channels) * torch.logspace(-2, 2, num_tokens)[:, None]
-    x, weight = x.to(dtype), (1 + 0.3 * torch.randn(channels)).to(dtype)
-    low = rms_norm_ref(x.float(), weight.float(), EPS).sum(0)
-    high = rms_norm_ref(x.double(), weight.double(), EPS).sum(0)
-    out = state_sum(x, weight, EPS)
-    assert out.dtype == torch.float32
-    assert_within_budget(out, low, high)
-    mean = high / num_tokens
-    assert_within_budget(
-        as_feature(out), torch.nn.functional.normalize(low, dim=-1), mean / mean.norm()
-    )
-
-
 def test_features_of_several_prompts():
     totals = torch.randn(3, 64) * torch.tensor([[1e-3], [1.0], [1e6]])
     features = as_feature(totals)
@@ -109,21 +51,10 @@ def test_features_of_several_prompts():
         assert torch.equal(as_feature(total), feature)
 
 
-def test_every_token_counts_as_much_as_the_next():
-    """However long its state is, and wherever it stands."""
-    states, weight = torch.randn(9, 64), torch.ones(64)
-    expected = state_sum(states, weight, 1e-12)
-    scaled = states[torch.randperm(9)] * 2.0 ** torch.arange(9)[:, None]
-    torch.testing.assert_close(state_sum(states.flip(0), weight, 1e-12), expected)
-    assert not torch.allclose(state_sum(scaled[:8], weight, 1e-12), expected, atol=0.1)
-    torch.testing.assert_close(state_sum(scaled, weight, 1e-12), expected)
-
-
 def test_a_prompt_in_chunks_has_the_sum_of_one_in_one_go():
     states, weight = torch.randn(50, 64), 1 + 0.1 * torch.randn(64)
-    chunks = sum(state_sum(part, weight, EPS) for part in states.split([1, 17, 32]))
-    torch.testing.assert_close(chunks, state_sum(states, weight, EPS))
-    assert not state_sum(states[:0], weight, EPS).any()
+    chunks = sum(pool_states_ref(part, weight, EPS) for part in states.split([1, 17, 32]))
+    torch.testing.assert_close(chunks, pool_states_ref(states, weight, EPS))
 
 
 @torch.inference_mode()
@@ -140,16 +71,16 @@ def test_the_feature_is_that_of_the_authors(family):
     cache = make_kv_cache(model.config, 1, 64, model.device, model.dtype)
     plan = full_plan(model.config, 1, model.device)
     states = forward(model, rows_of(prompt), cache.k, cache.v, plan, NUMBA)
-    ours = state_sum(states, model.weights.final_norm, model.config.norm_eps) / len(prompt)
+    ours = pool_states_ref(states, model.weights.final_norm, model.config.norm_eps) / len(prompt)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_prompt_takes_the_plan_of_the_nearest_anchor(op, dtype, device):
+def test_a_prompt_takes_the_plan_of_the_nearest_anchor(ops, dtype, device):
     anchors = torch.nn.functional.normalize(torch.randn(20, 40), dim=-1)
     plans, domains = [2, 3, 4, 3] * 5, [n % 7 for n in range(20)]
-    router = make_router(op, device, anchors, plans, domains, min_ratio=1.3, default_plan=1)
+    router = make_router(ops, device, anchors, plans, domains, dtype, min_ratio=1.3, default_plan=1)
     seen = set()
     for i in range(40):
         noise = torch.randn(5, 40) * (0.1 + 0.03 * i)
@@ -161,18 +92,18 @@ def test_a_prompt_takes_the_plan_of_the_nearest_anchor(op, dtype, device):
         assert route.ratio == pytest.approx(ratio, rel=1e-4)
         assert route.is_rejected == (ratio < 1.3)
         assert route.plan == (PLANS[1] if ratio < 1.3 else PLANS[plans[best]])
-        total = state_sum(states, torch.ones(40, device=device), EPS)
+        total = ops.pool_states(states, torch.ones(40, device=device, dtype=dtype), EPS)
         assert torch.equal(route.state_sum, total)
         seen.add(route.is_rejected)
     assert seen == {True, False}  # or this would not see a router that never rejects
 
 
 @BOTH
-def test_between_two_plans_the_default_one(op, device):
+def test_between_two_plans_the_default_one(ops, device):
     """Distances 0.5 and 0.75: a ratio of 1.5, which is kept where that is asked for."""
     for min_ratio, plan in ((1.4999, INT8), (1.5, INT8), (1.5001, LATE), (0.0, INT8), (9.0, LATE)):
         router, states = on_a_line(
-            op, device, [0.25, 0.5], [3, 2], default_plan=4, min_ratio=min_ratio
+            ops, device, [0.25, 0.5], [3, 2], default_plan=4, min_ratio=min_ratio
         )
         route = router.route(states)
         assert (route.plan, route.is_rejected) == (plan, plan == LATE)
@@ -180,26 +111,26 @@ def test_between_two_plans_the_default_one(op, device):
 
 
 @BOTH
-def test_a_nearer_anchor_of_the_same_plan_is_no_rival(op, device):
-    router, states = on_a_line(op, device, [0.5, 0.4375, -0.5], [2, 2, 3], min_ratio=3.0)
+def test_a_nearer_anchor_of_the_same_plan_is_no_rival(ops, device):
+    router, states = on_a_line(ops, device, [0.5, 0.4375, -0.5], [2, 2, 3], min_ratio=3.0)
     route = router.route(states)
     assert (route.plan, route.is_rejected, route.ratio) == (INT8, False, 3.0)
 
 
 @BOTH
-def test_with_one_plan_for_all_nothing_is_rejected(op, device):
+def test_with_one_plan_for_all_nothing_is_rejected(ops, device):
     for cosines in ([0.0], [-1.0, -0.5], [0.25, 0.125, -0.5]):
-        router, states = on_a_line(op, device, cosines, [3] * len(cosines), min_ratio=1e30)
+        router, states = on_a_line(ops, device, cosines, [3] * len(cosines), min_ratio=1e30)
         route = router.route(states)
         assert (route.plan, route.is_rejected, route.ratio) == (EARLY, False, math.inf)
         assert route.similarity == max(cosines)
 
 
 @BOTH
-def test_a_prompt_on_an_anchor_is_kept(op, device):
+def test_a_prompt_on_an_anchor_is_kept(ops, device):
     """Whatever the library asks for, and also where an anchor of another plan is as near."""
     for cosines, plan in (([0.5, 1.0], EARLY), ([1.0, 1.0], INT8)):
-        router, states = on_a_line(op, device, cosines, [2, 3], min_ratio=1e30, default_plan=4)
+        router, states = on_a_line(ops, device, cosines, [2, 3], min_ratio=1e30, default_plan=4)
         route = router.route(states)
         assert (route.plan, route.is_rejected, route.similarity) == (plan, False, 1.0)
         assert math.isfinite(route.ratio)
@@ -218,12 +149,12 @@ BAD = {
 @BAD_STATES
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("min_ratio", [0.0, 1.0, 1.5])
-def test_states_without_a_direction_are_rejected(min_ratio, case, op, device):
+def test_states_without_a_direction_are_rejected(min_ratio, case, ops, device):
     """Also where the default plan is that of the first anchor, which stands in for the nearest."""
     rates = {"": {"int8": {0: Rates(0.5, 0.5)}}, "0": {"int8": {0: Rates(0.9, 0.9)}}}
     for plans in ([2, 3], [2, 2]):
         for default_plan in (0, 2, 3):
-            router, _ = on_a_line(op, device, [0.25, 0.5], plans, min_ratio=min_ratio,
+            router, _ = on_a_line(ops, device, [0.25, 0.5], plans, min_ratio=min_ratio,
                                   default_plan=default_plan, rates=rates)  # fmt: skip
             route = router.route(BAD[case].to(device))
             assert route.plan == PLANS[default_plan] and route.is_rejected
@@ -231,11 +162,11 @@ def test_states_without_a_direction_are_rejected(min_ratio, case, op, device):
 
 
 @BOTH
-def test_rejected_and_kept_differ_where_the_default_plan_is_the_nearest_one(op, device):
+def test_rejected_and_kept_differ_where_the_default_plan_is_the_nearest_one(ops, device):
     """The plan is the same either way; the acceptance to expect is not."""
     rates = {"": {"int8": {0: Rates(0.5, 0.5)}}, "1": {"int8": {0: Rates(0.9, 0.9)}}}
     for min_ratio, is_rejected, known in ((1.5, False, "1"), (1.6, True, "")):
-        router, states = on_a_line(op, device, [0.25, 0.5], [3, 2], default_plan=2,
+        router, states = on_a_line(ops, device, [0.25, 0.5], [3, 2], default_plan=2,
                                    min_ratio=min_ratio, rates=rates)  # fmt: skip
         route = router.route(states)
         assert (route.plan, route.domain, route.is_rejected) == (INT8, "1", is_rejected)
@@ -244,16 +175,14 @@ def test_rejected_and_kept_differ_where_the_default_plan_is_the_nearest_one(op, 
 
 def test_rates_that_were_never_measured(device):
     for min_ratio in (1.5, 1.6):
-        router, states = on_a_line(
-            nearest_anchor_ref, device, [0.25, 0.5], [3, 2], min_ratio=min_ratio
-        )
+        router, states = on_a_line(TORCH, device, [0.25, 0.5], [3, 2], min_ratio=min_ratio)
         assert router.rates(router.route(states)) == {}
 
 
 def test_neighbours_are_the_nearest_of_each_domain(device):
     """Domain 1 has no anchor; the nearest of domain 0 is not its first."""
     router, states = on_a_line(
-        nearest_anchor_ref, device, [-0.5, 0.25, 0.75, 0.5, 0.125], [0, 1, 4, 2, 3],
+        TORCH, device, [-0.5, 0.25, 0.75, 0.5, 0.125], [0, 1, 4, 2, 3],
         domain_ids=[0, 0, 3, 2, 3],
     )  # fmt: skip
     assert router.neighbours(router.route(states)) == [
@@ -263,10 +192,10 @@ def test_neighbours_are_the_nearest_of_each_domain(device):
 
 def test_used_plans_are_those_that_a_prompt_can_get(device):
     """In the library's order; n-grams beside them, where the library knows of n-grams."""
-    router, _ = on_a_line(nearest_anchor_ref, device, [0.25, 0.5], [4, 2], default_plan=2)
+    router, _ = on_a_line(TORCH, device, [0.25, 0.5], [4, 2], default_plan=2)
     assert router.used_plans == (NGRAM, INT8, LATE)
     router, _ = on_a_line(
-        nearest_anchor_ref, device, [0.25, 0.5], [2, 2], plans=(INT8, EARLY, LATE), default_plan=1
+        TORCH, device, [0.25, 0.5], [2, 2], plans=(INT8, EARLY, LATE), default_plan=1
     )
     assert router.used_plans == (EARLY, LATE)
 
@@ -298,7 +227,7 @@ def test_anchors_left_out_are_nearest_to_their_domain(name, device):
         others = [n for n in range(50) if n != i]
         of = [domains[n] for n in others]
         router = make_router(
-            nearest_anchor_ref, device, torch.nn.functional.normalize(rows[others], dim=-1),
+            TORCH, device, torch.nn.functional.normalize(rows[others], dim=-1),
             [1 + d for d in of], of, plans=plans, num_layers=model.num_layers,
             domains=authors.DOMAINS,
         )  # fmt: skip

@@ -1,0 +1,168 @@
+"""The two passes of a round, over fixed buffers: one draft step, and the verification of a draft.
+
+On CUDA each is a graph for every bucket of sequences (and of tokens to verify), and serves every
+plan, since kernels read that from device memory. Eagerly they are the same functions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+
+from engine.graphs import GraphRunner, run_eagerly
+from engine.kv_cache import KVCache
+from engine.round_buffers import MAX_WIDTH, RoundBuffers, make_round_buffers
+from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
+from models.plan import DraftPlan
+
+Runner = Callable[[Hashable, Callable[[], Any]], Any]
+
+
+class Verified(NamedTuple):
+    """What the model says after each row of a verify pass, valid until the next pass.
+
+    result: what `accept` returned: number accepted, number drafted, the round's tokens.
+    """
+
+    logits: torch.Tensor  # [B, T, V] float32
+    result: torch.Tensor  # [B, T + 2] int64
+
+
+def draft_pass(model: Llama, cache: KVCache, buffers: RoundBuffers) -> None:
+    """One more token for every sequence that wants one, by the plan of its slot."""
+    ops = model.decode_ops
+    (token_ids, positions, num_tokens, next_position), plan = ops.draft_rows(
+        buffers.token_ids, buffers.first, buffers.num_drafted, buffers.num_wanted, buffers.slots,
+        buffers.slot_plans,
+    )  # fmt: skip
+    rows = Rows(token_ids, positions, num_tokens, buffers.slots)
+    scores = logits(model, forward(model, rows, cache.k, cache.v, plan, ops), plan, ops)
+    drawn = _draw(model, scores, next_position, buffers)
+    ops.keep_drafted(
+        scores, drawn, buffers.token_ids, buffers.num_drafted, buffers.num_wanted, buffers.end_ids,
+        buffers.stop_probability,
+    )  # fmt: skip
+
+
+def verify_pass(
+    model: Llama, cache: KVCache, buffers: RoundBuffers, width: int, plan: torch.Tensor
+) -> Verified:
+    """The model itself over the newest token and the draft; `plan` [B, 2L + 1] is all of it."""
+    ops, batch = model.decode_ops, buffers.first.shape[0]
+    token_ids, positions, num_tokens, next_position = ops.verify_rows(
+        buffers.token_ids, buffers.first, buffers.num_drafted, width, cache.k.shape[3]
+    )
+    rows = Rows(token_ids, positions, num_tokens, buffers.slots)
+    x = forward(model, rows, cache.k, cache.v, plan, ops)
+    ops.keep_states(x, positions, buffers.slots, cache.states)
+    scores = logits(model, x, plan, ops)
+    target = _draw(model, scores, next_position, buffers).view(batch, width)
+    result = ops.accept(target, buffers.token_ids, buffers.num_drafted)
+    return Verified(scores.view(batch, width, -1), result)
+
+
+def _draw(
+    model: Llama, scores: torch.Tensor, next_position: torch.Tensor, buffers: RoundBuffers
+) -> torch.Tensor:
+    return model.decode_ops.sample(
+        scores, buffers.temperature, buffers.top_k, buffers.top_p, buffers.min_p, buffers.seed,
+        next_position, buffers.end_ids, buffers.min_position,
+    )  # fmt: skip
+
+
+class Passes:
+    """The passes of one engine, their buffers, and what device memory holds between rounds.
+
+    model: what verifies, and decodes plainly. It stays as it was made: kernels of weights that have
+    an int8 form too are compiled otherwise, and verification must have one set of bits.
+    lock: held for a round and for a prefill; threads that share the engine share the buffers.
+    """
+
+    def __init__(self, model: Llama, cache: KVCache, max_sequences: int, run: Runner | None = None):
+        """run: how passes run; by default through CUDA graphs where the model is on CUDA."""
+        self.model = model
+        self.cache = cache
+        self.lock = threading.RLock()
+        self.buffers, self.staging = make_round_buffers(model.config, max_sequences, model.device)
+        self.is_padded = run is not None or model.device.type == "cuda"
+        is_cuda = run is None and model.device.type == "cuda"
+        self._run: Runner = run or (GraphRunner(self.staging.device) if is_cuda else run_eagerly)
+        self._max_sequences = max_sequences
+        self._full_plan = full_plan(model.config, max_sequences, model.device)
+        self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_plans holds
+
+    def plan_row(self, slot: int) -> torch.Tensor:
+        """[1, 2L + 1]: the slot's row of the plan table, for the router to write."""
+        return self.buffers.slot_plans[slot : slot + 1]
+
+    def note_plan(self, slot: int, plan: DraftPlan | None) -> None:
+        """The slot's row holds `plan` now, or something else that is no plan of ours."""
+        if plan is None:
+            self._plans.pop(slot, None)
+        else:
+            self._plans[slot] = plan
+
+    def set_plan(self, slot: int, plan: DraftPlan) -> None:
+        """Let the slot's sequence draft with `plan`; nothing to do where it does already."""
+        if self._plans.get(slot) != plan:
+            self.plan_row(slot).copy_(plan_table([plan], self.model.device))
+            self._plans[slot] = plan
+
+    def draft_step(self, model: Llama, batch: int) -> None:
+        """Run `draft_pass` over the first `batch` rows of the buffers.
+
+        model: `self.model`, or the same with int8 forms.
+        """
+        batch = self._batch_bucket(batch)
+        key = ("draft", batch, model.weights.lm_head.int8 is not None)
+        rows = self.buffers.rows(batch)
+        self._run(key, lambda: draft_pass(model, self.cache, rows))
+
+    def verify(self, batch: int, width: int) -> Verified:
+        """Run `verify_pass` over the first `batch` rows and `width` columns of the buffers.
+
+        The result has `batch` rows, and on CUDA as many columns as the width's bucket.
+        """
+        padded, width = self._batch_bucket(batch), self._width_bucket(width)
+        rows, plan = self.buffers.rows(padded), self._full_plan[:padded]
+        verified = self._run(
+            ("verify", padded, width),
+            lambda: verify_pass(self.model, self.cache, rows, width, plan),
+        )
+        return Verified(verified.logits[:batch], verified.result[:batch])
+
+    def warm_up(self, model: Llama) -> None:
+        """Run every pass of one sequence once over padding: what is to be captured is, now."""
+        inputs = self.staging.inputs
+        inputs["num_drafted"].fill(-1)
+        inputs["num_wanted"].fill(-1)
+        inputs["first"].fill(self.cache.k.shape[3] - 1)
+        self.staging.copy_over()
+        for width in widths():
+            self.verify(1, width)
+        self.draft_step(model, 1)
+
+    def num_rows(self, batch: int) -> int:
+        """How many rows of the buffers a pass over `batch` sequences reads."""
+        return self._batch_bucket(batch)
+
+    def _batch_bucket(self, batch: int) -> int:
+        assert 0 < batch <= self._max_sequences, (batch, self._max_sequences)
+        return min(bucket(batch), self._max_sequences) if self.is_padded else batch
+
+    def _width_bucket(self, width: int) -> int:
+        assert 0 < width <= MAX_WIDTH, width
+        return bucket(width) if self.is_padded else width
+
+
+def bucket(count: int) -> int:
+    """The power of two that `count` is padded to: few graphs, and a GPU reads no more for it."""
+    return 1 << (count - 1).bit_length()
+
+
+def widths() -> list[int]:
+    """Every bucket of tokens to verify: 1, 2, 4, 8, 16."""
+    return [1 << i for i in range(MAX_WIDTH.bit_length())]
