@@ -1,11 +1,16 @@
 """Decoding speed of one sequence: drafts against plain decoding, or that against a peer.
 
     python -m bench.decode --device cpu [--prompts DIR] [--domains A,B] [--per-domain N]
+    python -m bench.decode --device cuda --widen 6b --prompts DIR
     python -m bench.decode --device cpu --peer transformers
+    python -m bench.decode --device cuda --shape llama-2-7b [--contexts 256,4096]
+    python -m bench.decode --device cuda --shape llama-2-7b --peer transformers
 
-Without --peer: the arms of bench/arms.py, a table a domain. With it: plain decoding of one prompt
-by both engines in turn, in one process; a token's time is what passes between two tokens as a
-caller sees them, so that neither prefill nor start-up counts.
+Prompts: the arms of bench/arms.py, a table a domain, on the model itself or on a larger one that
+computes the same (bench/widened.py). A peer: plain decoding of one prompt by both engines in turn,
+in one process; a token's time is what passes between two tokens as a caller sees them, so that
+neither prefill nor start-up counts. A shape: what passes cost at the size of a published model
+(bench/passes.py), or whole requests there against a peer's (bench/peers.py).
 """
 
 from __future__ import annotations
@@ -17,18 +22,29 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bench.arms import read_prompts, run_arms
 from bench.harness import Spread, print_machine, print_result, read_bandwidth, spread
+from bench.pass_arms import REPLAYS
+from bench.pass_checks import CheckError
+from bench.passes import measure_shape
+from bench.peers import compare_shape
+from bench.shapes import SHAPES
+from bench.widened import check_widening, widened_llm
 from engine import LLM, SamplingParams
+from engine.loading import choose_device
 from models.hub import resolve_model
 from models.weights import LlamaWeights
+from models.widen import WIDENINGS
 
 PROMPT = "Explain in a few paragraphs how a bicycle stays upright while it is moving."
 DOMAINS = ("summarization", "math", "translation", "story_telling", "text_to_sql", "code", "chat")
+CONTEXTS = [256, 4096, 32768]
+MIN_CONTEXT = 64  # room for the widest pass, and a past before it
+MAX_LENGTH = 2048  # of prompts with their answers
 Run = Callable[[], tuple[list[int], float]]  # -> token ids, tokens per second
 
 
@@ -112,46 +128,11 @@ def bytes_per_token(weights: LlamaWeights) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--model", help="directory, .gguf file or hub id; default: default model")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--peer", choices=["transformers"])
-    parser.add_argument("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
-    parser.add_argument("--domains", default=",".join(DOMAINS), help="default: %(default)s")
-    parser.add_argument("--per-domain", type=int, default=4, help="prompts of each domain")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, help="default: 5 against a peer, 3 for the arms")
-    args = parser.parse_args()
-    if args.peer and args.prompts:
-        parser.error("--peer decodes one prompt of its own: give it or --prompts")
-    return args
-
-
-def compare_arms(args: argparse.Namespace) -> dict[str, Any]:
-    repeats = args.repeats or 3
-    prompts = read_prompts(args.prompts, args.domains.split(","), args.per_domain)
-    print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {repeats} runs of each "
-          "arm in turn, medians of seconds")  # fmt: skip
-    llm = LLM(args.model, device=args.device, max_length=2048)
-    return run_arms(llm, prompts, args.new_tokens, repeats)
-
-
-def main() -> None:
-    args = parse()
-    described = print_machine()
-    result = compare_peer(args) if args.peer else compare_arms(args)
-    print_result(result | {"machine": described})
-
-
 def compare_peer(args: argparse.Namespace) -> dict[str, Any]:
-    args.repeats = args.repeats or 5
     print(f"method: batch 1, greedy, {args.new_tokens} new tokens, one warm-up then "
           f"{args.repeats} runs of each engine in turn, median [20%, 80%]")  # fmt: skip
     result: dict[str, Any] = measure_load(args.model, args.device)
-    llm = LLM(args.model, device=args.device, max_length=2048, speculative="off")
+    llm = LLM(args.model, device=args.device, max_length=MAX_LENGTH, speculative="off")
     step_bytes = bytes_per_token(llm.model.weights)
     prompt = llm.encode_chat([{"role": "user", "content": PROMPT}])
     runs = {"engine": engine_run(llm, prompt, args.new_tokens)}
@@ -159,12 +140,11 @@ def compare_peer(args: argparse.Namespace) -> dict[str, Any]:
     runs["transformers"], result["peer_load_seconds"] = transformers_run(
         path, prompt, args.new_tokens
     )
-    if args.device == "cpu":
-        bandwidth = read_bandwidth()
-        ceiling = bandwidth.median / step_bytes
-        print(f"ceiling: {step_bytes / 1e6:.0f} MB a token at {bandwidth.median / 1e9:.1f} GB/s "
-              f"read = {ceiling:.1f} tokens/s")  # fmt: skip
-        result["ceiling_tokens_per_second"] = round(ceiling, 2)
+    bandwidth = read_bandwidth()
+    ceiling = bandwidth.median / step_bytes
+    print(f"ceiling: {step_bytes / 1e6:.0f} MB a token at {bandwidth.median / 1e9:.1f} GB/s "
+          f"read = {ceiling:.1f} tokens/s")  # fmt: skip
+    result["ceiling_tokens_per_second"] = round(ceiling, 2)
     tokens, rates = alternate(runs, args.repeats)
     for name, value in rates.items():
         print(f"{name:>14}: {value} tokens/s")
@@ -178,6 +158,123 @@ def compare_peer(args: argparse.Namespace) -> dict[str, Any]:
     else:
         print("tokens differ: no ratio is reported")
     return result
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a whole number on the command line."""
+
+    def parse_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from {least} up")
+        return int(text)
+
+    return parse_number
+
+
+def numbers(text: str) -> list[int]:
+    return [at_least(MIN_CONTEXT)(part) for part in text.split(",")]
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, with their `mode` and its defaults. Exits where they do not go together."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", help="directory, .gguf file or hub id; default: default model")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--peer", choices=["transformers"])
+    add("--shape", choices=SHAPES, help="random weights in the shape of a published model")
+    add("--contexts", type=numbers, metavar="N,N", help="of --shape; default: 256,4096,32768")
+    add("--widen", choices=WIDENINGS, help="measure on a larger model that computes the same")
+    add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
+    add("--domains", help=f"default: {','.join(DOMAINS)}")
+    add("--per-domain", type=at_least(1), help="prompts of each domain; default: 4")
+    add("--new-tokens", type=at_least(2), help="default: 128")
+    repeats = ", ".join(f"{mode.repeats} for {mode.name}" for mode in MODES)
+    add("--repeats", type=at_least(1), help=f"default: {repeats}")
+    args = parser.parse_args(argv)
+    args.mode = next(mode for mode in MODES if all(getattr(args, name) for name in mode.needs))
+    for name, value in vars(args).items():
+        if value is not None and name not in (*args.mode.allowed, *ALWAYS):
+            parser.error(f"--{name.replace('_', '-')} does not go with {args.mode.name}")
+    if args.device not in args.mode.devices:
+        parser.error(f"{args.mode.name} is for --device {args.mode.devices[0]}, got {args.device}")
+    for name, default in {**DEFAULTS, "repeats": args.mode.repeats}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    return args
+
+
+def run_prompts(args: argparse.Namespace) -> dict[str, Any]:
+    """The arms, on the model that was asked for or on a wider one."""
+    prompts = read_prompts(args.prompts, args.domains.split(","), args.per_domain)
+    print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {args.repeats} runs of "
+          "each arm in turn, medians of seconds")  # fmt: skip
+    if not args.widen:
+        llm = LLM(args.model, device=args.device, max_length=MAX_LENGTH)
+        return run_arms(llm, prompts, args.new_tokens, args.repeats)
+    llm = widened_llm(args.model, args.widen, choose_device(args.device), MAX_LENGTH)
+    num_bytes = bytes_per_token(llm.model.weights)
+    print(f"{llm.model_name}: {num_bytes / 1e9:.2f} GB a token in {llm.dtype}")
+    result = run_arms(llm, prompts, args.new_tokens, args.repeats)
+    return {"widening": args.widen, "bytes_per_token": num_bytes} | result
+
+
+def run_shape(args: argparse.Namespace) -> dict[str, Any]:
+    print(f"method: batch 1, greedy, graphs replayed {REPLAYS} times a turn, {args.repeats} turns "
+          "of every pass, median [20%, 80%]")  # fmt: skip
+    device = choose_device(args.device)
+    return measure_shape(args.shape, SHAPES[args.shape], args.contexts, args.repeats, device)
+
+
+def run_shape_peer(args: argparse.Namespace) -> dict[str, Any]:
+    print(f"method: batch 1, greedy, {args.new_tokens} new tokens, warm-ups, then {args.repeats} "
+          "requests of each, median [20%, 80%]")  # fmt: skip
+    device = choose_device(args.device)
+    return compare_shape(args.shape, SHAPES[args.shape], args.new_tokens, args.repeats, device)
+
+
+class Mode(NamedTuple):
+    """What the command does where all of `needs` were given."""
+
+    name: str  # for messages
+    needs: tuple[str, ...]
+    allowed: tuple[str, ...]  # arguments beside ALWAYS
+    devices: tuple[str, ...]
+    repeats: int
+    run: Callable[[argparse.Namespace], dict[str, Any]]
+
+
+ALWAYS = ("device", "repeats", "mode")
+PROMPTS = ("model", "prompts", "domains", "per_domain", "new_tokens")
+BOTH = ("cpu", "cuda")
+MODES = (
+    Mode("--shape with --peer", ("shape", "peer"), ("shape", "peer", "new_tokens"), ("cuda",), 3,
+         run_shape_peer),
+    Mode("--shape", ("shape",), ("shape", "contexts"), ("cuda",), 7, run_shape),
+    Mode("--peer without --shape", ("peer",), ("peer", "model", "new_tokens"), ("cpu",), 5,
+         compare_peer),
+    Mode("--widen", ("widen",), ("widen", *PROMPTS), BOTH, 3, run_prompts),
+    Mode("prompts", (), PROMPTS, BOTH, 3, run_prompts),
+)  # fmt: skip
+DEFAULTS = {
+    "contexts": CONTEXTS, "domains": ",".join(DOMAINS), "per_domain": 4, "new_tokens": 128,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        device = choose_device(args.device)
+        if args.widen:
+            check_widening(args.widen, device)
+        described = print_machine()
+        result = args.mode.run(args)
+    except (ValueError, CheckError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    print_result(result | {"machine": described})
 
 
 if __name__ == "__main__":

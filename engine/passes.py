@@ -93,6 +93,7 @@ class Passes:
         self._max_sequences = max_sequences
         self._full_plan = full_plan(model.config, max_sequences, model.device)
         self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_plans holds
+        self._rows: dict[int, RoundBuffers] = {}  # views, which take a while to make
 
     def plan_row(self, slot: int) -> torch.Tensor:
         """[1, 2L + 1]: the slot's row of the plan table, for the router to write."""
@@ -118,7 +119,7 @@ class Passes:
         """
         batch = self._batch_bucket(batch)
         key = ("draft", batch, model.weights.lm_head.int8 is not None)
-        rows = self.buffers.rows(batch)
+        rows = self._first_rows(batch)
         self._run(key, lambda: draft_pass(model, self.cache, rows))
 
     def verify(self, batch: int, width: int) -> Verified:
@@ -127,7 +128,7 @@ class Passes:
         The result has `batch` rows, and on CUDA as many columns as the width's bucket.
         """
         padded, width = self._batch_bucket(batch), self._width_bucket(width)
-        rows, plan = self.buffers.rows(padded), self._full_plan[:padded]
+        rows, plan = self._first_rows(padded), self._full_plan[:padded]
         verified = self._run(
             ("verify", padded, width),
             lambda: verify_pass(self.model, self.cache, rows, width, plan),
@@ -148,6 +149,11 @@ class Passes:
     def num_rows(self, batch: int) -> int:
         """How many rows of the buffers a pass over `batch` sequences reads."""
         return self._batch_bucket(batch)
+
+    def _first_rows(self, batch: int) -> RoundBuffers:
+        if batch not in self._rows:
+            self._rows[batch] = self.buffers.rows(batch)
+        return self._rows[batch]
 
     def _batch_bucket(self, batch: int) -> int:
         assert 0 < batch <= self._max_sequences, (batch, self._max_sequences)

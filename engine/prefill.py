@@ -22,16 +22,14 @@ def prefill(
     assert 0 <= start < len(token_ids), (start, len(token_ids))
     device = model.device
     plan = full_plan(model.config, 1, device)
-    for first in range(start, len(token_ids), CHUNK_TOKENS):
-        chunk = token_ids[first : first + CHUNK_TOKENS]
-        rows = Rows(
-            token_ids=torch.tensor([chunk], device=device),
-            positions=torch.arange(first, first + len(chunk), dtype=torch.int32, device=device)[
-                None
-            ],
-            num_tokens=torch.tensor([len(chunk)], dtype=torch.int32, device=device),
-            slots=torch.tensor([slot], dtype=torch.int32, device=device),
-        )
+    # All of the prompt before the first pass: a copy to a GPU waits for what runs there.
+    ids = torch.tensor([token_ids[start:]], device=device)
+    positions = torch.arange(start, len(token_ids), dtype=torch.int32, device=device)[None]
+    slots = torch.full((1,), slot, dtype=torch.int32, device=device)
+    for first in range(0, ids.shape[1], CHUNK_TOKENS):
+        chunk = slice(first, first + CHUNK_TOKENS)
+        num_tokens = torch.full_like(slots, positions[:, chunk].shape[1])
+        rows = Rows(ids[:, chunk].contiguous(), positions[:, chunk].contiguous(), num_tokens, slots)
         x = forward(model, rows, cache.k, cache.v, plan, model.prefill_ops)
         model.prefill_ops.keep_states(x, rows.positions, rows.slots, cache.states)
     return logits(model, x[-1:], plan, model.prefill_ops)

@@ -2,16 +2,18 @@
 
     o_t = softmax(q_t k_s^T / sqrt(D)  over s <= position_t) v_s
 
-The law and the shapes are `attention_ref`. The cache is cut into splits of `SPLIT_KV` positions; a
-program takes one split, one key/value head and a tile of 16 query rows, row = t * group + g, so
-that the heads of a group and the tokens of a sequence share the loads of K and V. Scores, softmax
-and sums are float32; softmax weights are rounded to the cache's dtype for the second dot. The last
-program of a tile to arrive adds the splits up in their order. Reads the K and V of each sequence
-once per tile of rows; partial sums cost 4 * (D + 2) bytes a row and split each way.
+The law and the shapes are `attention_ref`. The blocks of `BLOCK_S` cache positions are dealt out to
+`NUM_SPLITS` programs in turn; a program takes its blocks for one key/value head and a tile of 16
+query rows, row = t * group + g, so that the heads of a group and the tokens of a sequence share the
+loads of K and V. Scores, softmax and sums are float32; softmax weights are rounded to the cache's
+dtype for the second dot. The last program of a tile to arrive adds the partial results up in their
+order. Reads the K and V of each sequence once per tile of rows; partial results cost 4 * (D + 2)
+bytes a row, head and program each way.
 
-A split's size is fixed and a split or block masked for a row leaves it bit for bit unchanged, so a
-row's result depends neither on T nor on B nor on the other rows' positions. The grid covers the
-whole cache, so that it does not depend on lengths: programs past a sequence's end return at once.
+Which program takes which block is fixed, and a block or a partial result that is masked for a row
+leaves it bit for bit unchanged, so a row's result depends neither on T nor on B nor on the other
+rows' positions. The number of programs is a model's and not a length's: those that a sequence is
+too short for return at once.
 """
 
 from __future__ import annotations
@@ -24,26 +26,28 @@ import triton.language as tl
 
 from kernels.launch import (
     BLOCK_ROWS,
-    BLOCK_S,
-    SPLIT_KV,
     assert_attention_operands,
     assert_counters,
+    decode_launch,
+    dependent_launch,
 )
-from kernels.triton_tiles import softmax_step
+from kernels.launch_table import DecodeLaunch
+from kernels.triton_tiles import allow_next, softmax_step, wait_for_previous
 
 
 @triton.jit
-def _attend_split(  # type: ignore[no-untyped-def]
-    q, k_base, v_base, position, first, last, scale,
-    BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT_KV: tl.constexpr,
+def _attend_blocks(  # type: ignore[no-untyped-def]
+    q, k_base, v_base, position, split, last, scale,
+    BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Return unnormalised output, maximum and sum over SPLIT_KV cache positions from `first`."""
+    """Return unnormalised output, maximum and sum over every NUM_SPLITS-th block from `split`."""
     BLOCK_R: tl.constexpr = q.shape[0]
     offs_d = tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     running_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(first, tl.minimum(first + SPLIT_KV, last + 1), BLOCK_S):
+    for start in range(split * BLOCK_S, last + 1, NUM_SPLITS * BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         # The cache past the last token is uninitialised, and 0 * NaN is NaN.
         mask = (offs_s <= last)[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -57,30 +61,49 @@ def _attend_split(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _repeat(x, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [N] one time after the other, [COUNT * N]."""
+    N: tl.constexpr = x.shape[0]
+    return tl.reshape(tl.broadcast_to(x[None, :], (COUNT, N)), (COUNT * N,))
+
+
+@triton.jit
 def _combine_splits(  # type: ignore[no-untyped-def]
-    partial_ptr, stats_ptr, offs_part, stride_split, num_splits, valid, BLOCK_D: tl.constexpr
+    part_ptr, max_ptr, sum_ptr, offs_r, num_rows, num_live, valid,
+    BLOCK_D: tl.constexpr, NUM_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Fold the partial results of all splits together, in the order of the splits."""
-    BLOCK_R: tl.constexpr = offs_part.shape[0]
-    offs_d = tl.arange(0, BLOCK_D)
+    """Return output and sum over the first `num_live` splits, added in their order.
+
+    What lies beyond the live splits, and splits that saw nothing of a row, have weight and sum 0
+    and add exactly nothing. The loads of a chunk of splits wait for no other load, and all bypass
+    the L1: other programs wrote what they read.
+    """
+    BLOCK_R: tl.constexpr = offs_r.shape[0]
+    offs_split, offs_d = tl.arange(0, NUM_SPLITS), tl.arange(0, BLOCK_D)
+    num_parts = tl.where(valid, num_live, 0)  # [BLOCK_R]
+    mask = offs_split[:, None] < num_parts[None, :]
+    offs = offs_split[:, None] * num_rows + offs_r[None, :]  # [NUM_SPLITS, BLOCK_R]
+    all_max = tl.load(max_ptr + offs, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    all_sum = tl.load(sum_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
+    row_max = tl.where(valid, tl.max(all_max, axis=0), 0.0)  # finite: split 0 holds position 0
+    row_sum = tl.sum(tl.exp2(all_max - row_max[None, :]) * all_sum, axis=0)
+    # Rows of a chunk lie one split after the other, so that a thread has all splits of its rows.
+    num_parts, row_max, offs_r = (
+        _repeat(num_parts, CHUNK), _repeat(row_max, CHUNK), _repeat(offs_r, CHUNK),
+    )  # fmt: skip
+    chunk = tl.arange(0, CHUNK * BLOCK_R) // BLOCK_R
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    running_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-    running_sum = tl.zeros((BLOCK_R,), tl.float32)
-    for _ in range(num_splits):
-        # Written by other programs: past the L1 of this one.
-        stats_ptrs = stats_ptr + offs_part * 2
-        split_max = tl.load(stats_ptrs, mask=valid, other=0.0, cache_modifier=".cg")
-        split_sum = tl.load(stats_ptrs + 1, mask=valid, other=1.0, cache_modifier=".cg")
-        part_ptrs = partial_ptr + offs_part[:, None] * BLOCK_D + offs_d[None, :]
-        part = tl.load(part_ptrs, mask=valid[:, None], other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(running_max, split_max)  # finite: split 0 holds position 0
-        old_scale = tl.exp2(running_max - new_max)
-        new_scale = tl.exp2(split_max - new_max)
-        acc = acc * old_scale[:, None] + part * new_scale[:, None]
-        running_sum = running_sum * old_scale + split_sum * new_scale
-        running_max = new_max
-        offs_part += stride_split
-    return acc, running_sum
+    for first in range(0, num_live, CHUNK):
+        has_part = first + chunk < num_parts
+        offs_part = (first + chunk) * num_rows + offs_r
+        part_ptrs = part_ptr + offs_part[:, None] * BLOCK_D + offs_d[None, :]
+        part = tl.load(part_ptrs, mask=has_part[:, None], other=0.0, cache_modifier=".cg")
+        part_max = tl.load(
+            max_ptr + offs_part, mask=has_part, other=float("-inf"), cache_modifier=".cg"
+        )
+        part *= tl.exp2(part_max - row_max)[:, None]
+        acc += tl.sum(tl.reshape(part, (CHUNK, BLOCK_R, BLOCK_D)), axis=0)
+    return acc, row_sum
 
 
 @triton.jit(do_not_specialize=["T", "GROUP", "sublayer", "scale"])
@@ -92,9 +115,10 @@ def _attn_decode_kernel(  # type: ignore[no-untyped-def]
     num_tokens_ptr,
     slots_ptr,
     plan_ptr,
-    partial_ptr,
-    stats_ptr,
-    counter_ptr,
+    part_ptr,
+    max_ptr,
+    sum_ptr,
+    counters_ptr,
     o_ptr,
     stride_plan_b,
     T,
@@ -107,8 +131,11 @@ def _attn_decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    SPLIT_KV: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     split, max_splits = tl.program_id(0), tl.num_programs(0)
     kv_head = tl.program_id(1) % H_KV
     b = tl.program_id(2)
@@ -121,39 +148,44 @@ def _attn_decode_kernel(  # type: ignore[no-untyped-def]
     valid = (t < T) & (t < num_tokens)
     position = tl.load(positions_ptr + b * T + t, mask=valid, other=-1)
     last = tl.max(position, axis=0)
-    num_splits = tl.maximum(last // SPLIT_KV + 1, 1)  # a tile without valid rows writes its zeros
-    if split >= num_splits:
+    # A tile without valid rows has one live program, which writes its zeros.
+    num_live = tl.maximum(tl.minimum(last // BLOCK_S + 1, NUM_SPLITS), 1)
+    if split >= num_live:
         return
     head = kv_head * GROUP + offs_r % GROUP
-    offs_o = ((b * T + t).to(tl.int64) * (H_KV * GROUP) + head)[:, None] * HEAD_DIM + offs_d[
-        None, :
-    ]
+    offs_o = ((b * T + t).to(tl.int64) * (H_KV * GROUP) + head)[:, None] * HEAD_DIM
+    offs_o += offs_d[None, :]
     mask_d = (offs_d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + offs_o, mask=valid[:, None] & mask_d, other=0.0)  # [BLOCK_R, BLOCK_D]
     slot = tl.load(slots_ptr + b).to(tl.int64)
     base = (slot * H_KV + kv_head) * S * HEAD_DIM
-    acc, running_max, running_sum = _attend_split(
-        q, k_cache_ptr + base, v_cache_ptr + base, position, split * SPLIT_KV, last, scale,
-        BLOCK_D, HEAD_DIM, BLOCK_S, SPLIT_KV,
+    acc, running_max, running_sum = _attend_blocks(
+        q, k_cache_ptr + base, v_cache_ptr + base, position, split, last, scale,
+        BLOCK_D, HEAD_DIM, BLOCK_S, NUM_SPLITS,
     )  # fmt: skip
-    if num_splits > 1:
-        unit = (b * H_KV + kv_head).to(tl.int64) * max_splits
-        stride_split = T * GROUP
-        offs_part = (unit + split) * stride_split + offs_r  # [BLOCK_R]
-        part_ptrs = partial_ptr + offs_part[:, None] * BLOCK_D + offs_d[None, :]
+    allow_next(PDL)
+    if num_live > 1:
+        # The partial results of a key head: [max_splits, num_rows, BLOCK_D] and [.., num_rows].
+        num_rows = T * GROUP
+        unit = (b * H_KV + kv_head).to(tl.int64) * (max_splits * num_rows)
+        part_ptr += unit * BLOCK_D
+        max_ptr += unit
+        sum_ptr += unit
+        offs_part = split * num_rows + offs_r  # [BLOCK_R]
+        part_ptrs = part_ptr + offs_part[:, None] * BLOCK_D + offs_d[None, :]
         tl.store(part_ptrs, acc, mask=valid[:, None])
-        tl.store(stats_ptr + offs_part * 2, running_max, mask=valid)
-        tl.store(stats_ptr + offs_part * 2 + 1, running_sum, mask=valid)
+        tl.store(max_ptr + offs_part, running_max, mask=valid)
+        tl.store(sum_ptr + offs_part, running_sum, mask=valid)
         # All threads' stores come before the one thread's release.
         tl.debug_barrier()
-        counter_ptr += b * tl.num_programs(1) + tl.program_id(1)
-        if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") < num_splits - 1:
+        counters_ptr += b * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(counters_ptr, 1, sem="acq_rel", scope="gpu") < num_live - 1:
             return
         tl.debug_barrier()
-        tl.store(counter_ptr, 0)
+        tl.store(counters_ptr, 0)
         acc, running_sum = _combine_splits(
-            partial_ptr, stats_ptr, unit * stride_split + offs_r, stride_split, num_splits, valid,
-            BLOCK_D,
+            part_ptr, max_ptr, sum_ptr, offs_r, num_rows, num_live, valid,
+            BLOCK_D, NUM_SPLITS, CHUNK,
         )  # fmt: skip
     o = acc / tl.where(valid, running_sum, 1.0)[:, None]  # padding rows: 0 / 1
     tl.store(o_ptr + offs_o, o.to(o_ptr.dtype.element_ty), mask=(t < T)[:, None] & mask_d)
@@ -169,6 +201,8 @@ def attn_decode(
     plan: torch.Tensor,  # [B, 2L] uint8
     sublayer: int,
     counters: torch.Tensor,  # [n] int32, zero before and after
+    *,
+    launch: DecodeLaunch | None = None,
 ) -> torch.Tensor:
     """Return o [R, H*D]; zero for padding rows and for sequences that skip `sublayer`."""
     batch, width = positions.shape
@@ -176,24 +210,27 @@ def attn_decode(
     _, num_kv_heads, max_positions, _ = k_cache.shape
     group = num_heads // num_kv_heads
     assert_attention_operands(q, k_cache, v_cache, positions, num_tokens, slots, plan)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    max_splits = triton.cdiv(max_positions, SPLIT_KV)
+    launch = launch or decode_launch(q.device, head_dim, q.dtype)
+    block_d, num_splits = max(16, triton.next_power_of_2(head_dim)), launch.num_splits(num_kv_heads)
+    max_splits = min(num_splits, triton.cdiv(max_positions, launch.block_s))
     num_tiles = num_kv_heads * triton.cdiv(width * group, BLOCK_ROWS)
     assert_counters(counters, batch * num_tiles)
-    num_partials = batch * num_kv_heads * max_splits * width * group
-    partial = torch.empty(num_partials, block_d, dtype=torch.float32, device=q.device)
-    stats = torch.empty(num_partials, 2, dtype=torch.float32, device=q.device)
+    num_parts = batch * num_kv_heads * max_splits * width * group
+    parts = torch.empty(num_parts, block_d, dtype=torch.float32, device=q.device)
+    maxima, sums = (torch.empty(num_parts, dtype=torch.float32, device=q.device) for _ in "ms")
     o = torch.empty(num_rows, num_heads * head_dim, dtype=q.dtype, device=q.device)
     _attn_decode_kernel[(max_splits, num_tiles, batch)](
-        *(q, k_cache, v_cache, positions, num_tokens, slots, plan, partial, stats, counters, o),
-        *(plan.stride(0), width, num_kv_heads, group, max_positions, sublayer),
+        *(q, k_cache, v_cache, positions, num_tokens, slots, plan, parts, maxima, sums, counters),
+        *(o, plan.stride(0), width, num_kv_heads, group, max_positions, sublayer),
         head_dim**-0.5 * math.log2(math.e),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_R=BLOCK_ROWS,
-        BLOCK_S=BLOCK_S,
-        SPLIT_KV=SPLIT_KV,
-        num_warps=4,
-        num_stages=2,
+        BLOCK_S=launch.block_s,
+        NUM_SPLITS=num_splits,
+        CHUNK=min(num_splits, max(1, 512 // block_d)),  # 64 registers a thread hold it
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **dependent_launch(q.device),
     )
     return o

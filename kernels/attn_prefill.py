@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import assert_attention_operands, prefill_launch
+from kernels.launch_table import PrefillLaunch
 from kernels.triton_tiles import softmax_step
 
 
@@ -110,6 +111,8 @@ def attn_prefill(
     plan: torch.Tensor,  # [B, 2L] uint8
     sublayer: int,
     counters: torch.Tensor,  # [n] int32, not needed
+    *,
+    launch: PrefillLaunch | None = None,
 ) -> torch.Tensor:
     """Return o [R, H*D]; zero for padding rows and for sequences that skip `sublayer`."""
     batch, width = positions.shape
@@ -118,7 +121,7 @@ def attn_prefill(
     group = num_heads // num_kv_heads
     assert_attention_operands(q, k_cache, v_cache, positions, num_tokens, slots, plan)
     o = torch.empty(num_rows, num_heads * head_dim, dtype=q.dtype, device=q.device)
-    launch = prefill_launch(head_dim, q.dtype)
+    launch = launch or prefill_launch(q.device, head_dim, q.dtype)
     _attn_prefill_kernel[(triton.cdiv(width, launch.block_m), num_heads, batch)](
         *(q, k_cache, v_cache, positions, num_tokens, slots, plan, o),
         *(plan.stride(0), width, group, max_positions, sublayer),

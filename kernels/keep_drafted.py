@@ -107,5 +107,5 @@ def keep_drafted(
         *(vocab_size, columns, num_ends),
         BLOCK_E=triton.next_power_of_2(num_ends),
         BLOCK_V=min(SAMPLE_BLOCK_V, max(128, triton.next_power_of_2(vocab_size))),
-        num_warps=8,
+        num_warps=16,
     )

@@ -1,105 +1,106 @@
-"""Launch parameters: pure functions of an operation's matrix shape and dtype.
+"""How the kernels are launched: parameters from the launch table, counters, what is asserted.
 
-Nothing here sees how many rows or sequences a pass has. A tile shape fixes the order in which a
-row's products are added, so tiles chosen from the number of rows would make a one-row decode and
-an eight-row verify disagree in the last bit, and speculation would no longer be lossless.
+Nothing here sees how many rows or sequences a pass has; launch_table.py says why.
 
-Shapes marked "measured" were the fastest of a sweep of prototypes on one H100 (bf16, Llama-2-7B);
-these kernels have not been timed yet. The rest follow by the rules written beside them.
+Programmatic dependent launch. On Hopper and later the kernels of a decode pass are launched before
+the one ahead of them has ended. The first thing that a program does is to wait, before any load
+and any return: the wait ends when the kernel ahead has ended and its stores can be seen, so that
+nothing is read early and nothing overwritten that is still being read. Behind its loop over K or
+over the cache a program allows the next kernel to start. That next kernel cannot overtake the one
+before last either: it starts when every program of the kernel ahead has allowed it or has ended,
+and each of them has waited for the kernel before by then. What is gained is the time between two
+kernels. A kernel launched without the attribute, as all others are, waits for everything ahead.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
 import torch
 import triton
 
+from kernels.launch_table import (
+    CAPABILITIES,
+    DECODE,
+    MATRIX,
+    PREFILL,
+    DecodeLaunch,
+    MatrixLaunch,
+    PrefillLaunch,
+    fit,
+    head_class,
+    matrix_class,
+    qkv_class,
+)
 from kernels.weight import Weight
 
 BLOCK_ROWS = 16  # rows of a matrix tile: the narrowest tensor-core operand
-SPLIT_KV = 128  # cache positions of one split of decode attention
-BLOCK_S = 64  # positions loaded at a time in decode attention
 NUM_COUNTERS = 1 << 16  # of a model: one a tile whose sum several programs share
 SAMPLE_BLOCK_V = 4096  # logits loaded at a time by the sampler
 
 
-class MatrixLaunch(NamedTuple):
-    """Tile [block_n, block_k] of a weight, pipeline depth and warps.
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """The entry of the launch table for a device; 90 for tensors that are on no GPU.
 
-    The full and the 8-bit form share it, so block_k is also how many activations share a scale.
+    Raises ValueError for a GPU older than every entry.
     """
-
-    block_n: int
-    block_k: int
-    num_stages: int
-    num_warps: int
-
-    def constants(self, weight: Weight) -> dict[str, int | bool]:
-        """The keyword arguments that every matrix kernel takes."""
-        return {
-            "BLOCK_N": self.block_n,
-            "BLOCK_R": BLOCK_ROWS,
-            "BLOCK_K": self.block_k,
-            "EVEN_K": weight.full.shape[1] % self.block_k == 0,
-            "HAS_INT8": weight.int8 is not None,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [capability for capability in CAPABILITIES if capability <= 10 * major + minor]
+    if not known:
+        raise ValueError(
+            f"got a GPU of compute capability {major}.{minor}, expected 8.0 or later; "
+            "run on the CPU instead"
+        )
+    return max(known)
 
 
-class AttentionLaunch(NamedTuple):
-    """Tile of queries and of keys, pipeline depth and warps."""
-
-    block_m: int
-    block_n: int
-    num_stages: int
-    num_warps: int
+def qkv_launch(device: torch.device, head_dim: int, k: int, dtype: torch.dtype) -> MatrixLaunch:
+    """Of norm_qkv_rope_append, a weight with `k` inputs."""
+    row = MATRIX[capability_of(device)]["norm_qkv_rope_append", qkv_class(head_dim)]
+    return fit(row.launch, k, dtype)
 
 
-def _fit(launch: MatrixLaunch, k: int, dtype: torch.dtype) -> MatrixLaunch:
-    """Keep a tile's bytes for wider elements, and let tiles fill K (576, say) where 64 can."""
-    block_k = launch.block_k * 2 // max(2, dtype.itemsize)
-    while block_k > 64 and k % block_k != 0:
-        block_k //= 2
-    return launch._replace(block_k=block_k)
+def matrix_launch(
+    device: torch.device, operation: str, n: int, k: int, dtype: torch.dtype
+) -> MatrixLaunch:
+    """Of another matrix kernel by its name, a weight with `n` outputs and `k` inputs."""
+    row = MATRIX[capability_of(device)][operation, matrix_class(operation, n, k)]
+    return fit(row.launch, k, dtype)
 
 
-def _spread(n: int) -> int:
-    """Output rows of a tile: 64 where that makes 64 tiles or more, less for a small matrix."""
-    return next((block for block in (64, 32) if n // block >= 64), 16)
+def decode_launch(device: torch.device, head_dim: int, dtype: torch.dtype) -> DecodeLaunch:
+    """Of attn_decode."""
+    return DECODE[capability_of(device)][head_class(head_dim, dtype)].launch
 
 
-def qkv_launch(head_dim: int, k: int, dtype: torch.dtype) -> MatrixLaunch:
-    """Tiles of whole heads, because a head's norm needs all of its outputs."""
-    block_n = max(64, triton.next_power_of_2(head_dim))
-    if block_n == 64:
-        return _fit(MatrixLaunch(64, 128, 6, 4), k, dtype)  # within 1% of the next, measured
-    return _fit(MatrixLaunch(block_n, 128 * 128 // block_n, 4, 8), k, dtype)  # measured at 128
+def prefill_launch(device: torch.device, head_dim: int, dtype: torch.dtype) -> PrefillLaunch:
+    """Of attn_prefill."""
+    return PREFILL[capability_of(device)][head_class(head_dim, dtype)].launch
 
 
-def linear_residual_launch(n: int, k: int, dtype: torch.dtype) -> MatrixLaunch:
-    """[4096, 4096] and [4096, 11008] measured."""
-    if k <= n:
-        return _fit(MatrixLaunch(_spread(n), 256, 4, 4), k, dtype)
-    return _fit(MatrixLaunch(_spread(n), 128, 8, 4), k, dtype)
+def matrix_constants(launch: MatrixLaunch, weight: Weight) -> dict[str, int | bool]:
+    """The keyword arguments that every matrix kernel takes."""
+    return {
+        "BLOCK_N": launch.block_n,
+        "BLOCK_R": BLOCK_ROWS,
+        "BLOCK_K": launch.block_k,
+        "EVEN_K": weight.full.shape[1] % launch.block_k == 0,
+        "HAS_INT8": weight.int8 is not None,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
 
 
-def gated_mlp_launch(n: int, k: int, dtype: torch.dtype) -> MatrixLaunch:
-    """A gate and an up tile to a program, `n` rows in each half; [2 x 11008, 4096] measured."""
-    return _fit(MatrixLaunch(_spread(n), 128, 4, 4), k, dtype)
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """The keyword arguments that every kernel of a decode pass takes: see above.
 
-
-def lm_head_launch(k: int, dtype: torch.dtype) -> MatrixLaunch:
-    """A vocabulary fills the GPU with any tile; the widest projection's shape."""
-    return _fit(MatrixLaunch(128, 128, 4, 8), k, dtype)
-
-
-def prefill_launch(head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
-    """Not measured: three K and V tiles of at most 32 KiB each fit beside the queries."""
-    if dtype.itemsize > 2 or head_dim > 128:
-        return AttentionLaunch(64, 32, 2, 4)
-    return AttentionLaunch(128, 64, 3, 8)
+    The interpreter knows nothing of it, and runs one kernel after the other.
+    """
+    is_dependent = capability_of(device) >= 90 and not triton.knobs.runtime.interpret
+    return {"PDL": is_dependent, "launch_pdl": is_dependent}
 
 
 def assert_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> None:
@@ -126,6 +127,30 @@ def assert_weight(weight: Weight, shape: tuple[int, int], dtype: torch.dtype) ->
         assert shapes == (shape, shape[:1]), (shapes, shape)
         assert_plain(torch.int8, weight.int8)
         assert_plain(torch.float32, weight.scale)
+
+
+def assert_qkv_operands(
+    x: torch.Tensor,  # [R, C]
+    norm_weight: torch.Tensor,  # [C]
+    qkv: Weight,  # [(H + 2*H_kv) * D, C]
+    head_norms: tuple[torch.Tensor | None, torch.Tensor | None],  # [D] each
+    tables: tuple[torch.Tensor, torch.Tensor],  # cos, sin: [S, D/2]
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # positions, num_tokens, slots
+    caches: tuple[torch.Tensor, torch.Tensor],  # [slots, H_kv, S, D] each
+    plan: torch.Tensor,  # [B, 2L]
+) -> None:
+    """What either Q/K/V projection relies on: whole heads, pairs to rotate, plain tensors."""
+    head_dim, shapes = caches[0].shape[3], [t.shape for t in (*tables, *rows, *caches)]
+    assert head_dim % 2 == 0 and qkv.full.shape[0] % head_dim == 0, (head_dim, qkv.full.shape)
+    assert norm_weight.shape == x.shape[1:] and rows[0].numel() == x.shape[0], shapes
+    assert caches[0].shape == caches[1].shape and tables[0].shape == tables[1].shape, shapes
+    assert tables[0].shape[1] == head_dim // 2, shapes
+    assert (head_norms[0] is None) == (head_norms[1] is None), "the norm of queries or keys only"
+    assert_weight(qkv, (qkv.full.shape[0], x.shape[1]), x.dtype)
+    assert_plain(x.dtype, x, norm_weight, *head_norms, *caches)
+    assert_plain(torch.float32, *tables)
+    assert_plain(torch.int32, *rows)
+    assert_plain(torch.uint8, plan)
 
 
 def assert_attention_operands(

@@ -15,11 +15,26 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import BLOCK_ROWS, assert_plain, assert_weight, gated_mlp_launch
+from kernels.launch import (
+    BLOCK_ROWS,
+    assert_plain,
+    assert_weight,
+    dependent_launch,
+    matrix_constants,
+    matrix_launch,
+)
+from kernels.launch_table import MatrixLaunch
 from kernels.linear_int8 import planned_linear_ref
 from kernels.rms_norm import rms_norm_ref
 from kernels.triton_int8 import quantise_columns
-from kernels.triton_tiles import any_row, load_precisions, load_tile, weigh_columns
+from kernels.triton_tiles import (
+    allow_next,
+    any_row,
+    load_precisions,
+    load_tile,
+    wait_for_previous,
+    weigh_columns,
+)
 from kernels.weight import Weight
 
 
@@ -151,7 +166,9 @@ def _norm_gated_mlp_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_INT8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
@@ -164,6 +181,7 @@ def _norm_gated_mlp_kernel(  # type: ignore[no-untyped-def]
         x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, runs, precision == 8, offs_n, mask_n,
         offs_r, mask_r, N, K, BLOCK_N, BLOCK_R, BLOCK_K, HAS_INT8, EVEN_K,
     )  # fmt: skip
+    allow_next(PDL)
     scale = tl.rsqrt(sum_squares / K + eps)[None, :]
     gate *= scale
     h = gate * tl.sigmoid(gate) * (up * scale)
@@ -178,6 +196,8 @@ def norm_gated_mlp(
     gate_up: Weight,  # [2*F, C]
     plan: torch.Tensor,  # [B, 2L] uint8
     sublayer: int,
+    *,
+    launch: MatrixLaunch | None = None,
 ) -> torch.Tensor:
     """Return h [R, F]; rows of a sequence that skips `sublayer` hold nothing to be used."""
     (num_rows, k), n = x.shape, gate_up.full.shape[0] // 2
@@ -186,7 +206,8 @@ def norm_gated_mlp(
     assert_weight(gate_up, (2 * n, k), x.dtype)
     assert_plain(torch.uint8, plan)
     h = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
-    launch = gated_mlp_launch(n, k, x.dtype)
+    launch = launch or matrix_launch(x.device, "norm_gated_mlp", n, k, x.dtype)
+    assert launch.split_k == 1, launch
     grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
     _norm_gated_mlp_kernel[grid](
         x,
@@ -201,6 +222,7 @@ def norm_gated_mlp(
         k,
         sublayer,
         eps,
-        **launch.constants(gate_up),
+        **matrix_constants(launch, gate_up),
+        **dependent_launch(x.device),
     )
     return h

@@ -2,7 +2,8 @@
 
     logits = rms_norm(x) @ W^T
 
-The head is never skipped: its column of the plan table, the last one, is 8 or 16.
+No plan skips the head: its column of the plan table, the last one, is 8 or 16. It is 0 in rows that
+a draft step has no use for, whose logits are left as they were.
 Shapes: x [R, C], W [V, C] -> logits [R, V] in float32 whatever the weights' dtype. Moves the bytes
 of W, R*C elements in and 4*R*V bytes out. The kernel's sums stay in float32 to the end; the
 reference rounds its logits to the weights' dtype first. Rows planned at 8: triton_int8.py.
@@ -14,11 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import BLOCK_ROWS, assert_plain, assert_weight, lm_head_launch
+from kernels.launch import (
+    BLOCK_ROWS,
+    assert_plain,
+    assert_weight,
+    dependent_launch,
+    matrix_constants,
+    matrix_launch,
+)
+from kernels.launch_table import MatrixLaunch
 from kernels.linear_int8 import planned_linear_ref
 from kernels.rms_norm import rms_norm_ref
 from kernels.triton_int8 import project_planned
-from kernels.triton_tiles import load_precisions
+from kernels.triton_tiles import allow_next, any_row, load_precisions, wait_for_previous
 from kernels.weight import Weight
 
 
@@ -56,19 +65,25 @@ def _norm_lm_head_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_INT8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    runs = precision != 0
+    if not any_row(runs):
+        return
     acc, sum_squares = project_planned(  # [BLOCK_N, BLOCK_R], [BLOCK_R]
-        x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, mask_r, precision == 8, offs_n, mask_n,
-        offs_r, mask_r, K, BLOCK_N, BLOCK_R, BLOCK_K, True, HAS_INT8, EVEN_K,
+        x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, runs, precision == 8, offs_n, mask_n,
+        offs_r, mask_r, K, 0, K, BLOCK_N, BLOCK_R, BLOCK_K, True, HAS_INT8, EVEN_K,
     )  # fmt: skip
+    allow_next(PDL)
     logits = acc * tl.rsqrt(sum_squares / K + eps)[None, :]
     logits_ptrs = logits_ptr + offs_r[None, :].to(tl.int64) * N + offs_n[:, None]
-    tl.store(logits_ptrs, logits, mask=mask_n[:, None] & mask_r[None, :])
+    tl.store(logits_ptrs, logits, mask=mask_n[:, None] & runs[None, :])
 
 
 def norm_lm_head(
@@ -78,6 +93,8 @@ def norm_lm_head(
     lm_head: Weight,  # [V, C]
     plan: torch.Tensor,  # [B, P] uint8
     sublayer: int,
+    *,
+    launch: MatrixLaunch | None = None,
 ) -> torch.Tensor:
     """Return logits [R, V], float32."""
     (num_rows, k), n = x.shape, lm_head.full.shape[0]
@@ -86,7 +103,8 @@ def norm_lm_head(
     assert_plain(torch.uint8, plan)
     assert_weight(lm_head, (n, k), x.dtype)
     logits = torch.empty(num_rows, n, dtype=torch.float32, device=x.device)
-    launch = lm_head_launch(k, x.dtype)
+    launch = launch or matrix_launch(x.device, "norm_lm_head", n, k, x.dtype)
+    assert launch.split_k == 1, launch
     grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
     _norm_lm_head_kernel[grid](
         x,
@@ -101,6 +119,7 @@ def norm_lm_head(
         k,
         sublayer,
         eps,
-        **launch.constants(lm_head),
+        **matrix_constants(launch, lm_head),
+        **dependent_launch(x.device),
     )
     return logits

@@ -17,11 +17,19 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import BLOCK_ROWS, assert_plain, assert_weight, qkv_launch
+from kernels.launch import (
+    BLOCK_ROWS,
+    assert_plain,
+    assert_qkv_operands,
+    dependent_launch,
+    matrix_constants,
+    qkv_launch,
+)
+from kernels.launch_table import MatrixLaunch
 from kernels.linear_int8 import planned_linear_ref
 from kernels.rms_norm import rms_norm_ref
 from kernels.triton_int8 import project_planned
-from kernels.triton_tiles import any_row, load_precisions
+from kernels.triton_tiles import allow_next, any_row, load_precisions, wait_for_previous
 from kernels.weight import Weight
 
 
@@ -149,7 +157,9 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
     HAS_INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_QK_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
@@ -164,8 +174,9 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
     cols = head * HEAD_DIM + d
     acc, sum_squares = project_planned(  # [BLOCK_N, BLOCK_R], [BLOCK_R]
         x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, runs, precision == 8, cols, mask_n,
-        offs_r, mask_r, K, BLOCK_N, BLOCK_R, BLOCK_K, True, HAS_INT8, EVEN_K,
+        offs_r, mask_r, K, 0, K, BLOCK_N, BLOCK_R, BLOCK_K, True, HAS_INT8, EVEN_K,
     )  # fmt: skip
+    allow_next(PDL)
     y = acc * tl.rsqrt(sum_squares / K + eps)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[:, None]
@@ -207,6 +218,8 @@ def norm_qkv_rope_append(
     v_cache: torch.Tensor,  # [slots, H_kv, S, D], written
     plan: torch.Tensor,  # [B, 2L] uint8
     sublayer: int,
+    *,
+    launch: MatrixLaunch | None = None,
 ) -> torch.Tensor:
     """Return q [R, H, D] and append k, v of the valid rows of the sequences that run `sublayer`.
 
@@ -215,27 +228,25 @@ def norm_qkv_rope_append(
     num_rows, k = x.shape
     num_kv_heads, max_positions, head_dim = k_cache.shape[1:]
     num_heads = qkv.full.shape[0] // head_dim - 2 * num_kv_heads
-    assert head_dim % 2 == 0 and head_dim >= 8, head_dim
-    assert norm_weight.shape == (k,) and positions.numel() == num_rows, (k, positions.shape)
-    assert v_cache.shape == k_cache.shape and cos.shape == sin.shape, (v_cache.shape, cos.shape)
-    assert cos.shape[1] == head_dim // 2 and (q_norm is None) == (k_norm is None), cos.shape
-    assert_plain(x.dtype, x, norm_weight, qkv_bias, q_norm, k_norm, k_cache, v_cache)
-    assert_weight(qkv, ((num_heads + 2 * num_kv_heads) * head_dim, k), x.dtype)
-    assert_plain(torch.float32, cos, sin)
-    assert_plain(torch.int32, positions, num_tokens, slots)
-    assert_plain(torch.uint8, plan)
+    assert head_dim >= 8, head_dim
+    rows, caches = (positions, num_tokens, slots), (k_cache, v_cache)
+    assert_qkv_operands(x, norm_weight, qkv, (q_norm, k_norm), (cos, sin), rows, caches, plan)
+    assert_plain(x.dtype, qkv_bias)
     q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
-    launch, block_d = qkv_launch(head_dim, k, x.dtype), triton.next_power_of_2(head_dim)
+    launch = launch or qkv_launch(x.device, head_dim, k, x.dtype)
+    block_d = triton.next_power_of_2(head_dim)
+    assert launch.block_n % block_d == 0 and launch.split_k == 1, (launch, head_dim)
     num_tiles = triton.cdiv(num_heads + 2 * num_kv_heads, launch.block_n // block_d)
     operands = (x, norm_weight, *qkv, qkv_bias, q_norm, k_norm, cos, sin)
     sizes = (num_rows, positions.shape[1], k, num_heads, num_kv_heads, max_positions)
     _norm_qkv_rope_append_kernel[(triton.cdiv(num_rows, BLOCK_ROWS), num_tiles)](
-        *(*operands, positions, num_tokens, slots, plan, q, k_cache, v_cache),
+        *(*operands, *rows, plan, q, *caches),
         *(plan.stride(0), *sizes, sublayer, eps),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         HAS_BIAS=qkv_bias is not None,
         HAS_QK_NORM=q_norm is not None,
-        **launch.constants(qkv),
+        **matrix_constants(launch, qkv),
+        **dependent_launch(x.device),
     )
     return q

@@ -63,14 +63,12 @@ def without_early_ends(
     """The logits, or a copy with -inf for end tokens where an answer may not end yet."""
     if end_ids is None or min_position is None:
         return logits
-    width = logits.shape[0] // end_ids.shape[0]
-    is_early = position < min_position.repeat_interleave(width)
-    row, place = (is_early[:, None] & (end_ids >= 0).repeat_interleave(width, 0)).nonzero(
-        as_tuple=True
-    )
-    if row.numel() == 0:
+    is_early = position.view(end_ids.shape[0], -1) < min_position[:, None]  # [B, T]
+    if not is_early.any():
         return logits
-    logits = logits.clone()
+    logits, width = logits.clone(), is_early.shape[1]
+    is_banned = is_early.flatten()[:, None] & (end_ids >= 0).repeat_interleave(width, 0)
+    row, place = is_banned.nonzero(as_tuple=True)
     logits[row, end_ids[row // width, place].long()] = float("-inf")
     return logits
 
@@ -265,11 +263,14 @@ def sample(
     assert_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
     assert (end_ids is None) == (min_position is None), "end tokens without a position"
     assert_plain(torch.int32, end_ids, min_position)
+    num_ends = 0 if end_ids is None else end_ids.shape[1]
+    if end_ids is None:
+        end_ids = top_k  # an address of the type, which is not read
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     _sample_kernel[(num_rows,)](
         *(logits, temperature, top_k, top_p, min_p, seed, position, end_ids, min_position, tokens),
         *(vocab_size, num_rows // temperature.shape[0]),
-        NUM_ENDS=0 if end_ids is None else end_ids.shape[1],
+        NUM_ENDS=num_ends,
         BLOCK_V=min(SAMPLE_BLOCK_V, max(128, triton.next_power_of_2(vocab_size))),
         num_warps=16,
     )

@@ -71,6 +71,8 @@ def project_rows_int8(  # type: ignore[no-untyped-def]
     offs_r,
     mask_r,
     K,
+    first_k,
+    end_k,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,10 +83,10 @@ def project_rows_int8(  # type: ignore[no-untyped-def]
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     sum_squares = tl.zeros((BLOCK_R,), tl.float32)
     offs_k = tl.arange(0, BLOCK_K)
-    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
-    x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + offs_k[:, None]
-    for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
+    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + first_k + offs_k[None, :]
+    x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + first_k + offs_k[:, None]
+    for k in range(first_k, end_k, BLOCK_K):
+        mask_k = offs_k < end_k - k
         w = load_tile(w_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
         x = load_tile(x_ptrs, mask_r[None, :], mask_k[:, None], EVEN_K, "").to(tl.float32)
         if HAS_NORM:
@@ -113,6 +115,8 @@ def project_planned(  # type: ignore[no-untyped-def]
     offs_r,
     mask_r,
     K,
+    first_k,
+    end_k,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -127,7 +131,7 @@ def project_planned(  # type: ignore[no-untyped-def]
     """
     if not HAS_INT8:
         acc, sum_squares = project_rows(
-            x_ptr, norm_ptr, w_ptr, offs_n, mask_n, offs_r, mask_r, K,
+            x_ptr, norm_ptr, w_ptr, offs_n, mask_n, offs_r, mask_r, K, first_k, end_k,
             BLOCK_N, BLOCK_R, BLOCK_K, HAS_NORM, EVEN_K,
         )  # fmt: skip
     else:
@@ -135,13 +139,13 @@ def project_planned(  # type: ignore[no-untyped-def]
         sum_squares = tl.zeros((BLOCK_R,), tl.float32)
         if any_row(runs & ~is_int8):
             acc, sum_squares = project_rows(
-                x_ptr, norm_ptr, w_ptr, offs_n, mask_n, offs_r, mask_r, K,
+                x_ptr, norm_ptr, w_ptr, offs_n, mask_n, offs_r, mask_r, K, first_k, end_k,
                 BLOCK_N, BLOCK_R, BLOCK_K, HAS_NORM, EVEN_K,
             )  # fmt: skip
         if any_row(is_int8):
             acc8, sum_squares8 = project_rows_int8(
-                x_ptr, norm_ptr, w8_ptr, w8_scale_ptr, offs_n, mask_n, offs_r, is_int8, K,
-                BLOCK_N, BLOCK_R, BLOCK_K, HAS_NORM, EVEN_K,
+                x_ptr, norm_ptr, w8_ptr, w8_scale_ptr, offs_n, mask_n, offs_r, is_int8,
+                K, first_k, end_k, BLOCK_N, BLOCK_R, BLOCK_K, HAS_NORM, EVEN_K,
             )  # fmt: skip
             acc = tl.where(is_int8[None, :], acc8, acc)
             sum_squares = tl.where(is_int8, sum_squares8, sum_squares)

@@ -1,9 +1,9 @@
 """The operations on a GPU: `TRITON` for passes of 1 to 16 new tokens a sequence, `TRITON_PREFILL`
 for prompts.
 
-Prompts have rows enough for the library's GEMM; only their attention is a kernel of ours. A token
-must get its key and value from the same record in plain and in speculative decoding, which both
-decode with `TRITON` and prefill with `TRITON_PREFILL`.
+Prompts have rows enough for the library's GEMM. The host waits for the device in neither record. A
+token must get its key and value from the same record in plain and in speculative decoding, which
+both decode with `TRITON` and prefill with `TRITON_PREFILL`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from kernels.attn_decode import attn_decode
 from kernels.attn_prefill import attn_prefill
 from kernels.keep_drafted import keep_drafted
 from kernels.keep_states import keep_states
-from kernels.linear_residual import linear_residual, linear_residual_ref
+from kernels.linear_residual import linear_residual
 from kernels.nearest_anchor import nearest_anchor_triton
-from kernels.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
-from kernels.norm_lm_head import norm_lm_head, norm_lm_head_ref
-from kernels.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
+from kernels.norm_gated_mlp import norm_gated_mlp
+from kernels.norm_lm_head import norm_lm_head
+from kernels.norm_qkv_rope import norm_qkv_rope_append
 from kernels.ops import Ops
 from kernels.pool_states import pool_states
+from kernels.prefill_linear import (
+    linear_residual_prefill,
+    norm_gated_mlp_prefill,
+    norm_lm_head_prefill,
+)
+from kernels.qkv_prefill import qkv_prefill
 from kernels.round_rows import draft_rows, verify_rows
 from kernels.sample import sample
 
@@ -43,11 +49,11 @@ TRITON = Ops(
 
 TRITON_PREFILL = Ops(
     name="triton-prefill",
-    norm_qkv_rope_append=norm_qkv_rope_append_ref,
+    norm_qkv_rope_append=qkv_prefill,
     attention=attn_prefill,
-    linear_residual=linear_residual_ref,
-    norm_gated_mlp=norm_gated_mlp_ref,
-    norm_lm_head=norm_lm_head_ref,
+    linear_residual=linear_residual_prefill,
+    norm_gated_mlp=norm_gated_mlp_prefill,
+    norm_lm_head=norm_lm_head_prefill,
     sample=sample,
     keep_states=keep_states,
     draft_rows=draft_rows,

@@ -8,6 +8,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first statement of a kernel of a decode pass: launch.py says why."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def allow_next(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Let the next kernel of a decode pass take the places that this one's programs leave."""
+    if PDL:
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -54,6 +69,8 @@ def project_rows(  # type: ignore[no-untyped-def]
     offs_r,
     mask_r,
     K,
+    first_k,
+    end_k,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -62,15 +79,16 @@ def project_rows(  # type: ignore[no-untyped-def]
 ):
     """Return W (x * norm)^T [BLOCK_N, BLOCK_R] and each row's sum of x^2 [BLOCK_R], in float32.
 
+    The sums go over first_k <= k < end_k, first_k a multiple of BLOCK_K.
     The weight is the left operand: 16 rows are too few for the left side of a tensor-core dot.
     """
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     sum_squares = tl.zeros((BLOCK_R,), tl.float32)
     offs_k = tl.arange(0, BLOCK_K)
-    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
-    x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + offs_k[:, None]
-    for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
+    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + first_k + offs_k[None, :]
+    x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + first_k + offs_k[:, None]
+    for k in range(first_k, end_k, BLOCK_K):
+        mask_k = offs_k < end_k - k
         # Each weight is read once a pass; what is reused must not be evicted for it.
         w = load_tile(w_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
         x = load_tile(x_ptrs, mask_r[None, :], mask_k[:, None], EVEN_K, "")

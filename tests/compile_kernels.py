@@ -4,7 +4,7 @@
 
 The launchers run on meta tensors with `JITFunction.run` replaced by a recorder, so signatures,
 constants and launch parameters are the real ones and no table repeats them. What differs from a
-real launch is only the source of the target. Prints one JSON line a kernel. The interpreter must
+real launch is only where the target comes from. Prints one JSON line a kernel. The interpreter must
 be off, which is why this is a program of its own.
 """
 
@@ -28,12 +28,17 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from kernels import launch as kernels_launch  # noqa: E402
 from kernels.launch import NUM_COUNTERS  # noqa: E402
 from kernels.nearest_anchor import nearest_anchor_triton  # noqa: E402
 from kernels.triton_ops import TRITON, TRITON_PREFILL  # noqa: E402
 from kernels.weight import Weight  # noqa: E402
 
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+# Whatever reads or writes the device's memory.
+MEMORY = re.compile(
+    r"\b(?:ld\.(?!param|shared)|st\.(?!shared|local)|atom\.|red\.|cp\.async|prefetch)"
+)
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -64,6 +69,10 @@ SHAPES = {
     "Qwen2.5-0.5B": Shape(896, 14, 2, 64, 4864, 151936, has_bias=True),
     "Qwen3-0.6B": Shape(1024, 16, 8, 128, 3072, 151936, has_qk_norm=True),
     "SmolLM2-135M": Shape(576, 9, 3, 64, 1536, 49152),
+    "Llama-2-13B": Shape(5120, 40, 40, 128, 13824, 32000),
+    "Qwen2.5-1.5B": Shape(1536, 12, 2, 128, 8960, 151936, has_bias=True),
+    "Phi-3-mini": Shape(3072, 32, 32, 96, 8192, 32064),
+    "widened-6B": Shape(4096, 63, 21, 64, 13824, 49152),
 }
 
 
@@ -118,8 +127,8 @@ def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Laun
     return Launch(kernel, signature, constants, tuple(divisible), options)
 
 
-def launch_all(run: Run) -> None:
-    """Call every launcher once with the sizes of a model."""
+def launch_model(run: Run, batch: int, width: int, layers: int) -> None:
+    """Call the launchers of a forward pass, once with each of a model's weights."""
     shape = SHAPES[run.model]
 
     def meta(*sizes: int, dtype: torch.dtype = run.dtype) -> torch.Tensor:
@@ -130,8 +139,7 @@ def launch_all(run: Run) -> None:
             return Weight(meta(n, k))
         return Weight(meta(n, k), meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32))
 
-    batch, width, positions = 2, 5, 4096
-    rows, layers = batch * width, 2
+    rows, positions = batch * width, 4096
     c, d, f = shape.hidden, shape.head_dim, shape.ffn
     i32 = {"dtype": torch.int32}
     where = (meta(batch, width, **i32), meta(batch, **i32), meta(batch, **i32))
@@ -143,26 +151,61 @@ def launch_all(run: Run) -> None:
     bias = meta(n) if shape.has_bias else None
     head_norms = tuple(meta(d) if shape.has_qk_norm else None for _ in "qk")
     x, norm = meta(rows, c), meta(c)
-    TRITON.norm_qkv_rope_append(
-        x, norm, 1e-5, weight(n, c), bias, *head_norms, *tables, *where, *caches, *plan
-    )
     for ops in (TRITON, TRITON_PREFILL):
+        ops.norm_qkv_rope_append(
+            x, norm, 1e-5, weight(n, c), bias, *head_norms, *tables, *where, *caches, *plan
+        )
         ops.attention(meta(rows, shape.heads, d), *caches, *where, *plan, counters)
     out = weight(c, shape.heads * d)
     TRITON.linear_residual(meta(rows, shape.heads * d), out, x, *plan, counters)
     TRITON.norm_gated_mlp(x, norm, 1e-5, weight(2 * f, c), *plan)
     TRITON.linear_residual(meta(rows, f), weight(c, f), x, *plan, counters)
     TRITON.norm_lm_head(x, norm, 1e-5, weight(shape.vocab, c), *plan)
-    f32, i64 = {"dtype": torch.float32}, {"dtype": torch.int64}
-    parameters = (meta(rows, **f32), meta(rows, **i32), meta(rows, **f32), meta(rows, **f32))
-    logits = meta(rows, shape.vocab, **f32)
-    TRITON.sample(logits, *parameters, meta(rows, **i64), meta(rows, **i64))
-    TRITON.accept(meta(batch, width, **i64), meta(batch, width - 1, **i64), meta(batch, **i32))
+
+
+def launch_round(shape: Shape, batch: int, width: int, layers: int) -> None:
+    """Call the launchers of what a round does with tokens."""
+
+    def meta(*sizes: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    f32, i64, u8 = ({"dtype": dtype} for dtype in (torch.float32, torch.int64, torch.uint8))
+    counts = tuple(meta(batch) for _ in range(3))  # first, num_drafted, num_wanted
+    token_ids, end_ids = meta(batch, 16, **i64), meta(batch, 128)
+    TRITON.draft_rows(token_ids, *counts, meta(batch), meta(4, 2 * layers + 1, **u8))
+    TRITON.verify_rows(token_ids, *counts[:2], width, 4096)
+    parameters = (meta(batch, **f32), meta(batch), meta(batch, **f32), meta(batch, **f32))
+    position = meta(batch * width, **i64)
+    logits = meta(batch * width, shape.vocab, **f32)
+    for ends in ((end_ids, meta(batch)), ()):
+        TRITON.sample(logits, *parameters, meta(batch, **i64), position, *ends)
+    drawn, unsure = meta(batch, **i64), meta(batch, **f32)
+    TRITON.keep_drafted(logits[:batch], drawn, token_ids, *counts[1:], end_ids, unsure)
+    TRITON.accept(meta(batch, width, **i64), token_ids, counts[1])
+
+
+def launch_all(run: Run) -> None:
+    """Call every launcher with the sizes of a model."""
+
+    def meta(*sizes: int, dtype: torch.dtype = run.dtype) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    shape, (batch, width, layers) = SHAPES[run.model], (2, 5, 2)
+    launch_model(run, batch, width, layers)
+    c = shape.hidden
+    f32, i32 = {"dtype": torch.float32}, {"dtype": torch.int32}
+    launch_round(shape, batch, width, layers)
     u8 = {"dtype": torch.uint8}
     plans = (meta(8, 2 * layers + 1, **u8), 0, 1.5, meta(batch, 2 * layers + 1, **u8))
     for anchors, channels in ((70, c), (4096, c), (70, 8192), (4096, 8192)):
         total, library = meta(batch, channels, **f32), meta(anchors, channels, **f32)
         nearest_anchor_triton(total, library, meta(anchors, **i32), *plans)
+    for channels in (c, 8192):
+        for tokens in (1, 300, 32768):
+            TRITON.pool_states(meta(tokens, channels), meta(channels), 1e-5)
+    TRITON.keep_states(
+        meta(batch * width, c), meta(batch, width, **i32), meta(batch, **i32), meta(4, 4096, c)
+    )
 
 
 def recorded_launches() -> Iterator[tuple[Run, Launch]]:
@@ -205,6 +248,10 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
         ),
         "int8_dots": len(re.findall(r"mma\S*\.s8\.s8|kind::i8", ptx)),
         "fast_logarithms": ptx.count("lg2.approx"),
+        "is_dependent": bool(compiled.metadata.launch_pdl),
+        "waits": ptx.count("griddepcontrol.wait"),
+        "triggers": ptx.count("griddepcontrol.launch_dependents"),
+        "accesses_before_wait": len(MEMORY.findall(ptx.partition("griddepcontrol.wait")[0])),
     }
 
 
@@ -233,6 +280,8 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     capability = int(sys.argv[1])
+    # Tensors that are nowhere do not say which row of the launch table is theirs.
+    kernels_launch.capability_of = lambda device: capability
     for run, launch in recorded_launches():
         usage = compile_launch(launch, capability)
         where = {"model": run.model, "dtype": str(run.dtype), "int8": run.has_int8}

@@ -18,12 +18,22 @@ MATRIX_KERNELS = {
     "_norm_gated_mlp_kernel",
     "_norm_lm_head_kernel",
 }
-KERNELS = MATRIX_KERNELS | {
-    "_attn_decode_kernel",
+DEPENDENT_KERNELS = MATRIX_KERNELS | {"_attn_decode_kernel"}  # those of a decode pass
+# They read a few token ids.
+TINY_KERNELS = {"_accept_kernel", "_draft_rows_kernel", "_verify_rows_kernel"}
+KERNELS = DEPENDENT_KERNELS | {
+    "_rms_norm_kernel",
+    "_qkv_prefill_kernel",
     "_attn_prefill_kernel",
     "_sample_kernel",
     "_accept_kernel",
+    "_draft_rows_kernel",
+    "_verify_rows_kernel",
+    "_keep_drafted_kernel",
+    "_keep_states_kernel",
     "_nearest_anchor_kernel",
+    "_token_scales_kernel",
+    "_pool_states_kernel",
 }
 
 
@@ -62,7 +72,7 @@ def test_kernels_compile_and_fit(records, sm):
 def test_loads_are_vectorised(records, sm):
     """16 bytes a thread: a weight read in narrower pieces does not reach the memory's speed."""
     for record in records[sm]:
-        is_tiny = record["kernel"] == "_accept_kernel"  # reads a few token ids
+        is_tiny = record["kernel"] in TINY_KERNELS
         assert (is_tiny or record["wide_loads"] > 0) and record["narrow_weights"] == 0, record
 
 
@@ -79,3 +89,13 @@ def test_noise_takes_exact_logarithms(records, sm):
     """lg2.approx is wrong by 2^-22 near 1, which is where Gumbel noise has its largest values."""
     sampler = [record for record in records[sm] if record["kernel"] == "_sample_kernel"]
     assert sampler and all(record["fast_logarithms"] == 0 for record in sampler)
+
+
+@pytest.mark.parametrize("sm", SHARED_LIMITS)
+def test_kernels_of_a_decode_pass_wait_before_they_touch_memory(records, sm):
+    """Where the next kernel starts early, and only there: launch.py says why that is safe."""
+    for record in records[sm]:
+        is_dependent = sm >= 90 and record["kernel"] in DEPENDENT_KERNELS
+        assert record["is_dependent"] == is_dependent, record
+        assert record["waits"] == record["triggers"] == int(is_dependent), record
+        assert not is_dependent or record["accesses_before_wait"] == 0, record

@@ -93,8 +93,8 @@ def used_rows(args: list) -> torch.Tensor:
     return (is_valid & (plan[:, SUBLAYER, None] > 0)).flatten()
 
 
-def check(args: list) -> None:
-    out, low = run(norm_qkv_rope_append, args), run(norm_qkv_rope_append_ref, args)
+def check(args: list, operation=norm_qkv_rope_append) -> None:
+    out, low = run(operation, args), run(norm_qkv_rope_append_ref, args)
     high = run(norm_qkv_rope_append_ref, [promote(arg) for arg in args])
     rows = used_rows(args)
     assert_within_budget(out[0][rows], low[0][rows], high[0][rows], "q")

@@ -1,0 +1,177 @@
+"""Launch parameters to try for a shape class, and what is made of their times.
+
+What is tried lies around the table's present choice: all combinations of the steps below, nearest
+first. Nothing here knows how many rows a pass has, and a class gets one set of parameters for all
+of them (kernels/launch_table.py says why); times of one row and of eight only enter its rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
+from typing import NamedTuple
+
+from bench.harness import Spread
+from kernels.launch_table import (
+    DECODE,
+    MATRIX,
+    PREFILL,
+    DecodeLaunch,
+    MatrixLaunch,
+    PrefillLaunch,
+)
+
+Parameters = MatrixLaunch | DecodeLaunch | PrefillLaunch
+
+# block_n, block_k, stages, warps
+MATRIX_STEPS = ((16, 32, 64, 128, 256), (64, 128, 256), (3, 4, 6, 8), (4, 8))
+SPLITS = (1, 2, 4)
+# block_s, programs, stages, warps
+DECODE_STEPS = ((32, 64, 128), (64, 128, 256, 512), (2, 3, 4), (2, 4, 8))
+# block_m, block_n, stages, warps
+PREFILL_STEPS = ((64, 128), (32, 64, 128), (2, 3, 4), (4, 8))
+
+LARGEST_SHARED = 227 * 1024  # bytes a block may have on any GPU of the table
+LEAST_IN_FLIGHT = 16 * 1024  # bytes of a weight that a program waits for: fewer starve the memory
+LEAST_OF_A_THREAD = 16  # weights of a tile: 16 bytes of the 8-bit form, the widest load
+EIGHT_ROWS_SHARE = INT8_SHARE = 0.1  # of these times in a rank, beside the whole one-row time
+STEEP = 1.15  # eight rows may cost so many times one row before a candidate goes to the end
+GAIN = 0.99  # the present choice stays unless another takes less than this share of its time
+
+
+class ShapeClass(NamedTuple):
+    """A row of the launch table: the kernel's name and the class of its weight or heads."""
+
+    operation: str
+    name: str
+
+
+class Times(NamedTuple):
+    """Microseconds of one problem of a class: one row, eight rows, one row in 8 bits."""
+
+    one: Spread
+    eight: Spread | None = None
+    int8: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of one candidate: why it is out, or its times of every problem of the class."""
+
+    launch: Parameters
+    times: tuple[Times, ...] = ()
+    refusal: str = ""
+
+    @property
+    def is_steep(self) -> bool:
+        """Whether eight rows cost much more than one."""
+        return any(
+            t.eight is not None and t.eight.median > STEEP * t.one.median for t in self.times
+        )
+
+    @property
+    def score(self) -> float:
+        """The geometric mean over the problems: a per cent of each counts the same."""
+        return geometric_mean(_weighed(times) for times in self.times)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(fmean(math.log(value) for value in values))
+
+
+def _weighed(times: Times) -> float:
+    total = times.one.median
+    if times.eight is not None:
+        total += EIGHT_ROWS_SHARE * times.eight.median
+    if times.int8 is not None:
+        total += INT8_SHARE * times.int8.median
+    return total
+
+
+def present(capability: int, shape_class: ShapeClass) -> Parameters:
+    """What the table has for the class now."""
+    operation, name = shape_class
+    if operation == "attn_decode":
+        return DECODE[capability][name].launch
+    if operation == "attn_prefill":
+        return PREFILL[capability][name].launch
+    return MATRIX[capability][operation, name].launch
+
+
+def candidates(capability: int, shape_class: ShapeClass, limit: int) -> list[Parameters]:
+    """The present choice, then the nearest others; `limit` altogether."""
+    now = present(capability, shape_class)
+    others = [other for other in _all(shape_class) if other != now]
+    others.sort(key=lambda other: (_distance(now, other), other))
+    return [now, *others][:limit]
+
+
+def _all(shape_class: ShapeClass) -> list[Parameters]:
+    operation, name = shape_class
+    if operation == "attn_decode":
+        return [DecodeLaunch(*steps) for steps in product(*DECODE_STEPS)]
+    if operation == "attn_prefill":
+        return [PrefillLaunch(*steps) for steps in product(*PREFILL_STEPS)]
+    splits = SPLITS if operation == "linear_residual" else (1,)
+    # Tiles of Q, K and V hold whole heads: "heads to 128" has tiles of 128 rows or twice that.
+    rows = int(name.split()[-1]) if operation == "norm_qkv_rope_append" else 1
+    found = [MatrixLaunch(*steps) for steps in product(*MATRIX_STEPS, splits)]
+    weights = 2 if operation == "norm_gated_mlp" else 1
+    return [launch for launch in found if launch.block_n % rows == 0 and _is_sound(launch, weights)]
+
+
+def _is_sound(launch: MatrixLaunch, num_weights: int) -> bool:
+    """Whether bfloat16 tiles of so many weights can fit and are worth a try."""
+    tile = launch.block_n * launch.block_k
+    in_flight = 2 * num_weights * tile * launch.num_stages
+    is_wide = tile >= LEAST_OF_A_THREAD * 32 * launch.num_warps
+    return is_wide and LEAST_IN_FLIGHT <= in_flight <= LARGEST_SHARED
+
+
+def _distance(a: Parameters, b: Parameters) -> float:
+    return sum(abs(math.log2(x / y)) for x, y in zip(a, b, strict=True))
+
+
+def rank(trials: Iterable[Trial]) -> list[Trial]:
+    """The timed ones, the best first; those that are slow with eight rows behind the others."""
+    timed = [trial for trial in trials if not trial.refusal]
+    return sorted(timed, key=lambda trial: (trial.is_steep, trial.score))
+
+
+def choose(ranked: Sequence[Trial], now: Parameters) -> Trial:
+    """The best, or the present choice where the best is not clearly better."""
+    for trial in ranked:
+        is_close = ranked[0].score > GAIN * trial.score
+        if trial.launch == now and trial.is_steep == ranked[0].is_steep and is_close:
+            return trial
+    return ranked[0]
+
+
+def paste_row(shape_class: ShapeClass, launch: Parameters) -> str:
+    """The class's line of kernels/launch_table.py."""
+    operation, name = shape_class
+    key = f'"{name}"' if operation.startswith("attn_") else f'("{operation}", "{name}")'
+    numbers: tuple[int, ...] = launch
+    if isinstance(launch, MatrixLaunch) and launch.split_k == 1:
+        numbers = launch[:-1]
+    values = ", ".join(map(str, numbers))
+    return f"    {key}: Row({type(launch).__name__}({values}), TUNED),"
+
+
+def paste_rows(
+    chosen: Sequence[tuple[ShapeClass, Parameters]], capability: int, source: str
+) -> list[str]:
+    """All lines for kernels/launch_table.py, under the name of the table that each belongs to."""
+    lines = [f'TUNED = "{source}"']
+    for table in ("MATRIX", "DECODE", "PREFILL"):
+        rows = [paste_row(key, launch) for key, launch in chosen if _table(key) == table]
+        if rows:
+            lines += [f"# {table}_{capability}", *rows]
+    return lines
+
+
+def _table(shape_class: ShapeClass) -> str:
+    return {"attn_decode": "DECODE", "attn_prefill": "PREFILL"}.get(shape_class.operation, "MATRIX")

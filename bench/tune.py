@@ -1,0 +1,285 @@
+"""Finds rows of the launch table: tiles, pipeline depths and warps for this GPU.
+
+    python -m bench.tune [--shape all|NAME] [--operation all|NAME] [--limit N]
+
+For each shape class of kernels/launch_table.py that the models have, the table's present choice and
+the nearest others are launched on every weight of the class. What does not compile, needs more
+shared memory than there is or gives a wrong result is out; the rest is timed as in bench.ops. The
+rank is the one-row time, to which eight rows and 8-bit weights add a tenth of theirs each; a
+candidate that takes eight rows much longer than one goes to the end. One choice serves all numbers
+of rows: parameters that depended on them would make speculation lossy. The lines to paste keep the
+present choice (marked *) unless another is more than 1% faster.
+
+Without a GPU every candidate is compiled for sm_80 and sm_90, and what is printed is which of them
+fit the shared memory of a block and keep their sums in registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from bench import gpu_time
+from bench.candidates import (
+    Parameters,
+    ShapeClass,
+    Times,
+    Trial,
+    candidates,
+    choose,
+    geometric_mean,
+    paste_rows,
+    present,
+    rank,
+)
+from bench.cases import Case, Expected, Setting, check, expected
+from bench.compile import SHARED_LIMITS, compile_launch, recorded_launches
+from bench.harness import print_machine, print_result
+from bench.launch_classes import (
+    DTYPE,
+    OPERATIONS,
+    Problem,
+    case_groups,
+    shape_classes,
+    with_launch,
+)
+from bench.shapes import SHAPES
+from kernels.launch import capability_of
+
+NO_GPU = "no CUDA device: candidates are compiled only, nothing is timed"
+ABSENT_GPUS = (80, 90)
+DEFAULT_LIMIT, DEFAULT_COMPILED = 20, 3
+REPEATS = 7
+SEED = 20261124
+# A candidate that the compiler's passes cannot handle; any other RuntimeError is ours.
+PASS_FAILED = "PassManager::run failed"
+
+
+class Fit(NamedTuple):
+    """What the compiler says of a candidate: bytes a block, registers and stack bytes a thread."""
+
+    refusal: str
+    shared: int = 0
+    registers: int = 0
+    stack: int = 0
+
+
+def refusal_of(attempt: Callable[[], Any]) -> str:
+    """Why a candidate cannot run, or nothing."""
+    try:
+        attempt()
+    except triton.TritonError as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    except RuntimeError as error:
+        if PASS_FAILED not in str(error):
+            raise
+        return PASS_FAILED
+    return ""
+
+
+def try_launch(
+    group: Mapping[str, Case], known: Mapping[str, Expected], launch: Parameters
+) -> Times | str:
+    """The times of one problem, or why the candidate is out: every case is checked first."""
+    cases = {name: with_launch(case, launch) for name, case in group.items()}
+    for name, case in cases.items():
+        found = []
+        refusal = refusal_of(lambda: found.append(check(case, known[name])))  # noqa: B023
+        if refusal:
+            return refusal
+        if not found[0].is_right:
+            return f"wrong: error {found[0].error:.1e}, allowed {found[0].budget:.1e} ({case})"
+    return Times(
+        **{
+            name: gpu_time.graph_times([partial(case.kernel, *args) for args in case.sets], REPEATS)
+            for name, case in cases.items()
+        }
+    )
+
+
+def try_class(
+    problems: Sequence[Problem], launches: Sequence[Parameters], base: Setting
+) -> list[Trial]:
+    """Every candidate on every problem; one that is out is not tried further."""
+    trials = {launch: Trial(launch) for launch in launches}
+    for problem in problems:
+        for group in case_groups(problem, replace(base, config=problem.config)):
+            known = {name: expected(case) for name, case in group.items()}
+            for launch, trial in trials.items():
+                if trial.refusal:
+                    continue
+                found = try_launch(group, known, launch)
+                if isinstance(found, str):
+                    trials[launch] = Trial(launch, refusal=found)
+                else:
+                    trials[launch] = Trial(launch, (*trial.times, found))
+    return list(trials.values())
+
+
+def describe_class(shape_class: ShapeClass, problems: Sequence[Problem]) -> str:
+    where = ", ".join(f"{p.model} {p.kind}" for p in problems)
+    return f"\n{shape_class.operation}, {shape_class.name} ({where})"
+
+
+def parameters(launch: Parameters) -> str:
+    return ", ".join(f"{name} {value}" for name, value in launch._asdict().items())
+
+
+def column(trial: Trial, name: str) -> float | None:
+    """The geometric mean over the problems of one kind of time."""
+    values = [getattr(times, name) for times in trial.times]
+    if any(value is None for value in values):
+        return None
+    return round(geometric_mean(value.median for value in values), 3)
+
+
+def print_trials(trials: Sequence[Trial], now: Parameters) -> None:
+    """The timed candidates, the best first, then the others and why they are out."""
+    print(f"{'':1} {'parameters':<62} {'one row':>9} {'8 rows':>9} {'int8':>9}")
+    for trial in rank(trials):
+        times = [column(trial, name) for name in Times._fields]
+        shown = " ".join(f"{'-' if value is None else f'{value:.2f}':>9}" for value in times)
+        note = "  slow with 8 rows" if trial.is_steep else ""
+        mark = "*" if trial.launch == now else ""
+        print(f"{mark:1} {parameters(trial.launch):<62} {shown}{note}")
+    for trial in trials:
+        if trial.refusal:
+            mark = "*" if trial.launch == now else ""
+            print(f"{mark:1} {parameters(trial.launch):<62} {trial.refusal}")
+
+
+def tune(classes: Mapping[ShapeClass, Sequence[Problem]], limit: int) -> list[dict[str, Any]]:
+    """Time everything on this GPU and print tables and rows."""
+    name = torch.cuda.get_device_name()
+    major, minor = torch.cuda.get_device_capability()
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability = capability_of(device)
+    print(f"{name}, compute capability {major}.{minor}, entry {capability} of the launch table; "
+          "microseconds, geometric means of medians")  # fmt: skip
+    results, chosen = [], []
+    for shape_class, problems in classes.items():
+        print(describe_class(shape_class, problems), flush=True)
+        now = present(capability, shape_class)
+        base = Setting(problems[0].config, DTYPE, device, gpu_time.cache_bytes(device))
+        trials = try_class(problems, candidates(capability, shape_class, limit), base)
+        print_trials(trials, now)
+        ranked = rank(trials)
+        if ranked:
+            chosen.append((shape_class, choose(ranked, now).launch))
+        rows = [
+            {**trial.launch._asdict(), "refusal": trial.refusal, "times": trial.times}
+            for trial in (*ranked, *(trial for trial in trials if trial.refusal))
+        ]
+        results.append({**shape_class._asdict(), "capability": capability, "candidates": rows})
+    print("\nrows for kernels/launch_table.py:")
+    source = f"bench.tune on one {name}, {date.today()}"
+    print("\n".join(paste_rows(chosen, capability, source)))
+    return results
+
+
+def compile_candidate(task: tuple[int, Problem, Parameters]) -> Fit:
+    """Compile one candidate for a GPU that need not be there; of a matrix the 8-bit form.
+
+    A kernel with that form has the loop over the full one as well.
+    """
+    capability, problem, launch = task
+    setting = Setting(problem.config, DTYPE, torch.device("meta"))
+    group = next(case_groups(problem, setting))
+    case = with_launch(group.get("int8", group["one"]), launch)
+    with recorded_launches(capability) as launches:
+        case.kernel(*case.sets[0])
+    compiled = []
+    refusal = refusal_of(lambda: compiled.append(compile_launch(launches[0], capability)))
+    if refusal:
+        return Fit(refusal)
+    (found,) = compiled
+    if found.shared > SHARED_LIMITS[capability]:
+        refusal = "exceeds shared memory"
+    elif found.stack:
+        refusal = "spills"
+    return Fit(refusal, found.shared, found.registers, found.stack)
+
+
+def compile_all(
+    classes: Mapping[ShapeClass, Sequence[Problem]], limit: int
+) -> list[dict[str, Any]]:
+    """Compile every candidate on the first problem of its class and print what fits."""
+    jobs = [
+        (shape_class, (capability, problems[0], launch))
+        for shape_class, problems in classes.items()
+        for capability in ABSENT_GPUS
+        for launch in candidates(capability, shape_class, limit)
+    ]
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy running threads
+    results: dict[tuple[ShapeClass, int], dict[str, Any]] = {}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        fits = pool.map(compile_candidate, [task for _, task in jobs])
+        for (shape_class, (capability, problem, launch)), fit in zip(jobs, fits, strict=True):
+            if (shape_class, capability) not in results:
+                print(f"{describe_class(shape_class, [problem])}, sm_{capability}")
+                print(f"{'':1} {'parameters':<62} {'shared KiB':>10} {'registers':>9} {'stack':>6}")
+                results[shape_class, capability] = {
+                    **shape_class._asdict(), "capability": capability, "candidates": [],
+                }  # fmt: skip
+            mark = "*" if launch == present(capability, shape_class) else ""
+            print(f"{mark:1} {parameters(launch):<62} {fit.shared / 1024:>10.1f} "
+                  f"{fit.registers:>9} {fit.stack:>6}  {fit.refusal or 'fits'}",
+                  flush=True)  # fmt: skip
+            row = {**launch._asdict(), **fit._asdict()}
+            results[shape_class, capability]["candidates"].append(row)
+    return list(results.values())
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shape", default="all", choices=["all", *SHAPES])
+    parser.add_argument("--operation", default="all", choices=["all", *OPERATIONS])
+    parser.add_argument(
+        "--limit", type=int,
+        help=f"candidates of a class; default: {DEFAULT_LIMIT}, without a GPU {DEFAULT_COMPILED}",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit}: expected at least 1, the present choice")
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, expected a compiler; unset it")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    described = print_machine()
+    torch.manual_seed(SEED)
+    is_timed = torch.cuda.is_available()
+    configs = SHAPES if args.shape == "all" else {args.shape: SHAPES[args.shape]}
+    operations = OPERATIONS if args.operation == "all" else (args.operation,)
+    classes = shape_classes(configs, operations)
+    if is_timed:
+        found = tune(classes, args.limit or DEFAULT_LIMIT)
+    else:
+        print(NO_GPU)
+        found = compile_all(classes, args.limit or DEFAULT_COMPILED)
+    print_result(
+        {
+            "device": torch.cuda.get_device_name() if is_timed else "cpu",
+            "timed": is_timed,
+            "classes": found,
+            "machine": described,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

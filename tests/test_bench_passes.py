@@ -1,0 +1,268 @@
+"""What passes cost at a shape: sizes, checks, and every measurement under a host's clock."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoints import tiny_config
+from tiny import family_config, tiny_llama
+
+import bench.passes as passes_module
+from bench.pass_arms import VERIFIED, Clocks, draft_arm, make_arms, wall_timer
+from bench.pass_checks import CheckError, check_draft, check_replay, check_rows
+from bench.passes import check, describe, measure, measure_shape
+from bench.shapes import SHAPES
+from bench.subject import (
+    SKIPPED,
+    choose_contexts,
+    kv_bytes,
+    make_subject,
+    matrix_elements,
+    prefill_flops,
+    random_tokens,
+    skip_plan,
+    textless,
+    weight_bytes,
+)
+from engine.graphs import run_eagerly
+from kernels.numba_ops import NUMBA
+from models.llama import Llama
+from models.plan import SKIP
+from models.quantise import with_int8
+from models.weights import sublayer_bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CEILINGS = {"read": 1e9, "copy": 2e9, "matmul": 1e12}
+CONTEXT = 64
+
+
+def subject_of(model: Llama, max_context: int = CONTEXT, run=run_eagerly):
+    return make_subject(model, with_int8(model), max_context, run)
+
+
+def model_with(**ops) -> Llama:
+    return tiny_llama(family_config("llama2"), decode_ops=replace(NUMBA, **ops))
+
+
+def sizes_of(config):
+    """Bytes of sub-layers and head in a 16-bit dtype, without making them."""
+    layers, head = matrix_elements(config)
+    mlp = 3 * config.hidden_size * config.ffn_size
+    attention = layers // config.num_layers - mlp
+    return [2 * attention, 2 * mlp] * config.num_layers + [2 * head]
+
+
+@pytest.mark.parametrize("share", SKIPPED)
+@pytest.mark.parametrize("name", SHAPES)
+def test_skipped_bytes_are_as_many_as_asked_for_and_evenly_spread(name, share):
+    sizes = sizes_of(SHAPES[name])
+    plan = skip_plan(sizes, share)
+    plan.check(SHAPES[name].num_layers)
+    skipped = [bits == SKIP for bits in plan.sublayers]
+    total = sum(size for size, is_skipped in zip(sizes, skipped, strict=False) if is_skipped)
+    assert total / sum(sizes) == pytest.approx(share, abs=max(sizes[:2]) / sum(sizes))
+    # Over any stretch of the depth, no more than about a sub-layer off.
+    rate = share * sum(sizes) / sum(sizes[:-1])
+    owed = 0.0
+    for size, is_skipped in zip(sizes, skipped, strict=False):
+        owed += rate * size - is_skipped * size
+        assert abs(owed) <= max(sizes[:2]), (owed, sizes[:2])
+
+
+@pytest.mark.parametrize("family", ["llama2", "smollm2-group3", "qwen2-group1"])
+def test_sizes_are_those_of_the_model(family):
+    model = tiny_llama(family_config(family))
+    config, weights = model.config, model.weights
+    layers, head = matrix_elements(config)
+    sizes = sublayer_bytes(weights)
+    assert sum(sizes) == 4 * (layers + head) and sizes[-1] == 4 * head
+    tables = 0 if config.tie_embeddings else weights.embedding.nbytes
+    assert weight_bytes(config, torch.float32) == sum(sizes) + tables
+    subject = subject_of(model)
+    assert kv_bytes(config, torch.float32) * CONTEXT == sum(
+        part.nbytes for part in (subject.cache.k, subject.cache.v)
+    )
+    # One token attends to itself alone: a product with its key and one with its value.
+    one = 2 * (layers + head) + 4 * config.num_layers * config.num_heads * config.head_dim
+    assert prefill_flops(config, 1) == one
+    assert subject.kept(subject.int8_plan) == pytest.approx(0.25, abs=0.05)
+
+
+def test_contexts_that_do_not_fit_are_left_out():
+    config, dtype = SHAPES["llama-2-7b"], torch.bfloat16
+    assert kv_bytes(config, dtype) == 524_288
+    allowed, left_out = choose_contexts(config, [4096, 256, 32768, 256], dtype, 10 << 30)
+    assert allowed == [256, 4096] and list(left_out) == [32768]
+    assert "4096 positions" in left_out[32768]
+    allowed, left_out = choose_contexts(config, [256, 4096], dtype, 1 << 30)
+    assert allowed == [256] and left_out[4096] == "its cache takes 2.2 GB of 1.1 GB left"
+    with pytest.raises(ValueError, match="none is possible"):
+        choose_contexts(config, [8192], dtype, 10 << 30)
+
+
+def test_textless_tokens():
+    config = family_config("llama2")
+    tokenizer = textless(config)
+    assert tokenizer.decode(range(config.vocab_size)) == ""
+    tokens = random_tokens(config, 999, seed=1)
+    assert set(tokens) <= set(range(config.vocab_size)) and len(set(tokens)) > 100
+
+
+@torch.inference_mode()
+def test_passes_of_every_kind_are_timed(capsys, monkeypatch):
+    monkeypatch.setattr(passes_module, "PREFILLS", (48, 4096))
+    model = tiny_llama(family_config("qwen2-group1", num_layers=16))
+    subject = subject_of(model, max_context=128)
+    clocks, contexts = Clocks(wall_timer, wall_timer), [CONTEXT, 128]
+    with monkeypatch.context() as patch:
+        patch.setattr(passes_module, "check", lambda *_: None)  # the next test's
+        found = measure(subject, contexts, clocks, 2, CEILINGS, lambda: {"allocated": 7})
+    found = json.loads(json.dumps(describe("tiny", subject) | found))
+    assert found["cache_positions"] == 128 and found["checked"]
+    assert found["peak_bytes"] == found["prefill_peak_bytes"] == {"allocated": 7}
+    assert list(found["contexts"]) == ["64", "128"]
+    for context, values in found["contexts"].items():
+        plain = values["plain"]
+        extra = plain["bytes_per_token"] - sum(subject.sizes)
+        assert extra == int(context) * kv_bytes(model.config, model.dtype)
+        assert plain["share_of_read"] == pytest.approx(2 * plain["share_of_copy"], abs=0.01)
+        low, middle, high = plain["milliseconds"]
+        assert 0 < low <= middle <= high
+        assert plain["tokens_per_second"] == pytest.approx(1e3 / middle, rel=0.01)
+        kept = [step["kept"] for step in values["drafts"].values()]
+        assert kept[:4] == pytest.approx([1 - share for share in SKIPPED], abs=0.03)
+        assert kept[0] == 1 and kept[4] == pytest.approx(0.25, abs=0.05)
+        for step in values["drafts"].values():
+            assert step["cost"][1] / step["kept"] == pytest.approx(step["cost_over_kept"], abs=0.01)
+        assert list(values["verify"]) == [str(width) for width in VERIFIED]
+        assert all(cost[0] > 0 for cost in values["verify"].values())
+        assert values["rounds"]["int8"]["milliseconds"][1] > 0
+    assert list(found["prefill"]) == ["48"] and found["prefill"]["48"]["tokens_per_second"] > 0
+    out = capsys.readouterr().out
+    assert "skip-75" in out and "prefill of 4096 tokens is left out" in out
+
+
+@torch.inference_mode()
+def test_every_timed_draft_step_drafts():
+    """A step counts its token, so a second one must not find the draft complete."""
+    subject = subject_of(tiny_llama(family_config("llama2")))
+    buffers = subject.passes.buffers
+    for plan in subject.plans:
+        arm = draft_arm(subject, CONTEXT, plan)
+        arm.set_up()
+        tokens = set()
+        for _ in range(3):
+            arm.reset()
+            buffers.token_ids[0, 1] = -1
+            arm.run()
+            assert buffers.num_drafted.tolist() == [1]
+            tokens.add(int(buffers.token_ids[0, 1]))
+        assert len(tokens) == 1 and tokens.pop() >= 0
+
+
+@torch.inference_mode()
+def test_every_arm_ends_at_the_end_of_its_context():
+    model = tiny_llama(family_config("llama2", num_layers=4))
+    subject = subject_of(model, max_context=96, run=None)  # without padding to powers of two
+    for name, arm in make_arms(subject, CONTEXT).items():
+        subject.fill_cache()
+        keys, states = subject.cache.k.clone(), subject.cache.states.clone()
+        arm.set_up()
+        arm.reset()
+        arm.run()
+        width = {"int8-round": 5} | {f"verify-{n}": n for n in VERIFIED}
+        positions = list(range(CONTEXT - width.get(name, 1), CONTEXT))
+        written = (subject.cache.k != keys).any(4).any(2).any(1).any(0)
+        assert written.nonzero().flatten().tolist() == positions, name
+        kept = (subject.cache.states != states).any(2)[0].nonzero().flatten().tolist()
+        is_draft = name.startswith("skip") or name == "int8"
+        assert kept == ([] if is_draft else positions), name
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama2", "qwen3-group4"])
+def test_sound_passes_pass_the_checks(family):
+    subject = subject_of(tiny_llama(family_config(family)), max_context=96)
+    check(subject, [CONTEXT, 96])
+    assert all(part.isfinite().all() for part in subject.cache)
+
+
+def rows_check(subject):
+    check_rows(subject.passes, subject.token_ids, CONTEXT)
+
+
+def draft_check(subject):
+    check_draft(subject.passes, subject.token_ids, CONTEXT)
+
+
+def replay_check(subject):
+    plans = [(model, plan) for plan, model in subject.plans.items()]
+    check_replay(subject.passes, subject.twin, plans, subject.token_ids, CONTEXT)
+
+
+def nudged_head(x, *args):
+    """The last bit of the logits depends on the number of rows."""
+    scores = NUMBA.norm_lm_head(x, *args)
+    return scores if x.shape[0] < 8 else scores * (1 + 2**-23)
+
+
+def nudged_states(x, *args):
+    NUMBA.keep_states(x if x.shape[0] == 1 else x * (1 + 2**-23), *args)
+
+
+def other_token(scores, drawn, *args):
+    NUMBA.keep_drafted(scores, (drawn + (drawn % 3 == 0)) % 131, *args)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("ops", "fails", "message"),
+    [
+        ({"norm_lm_head": nudged_head}, rows_check, "rows: .* among 8 rows"),
+        ({"keep_states": nudged_states}, rows_check, "rows: .* among 2 rows"),
+        ({"keep_states": lambda *_: None}, rows_check, "rows: .* among 1 rows"),
+        ({"keep_drafted": other_token}, draft_check, "draft: .* of 15 tokens"),
+    ],
+    ids=["logits", "states", "unwritten", "draft"],
+)
+def test_unsound_operations_are_not_timed(ops, fails, message):
+    subject = subject_of(model_with(**ops))
+    with pytest.raises(CheckError, match=message):
+        fails(subject)
+    with pytest.raises(CheckError, match=message):
+        measure(subject, [CONTEXT], Clocks(None, None), 1, CEILINGS, dict)
+
+
+def replaying_once(kind):
+    """A runner whose replays of one kind of pass do nothing."""
+    results = {}
+
+    def run(key, work):
+        if key[0] != kind or key not in results:
+            results[key] = work()
+        return results[key]
+
+    return run
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["draft", "verify"])
+def test_a_replay_that_does_not_run_is_noticed(kind):
+    subject = subject_of(tiny_llama(family_config("llama2")), run=replaying_once(kind))
+    what = "draft steps" if kind == "draft" else "pass over 1 rows"
+    with pytest.raises(CheckError, match=f"replay: .* replayed {what}"):
+        replay_check(subject)
+
+
+@pytest.mark.gpu
+def test_a_small_shape_on_a_gpu():
+    config = tiny_config(
+        num_layers=4, hidden_size=256, ffn_size=512, num_kv_heads=4, head_dim=64, vocab_size=1000
+    )
+    device = torch.device("cuda")
+    found = json.loads(json.dumps(measure_shape("small", config, [64, 256, 512], 2, device)))
+    assert list(found["contexts"]) == ["64", "256"] and list(found["left_out"]) == ["512"]
+    assert found["peak_bytes"]["allocated"] > 0
