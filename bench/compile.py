@@ -24,7 +24,10 @@ from triton.runtime.jit import JITFunction
 
 from kernels import launch as kernels_launch
 
-SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+# Bytes that a block may have, by capability.
+SHARED_LIMITS = {
+    80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
+}  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 TYPES = {
     torch.bfloat16: "*bf16",

@@ -135,9 +135,38 @@ def _assumed(rows: Mapping[K, Row[L]]) -> dict[K, Row[L]]:
     return {key: Row(row.launch) for key, row in rows.items()}
 
 
-MATRIX = {80: _assumed(MATRIX_90), 90: MATRIX_90, 100: _assumed(MATRIX_90)}
-DECODE = {80: _assumed(DECODE_90), 90: DECODE_90, 100: _assumed(DECODE_90)}
-PREFILL = {80: _assumed(PREFILL_90), 90: PREFILL_90, 100: _assumed(PREFILL_90)}
+def _small(
+    rows: Mapping[tuple[str, str], Row[MatrixLaunch]],
+) -> dict[tuple[str, str], Row[MatrixLaunch]]:
+    """The same tiles, no deeper than the 99 KiB of shared memory that a block may have there."""
+    small = {}
+    for (operation, size), row in rows.items():
+        launch = row.launch
+        num_tiles = 2 if operation == "norm_gated_mlp" else 1
+        stage = 2 * launch.block_k * (num_tiles * launch.block_n + 16)  # bytes, of W and x
+        depth = min(launch.num_stages, max(2, SMALL_SHARED // stage))
+        small[operation, size] = Row(launch._replace(num_stages=depth))
+    return small
+
+
+SMALL_SHARED = 96 << 10
+PREFILL_86 = _assumed(PREFILL_90) | {
+    "heads to 128": Row(PrefillLaunch(64, 64, 2, 8)),
+    "wide": Row(PrefillLaunch(32, 32, 2, 4)),
+}
+# 8.6 stands for 8.9 as well: the largest entry that a GPU's own capability reaches is taken.
+MATRIX = {
+    80: _assumed(MATRIX_90), 86: _small(MATRIX_90), 90: MATRIX_90, 100: _assumed(MATRIX_90),
+    120: _small(MATRIX_90),
+}  # fmt: skip
+DECODE = {
+    80: _assumed(DECODE_90), 86: _assumed(DECODE_90), 90: DECODE_90, 100: _assumed(DECODE_90),
+    120: _assumed(DECODE_90),
+}  # fmt: skip
+PREFILL = {
+    80: _assumed(PREFILL_90), 86: PREFILL_86, 90: PREFILL_90, 100: _assumed(PREFILL_90),
+    120: PREFILL_86,
+}  # fmt: skip
 CAPABILITIES = tuple(MATRIX)
 
 

@@ -2,17 +2,14 @@
 
     python tests/compile_kernels.py 90
 
-The launchers run on meta tensors with `JITFunction.run` replaced by a recorder, so signatures,
-constants and launch parameters are the real ones and no table repeats them. What differs from a
-real launch is only where the target comes from. Prints one JSON line a kernel. The interpreter must
-be off, which is why this is a program of its own.
+bench/compile.py says how. Prints one JSON line a kernel. The interpreter must be off, which is why
+this is a program of its own.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,31 +20,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-from kernels import launch as kernels_launch  # noqa: E402
+from bench.compile import Launch, compile_launch, recorded_launches  # noqa: E402
 from kernels.launch import NUM_COUNTERS  # noqa: E402
 from kernels.nearest_anchor import nearest_anchor_triton  # noqa: E402
 from kernels.triton_ops import TRITON, TRITON_PREFILL  # noqa: E402
 from kernels.weight import Weight  # noqa: E402
 
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 # Whatever reads or writes the device's memory.
 MEMORY = re.compile(
     r"\b(?:ld\.(?!param|shared)|st\.(?!shared|local)|atom\.|red\.|cp\.async|prefetch)"
 )
-TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
-}
 
 
 class Shape(NamedTuple):
@@ -87,44 +69,6 @@ class Run(NamedTuple):
 # The default dtype of a GPU on every shape, the others on the largest.
 RUNS = [Run(name, has_int8=has_int8) for has_int8 in (False, True) for name in SHAPES]
 RUNS += [Run("Llama-3-8B", torch.float16), Run("Llama-3-8B", torch.float32)]
-
-
-class Launch(NamedTuple):
-    """One recorded launch, in the terms of `triton.compile`."""
-
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible: tuple[str, ...]
-    options: tuple[tuple[str, int], ...]
-
-    def key(self) -> str:
-        return repr((self.kernel.__name__, *self[1:]))
-
-
-def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """What the runtime would specialise on: constants, None, 1, and multiples of 16."""
-    options = tuple((name, kwargs.pop(name)) for name in OPTIONS if name in kwargs)
-    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature, constants, divisible = {}, {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, values[parameter.name]
-        is_fixed = parameter.is_constexpr or value is None
-        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        if is_fixed or is_one:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            assert value.storage_offset() * value.itemsize % 16 == 0
-            divisible.append(name)
-        elif isinstance(value, int):
-            signature[name] = "i32"
-            assert abs(value) < 2**31
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                divisible.append(name)
-        else:
-            signature[name] = "fp32"
-    return Launch(kernel, signature, constants, tuple(divisible), options)
 
 
 def launch_model(run: Run, batch: int, width: int, layers: int) -> None:
@@ -208,38 +152,24 @@ def launch_all(run: Run) -> None:
     )
 
 
-def recorded_launches() -> Iterator[tuple[Run, Launch]]:
+def distinct_launches(capability: int) -> Iterator[tuple[Run, Launch]]:
     """Every distinct launch with the first run that makes it."""
-    recorded: list[Launch] = []
-    original = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: recorded.append(
-        describe(self, args, kwargs)
-    )
-    seen = set()
+    seen: set[str] = set()
     for run in RUNS:
-        launch_all(run)
-        fresh = {launch.key(): launch for launch in recorded if launch.key() not in seen}
+        with recorded_launches(capability) as launches:
+            launch_all(run)
+        fresh = {launch.key(): launch for launch in launches if launch.key() not in seen}
         seen.update(fresh)
-        recorded.clear()
         yield from ((run, launch) for launch in fresh.values())
-    JITFunction.run = original
 
 
-def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
-    index = {name: (i,) for i, name in enumerate(launch.kernel.arg_names)}
-    source = ASTSource(
-        launch.kernel,
-        launch.signature,
-        {index[name]: value for name, value in launch.constants.items()},
-        {index[name]: [["tt.divisibility", 16]] for name in launch.divisible},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
-    usage = resource_usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
+def describe(launch: Launch, capability: int) -> dict[str, Any]:
+    compiled = compile_launch(launch, capability)
+    ptx = compiled.ptx
     return {
-        "shared": compiled.metadata.shared,
-        **usage,
+        "shared": compiled.shared,
+        "reg": compiled.registers,
+        "stack": compiled.stack,
         "wide_loads": len(re.findall(r"cp\.async\.cg[^;]*, 0x10|ld\.global\S*\.v4\.b32", ptx)),
         # Only weights carry a cache hint: they are the ones read once.
         "narrow_weights": sum(
@@ -263,27 +193,10 @@ def widest_load(launch: Launch) -> int:
     return min(16, tile // (32 * dict(launch.options)["num_warps"]))
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers and stack bytes of a cubin; spilled registers live on the stack."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    path = Path(triton.knobs.cache.dir) / f"usage-{id(cubin)}.cubin"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cubin)
-    report = subprocess.run(
-        [cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True
-    ).stdout
-    path.unlink()
-    return {
-        name.lower(): int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK")
-    }
-
-
 def main() -> None:
     capability = int(sys.argv[1])
-    # Tensors that are nowhere do not say which row of the launch table is theirs.
-    kernels_launch.capability_of = lambda device: capability
-    for run, launch in recorded_launches():
-        usage = compile_launch(launch, capability)
+    for run, launch in distinct_launches(capability):
+        usage = describe(launch, capability)
         where = {"model": run.model, "dtype": str(run.dtype), "int8": run.has_int8}
         record = {"kernel": launch.kernel.__name__, **where, **usage}
         sys.stdout.write(json.dumps(record) + "\n")
