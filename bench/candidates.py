@@ -116,8 +116,8 @@ def _all(shape_class: ShapeClass) -> list[Parameters]:
     if operation == "attn_prefill":
         return [PrefillLaunch(*steps) for steps in product(*PREFILL_STEPS)]
     splits = SPLITS if operation == "linear_residual" else (1,)
-    # Tiles of Q, K and V hold whole heads: "heads to 128" has tiles of 128 rows or twice that.
-    rows = int(name.split()[-1]) if operation == "norm_qkv_rope_append" else 1
+    # Where heads are normed, tiles hold whole ones: "heads to 128" has 128 rows or twice that.
+    rows = int(name.split()[-1]) if name.startswith("heads to") else 1
     found = [MatrixLaunch(*steps) for steps in product(*MATRIX_STEPS, splits)]
     weights = 2 if operation == "norm_gated_mlp" else 1
     return [launch for launch in found if launch.block_n % rows == 0 and _is_sound(launch, weights)]

@@ -2,7 +2,9 @@
 
 The launchers run on meta tensors while `JITFunction.run` only takes notes, so signatures, constants
 and launch parameters are the real ones and no table repeats them. What differs from a real launch
-is only where the target comes from. The interpreter must be off when the kernels are defined.
+is only where the target comes from. For a GPU that is present `JITFunction.run` itself compiles, so
+that a launch finds the kernel in triton's cache, whose keys hold more than what is noted here. The
+interpreter must be off when the kernels are defined.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,6 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import jit as triton_jit
 from triton.runtime.jit import JITFunction
 
 from kernels import launch as kernels_launch
@@ -106,6 +110,31 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
         mock.patch.object(kernels_launch, "capability_of", lambda device: capability),
     ):
         yield launches
+
+
+@contextmanager
+def compiling_only(capability: int, target: int) -> Iterator[None]:
+    """Let launchers compile into triton's cache what they would launch; nothing runs.
+
+    capability: the entry of the launch table. target: the GPU's compute capability, as 89. Kernels
+    keep what was compiled, so the process must not launch any for another target afterwards.
+    """
+    run = JITFunction.run
+    absent = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", target, 32),
+    )
+
+    def warm_up(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(kernel, *args, warmup=True, **kwargs)
+
+    with (
+        mock.patch.object(JITFunction, "run", warm_up),
+        mock.patch.object(kernels_launch, "capability_of", lambda device: capability),
+        mock.patch.object(triton_jit, "driver", SimpleNamespace(active=absent)),
+    ):
+        yield
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:

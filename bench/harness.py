@@ -1,4 +1,7 @@
-"""What every benchmark prints: the machine, quantiles of repeated runs, one JSON line last."""
+"""What every benchmark prints: the machine, quantiles of repeated runs, results as JSON lines.
+
+The last line is always the whole result.
+"""
 
 from __future__ import annotations
 
@@ -81,6 +84,11 @@ def print_machine() -> dict[str, str]:
 def print_result(result: Mapping[str, Any]) -> None:
     """The result as one JSON line, which must be the last that a benchmark prints."""
     print(json.dumps(result), flush=True)
+
+
+def print_part(part: Mapping[str, Any]) -> None:
+    """A part of the result as one JSON line, as soon as there is one: a run may be cut off."""
+    print(json.dumps({"part": part}), flush=True)
 
 
 def read_bandwidth(num_bytes: int = 1 << 29, repeats: int = 7) -> Spread:

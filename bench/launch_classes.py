@@ -58,7 +58,9 @@ class Problem(NamedTuple):
         config, name = self.config, "linear_residual"
         c, f, wide = config.hidden_size, config.ffn_size, config.num_heads * config.head_dim
         if self.kind == "qkv":
-            return ShapeClass("norm_qkv_rope_append", qkv_class(config.head_dim))
+            n = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+            size = qkv_class(config.head_dim, n, config.has_qk_norm)
+            return ShapeClass("norm_qkv_rope_append", size)
         if self.kind in ("attn_decode", "attn_prefill"):
             return ShapeClass(self.kind, head_class(config.head_dim, DTYPE))
         if self.kind in ("attn_out", "down"):

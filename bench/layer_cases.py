@@ -76,7 +76,7 @@ def qkv_cases(setting: Setting, rows: Sequence[int], precision: int) -> Iterator
     config, d = setting.config, setting.config.head_dim
     n, k = (config.num_heads + 2 * config.num_kv_heads) * d, config.hidden_size
     weights = weight_sets(setting, n, k, precision)
-    group = qkv_launch(setting.device, d, k, setting.dtype).block_k
+    group = qkv_launch(setting.device, d, n, k, setting.dtype, config.has_qk_norm).block_k
     bias = setting.randn(n) if config.has_qkv_bias else None
     head_norms = [setting.randn(d) if config.has_qk_norm else None for _ in "qk"]
     tables = [table.to(setting.device) for table in rope_table(config, setting.num_positions)]

@@ -10,7 +10,8 @@ Times are microseconds in a CUDA graph over operands that the L2 cache cannot ho
 activation or residual; of attention scaled_dot_product_attention, which for 2 to 16 rows needs a
 mask. `floor`: fewest bytes over the faster of a copy and a sum, or operations over the rate of a
 large bfloat16 product, whichever takes longer; measured in the same run. `share` is floor over
-ours. Without a GPU the same checks run on small shapes in Triton's interpreter.
+ours. A JSON line follows each shape, and one of all of them is the last: where time is limited,
+give --shape. Without a GPU the same checks run on small shapes in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from bench import gpu_time
-from bench.harness import Spread, print_machine, print_result
+from bench.harness import Spread, print_machine, print_part, print_result
 from bench.shapes import SHAPES
 from models.config import LlamaConfig
 
@@ -171,6 +172,7 @@ def run_on_gpu(shapes: Sequence[str], rows: Sequence[int]) -> dict[str, list[dic
         print(f"\n{name}, bfloat16, microseconds")
         setting = Setting(SHAPES[name], torch.bfloat16, device, l2_bytes)
         tables[name] = run_setting(setting, rows, ceilings)
+        print_part({name: tables[name]})
     return tables
 
 
@@ -187,6 +189,7 @@ def run_interpreted(rows: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
             prompts=(70,),
         )  # fmt: skip
         tables[name] = run_setting(setting, rows, None)
+        print_part({name: tables[name]})
     return tables
 
 

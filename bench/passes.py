@@ -3,7 +3,9 @@
     python -m bench.decode --device cuda --shape llama-2-7b [--contexts 256,4096]
 
 Weights are random; bench/pass_checks.py first holds the passes against what speculation relies on.
-Every pass ends at the last position of its context, in one cache as long as the longest context.
+Every pass ends at the last position of its context, in one cache as long as the longest context,
+which may be longer than the published model's. What a draft step keeps is the share of plain
+decoding's bytes that it reads, of matrices and of the context's keys and values.
 Device times are those between two CUDA events around the replay of a pass's graph, the host ahead
 of the device. Passes take turns, a turn is the median of REPLAYS times, and a cost is a pass's time
 over that of plain decoding in the same turn. A round is what the engine does for a token or for a
@@ -39,11 +41,11 @@ from bench.subject import (
     check_memory,
     choose_contexts,
     free_bytes,
-    kv_bytes,
     make_models,
     make_subject,
     prefill_flops,
     weight_bytes,
+    with_positions,
 )
 from engine.loading import choose_dtype, choose_ops
 from engine.prefill import prefill
@@ -68,10 +70,9 @@ def measure_context(
     subject: Subject, context: int, clocks: Clocks, repeats: int, ceilings: Mapping[str, float]
 ) -> dict[str, Any]:
     """Time every pass at one context. ceilings: bytes per second of a "read" and of a "copy"."""
-    config, dtype = subject.model.config, subject.model.dtype
     turns = take_turns(make_arms(subject, context), clocks, repeats)
     plain = spread(turns["plain"])
-    num_bytes = sum(subject.sizes) + context * kv_bytes(config, dtype)
+    num_bytes = subject.read_bytes(context)
     rate = num_bytes / plain.median
 
     def cost(name: str) -> Spread:
@@ -80,7 +81,7 @@ def measure_context(
 
     drafts = {}
     for plan in subject.plans:
-        kept, found = subject.kept(plan), cost(plan.name)
+        kept, found = subject.kept(plan, context), cost(plan.name)
         drafts[plan.name] = {
             "kept": round(kept, 4),
             "cost": _rounded(found),
@@ -193,8 +194,9 @@ def measure_shape(
 
     Raises ValueError where it does not fit, and CheckError where the passes are wrong.
     """
-    dtype = choose_dtype("auto", device)
+    dtype, published = choose_dtype("auto", device), config.max_positions
     check_memory(name, config, device, dtype)
+    config = with_positions(config, choose_contexts(config, contexts, dtype, free_bytes(device))[0])
     measures = {"read": read_bandwidth, "copy": copy_bandwidth, "matmul": matmul_rate}
     ceilings = {key: ceiling().median for key, ceiling in measures.items()}
     torch.cuda.empty_cache()
@@ -209,6 +211,12 @@ def measure_shape(
         allowed, left_out = choose_contexts(config, contexts, dtype, room)
         subject = make_subject(*models, allowed[-1])
         result = describe(name, subject) | {"ceilings": ceilings, "left_out": left_out}
+        result["published_positions"] = published
+        for context in (c for c in allowed if c > published):
+            print(
+                f"context {context} exceeds the {published} positions of the published model: with "
+                "random weights its time is as good as any"
+            )
         for context, reason in left_out.items():
             print(f"context {context} is left out: {reason}")
         torch.cuda.empty_cache()

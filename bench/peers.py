@@ -74,7 +74,8 @@ def transformers_runs(config: LlamaConfig, device: torch.device, new_tokens: int
         prompt = random_tokens(config, PROMPT_TOKENS, next(seeds))
         token_ids = torch.tensor([prompt], device=device)
         started = time.perf_counter()
-        with torch.inference_mode():
+        # Not inference_mode: the peer's CUDA graphs may break behind it (pytorch issue 135892).
+        with torch.no_grad():
             out = model.generate(
                 token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=new_tokens,
                 do_sample=False, pad_token_id=0, **options,

@@ -1,9 +1,10 @@
 """Arms of the routing benchmark: how each answers, how they are timed, and the order of a stream.
 
 Answers are greedy; a run's time goes from its first token to its last, so neither prefill nor the
-router counts. Nothing of a request but the keys and values of its prompt outlives it, so a prompt's
-time does not depend on the prompts before: each prompt is measured with all arms by turns, and the
-streams that are really run check that their order indeed does not matter.
+router counts. Nothing of a request but its keys and values outlives it, and every prompt is read
+afresh before it is timed, so neither its time nor its tokens depend on the prompts before: each is
+measured with all arms by turns, and the streams that are really run check that their order indeed
+does not matter.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from statistics import median
 
 import torch
 
-from bench.arms import Run, answer, speed_up
+from bench.arms import Run, answer, read_afresh, speed_up
 from engine import LLM
 from engine.params import Speculative
 from engine.routing import plans_beside
@@ -163,7 +164,7 @@ def measure_prompt(
 ) -> Measured:
     """Every arm and column on the prompt `index`, by turns, each time from another one on."""
     llm.use_library(experiment.library)
-    # Reads the prompt into the cache.
+    read_afresh(llm, prompt.token_ids)
     route = answer(llm, prompt.token_ids, experiment.arms["knn"].speculative, 1, Run())
     chosen = llm.last_route
     assert chosen is not None
@@ -233,6 +234,7 @@ def run_streams(
             llm.use_library(arms[name].library)
             for i in orders[mix][start : start + segment]:
                 run = Run()
+                read_afresh(llm, prompts[i].token_ids)
                 answer(llm, prompts[i].token_ids, arms[name].speculative, new_tokens, run)
                 runs[mix, name].append(run)
         turns = [*turns[1:], turns[0]]

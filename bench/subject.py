@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,17 +58,30 @@ class Subject:
         plans = {skip_plan(self.sizes, share): self.model for share in SKIPPED}
         return plans | {self.int8_plan: self.int8_model}
 
-    def kept(self, plan: DraftPlan) -> float:
-        """Bytes of the matrices that a draft step reads, as a share of plain decoding's."""
+    def read_bytes(self, context: int) -> int:
+        """Bytes of the matrices, keys and values that plain decoding reads for a token."""
+        return sum(self.sizes) + context * kv_bytes(self.model.config, self.model.dtype)
+
+    def kept(self, plan: DraftPlan, context: int) -> float:
+        """What a draft step reads of `read_bytes`, as a share; 8-bit plans leave K and V alone."""
         int8 = int8_bytes(self.int8_model.weights) / sum(self.sizes)
         shares = {SKIP: 0.0, INT8: int8, FULL: 1.0}
         precisions = zip((*plan.sublayers, plan.head_precision), self.sizes, strict=True)
-        return sum(shares[p] * size for p, size in precisions) / sum(self.sizes)
+        matrices = sum(shares[p] * size for p, size in precisions)
+        attending = [how != SKIP for how in plan.sublayers[::2]]
+        past = self.read_bytes(context) - sum(self.sizes)
+        kept = matrices + past * sum(attending) / len(attending)
+        return kept / self.read_bytes(context)
 
     def fill_cache(self) -> None:
         """Numbers like real ones in every position."""
         for part in self.cache:
             part.normal_()
+
+
+def with_positions(config: LlamaConfig, contexts: Iterable[int]) -> LlamaConfig:
+    """The shape with positions for all contexts: random weights know no more of its own."""
+    return replace(config, max_positions=max(config.max_positions, *contexts))
 
 
 def make_models(
@@ -84,6 +97,7 @@ def make_subject(
     model: Llama, int8_model: Llama, max_context: int, run: Runner | None = None
 ) -> Subject:
     """The subject around two forms of a model. run: how its passes run, as `Passes` takes it."""
+    assert max_context <= model.cos.shape[0], (max_context, model.cos.shape)
     cache = make_kv_cache(model.config, 1, max_context, model.device, model.dtype)
     passes, twin = Passes(model, cache, 1, run), Passes(model, cache, 1, run_eagerly)
     token_ids = random_tokens(model.config, max_context, seed=0)
@@ -168,7 +182,7 @@ def check_memory(name: str, config: LlamaConfig, device: torch.device, dtype: to
 def choose_contexts(
     config: LlamaConfig, contexts: Iterable[int], dtype: torch.dtype, room: int
 ) -> tuple[list[int], dict[int, str]]:
-    """The contexts that the model and `room` bytes of memory allow, and why not the others.
+    """The contexts that `room` bytes of memory allow, and why not the others.
 
     Raises ValueError where none is left.
     """
@@ -176,9 +190,7 @@ def choose_contexts(
     per_position = kv_bytes(config, dtype) + config.hidden_size * dtype.itemsize
     for context in sorted(set(contexts)):
         size = context * per_position
-        if context > config.max_positions:
-            left_out[context] = f"the model was made for {config.max_positions} positions"
-        elif size > room:
+        if size > room:
             left_out[context] = f"its cache takes {size / 1e9:.1f} GB of {room / 1e9:.1f} GB left"
         else:
             allowed.append(context)

@@ -10,6 +10,11 @@ candidate that takes eight rows much longer than one goes to the end. One choice
 of rows: parameters that depended on them would make speculation lossy. The lines to paste keep the
 present choice (marked *) unless another is more than 1% faster.
 
+All classes together take long; all cores compile a class's candidates before they are tried. The
+class's line to paste and its results as JSON follow its table, so a run may be cut off; the last
+line has all results. Where time is limited, give --operation, which leaves classes out, or --shape,
+which leaves out other models' classes and their weights in those that stay.
+
 Without a GPU every candidate is compiled for sm_80 and sm_90, and what is printed is which of them
 fit the shared memory of a block and keep their sums in registers.
 """
@@ -19,8 +24,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -43,8 +49,8 @@ from bench.candidates import (
     rank,
 )
 from bench.cases import Case, Expected, Setting, check, expected
-from bench.compile import SHARED_LIMITS, compile_launch, recorded_launches
-from bench.harness import print_machine, print_result
+from bench.compile import SHARED_LIMITS, compile_launch, compiling_only, recorded_launches
+from bench.harness import print_machine, print_part, print_result
 from bench.launch_classes import (
     DTYPE,
     OPERATIONS,
@@ -158,31 +164,77 @@ def print_trials(trials: Sequence[Trial], now: Parameters) -> None:
             print(f"{mark:1} {parameters(trial.launch):<62} {trial.refusal}")
 
 
+def compile_ahead(task: tuple[int, int, Sequence[Problem], Parameters]) -> None:
+    """Compile all that `try_class` launches of one candidate, for the GPU that is there.
+
+    What does not compile is refused where it is tried.
+    """
+    capability, target, problems, launch = task
+    with compiling_only(capability, target):
+        for problem in problems:
+            setting = Setting(problem.config, DTYPE, torch.device("meta"))
+            for group in case_groups(problem, setting):
+                for case in (with_launch(case, launch) for case in group.values()):
+                    refusal_of(partial(case.kernel, *case.sets[0]))
+
+
+def compile_together(
+    pool: Executor, capability: int, problems: Sequence[Problem], launches: Sequence[Parameters]
+) -> None:
+    """Fill triton's cache with every candidate of a class, on all cores."""
+    major, minor = torch.cuda.get_device_capability()
+    started = time.monotonic()
+    tasks = [(capability, 10 * major + minor, problems, launch) for launch in launches]
+    for _ in pool.map(compile_ahead, tasks):
+        pass
+    print(f"{len(tasks)} candidates compiled in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def worker_pool() -> Executor:
+    """Processes on all cores; a fork would copy running threads."""
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+
+
+def report_class(
+    shape_class: ShapeClass, trials: Sequence[Trial], capability: int, source: str
+) -> tuple[dict[str, Any], Parameters | None]:
+    """Print what became of a class: its table, its row, JSON. Return the result and the choice."""
+    now, ranked = present(capability, shape_class), rank(trials)
+    print_trials(trials, now)
+    rows = [
+        {**trial.launch._asdict(), "refusal": trial.refusal, "times": trial.times}
+        for trial in (*ranked, *(trial for trial in trials if trial.refusal))
+    ]
+    result = {**shape_class._asdict(), "capability": capability, "candidates": rows}
+    chosen = choose(ranked, now).launch if ranked else None
+    if chosen is not None:
+        print("\n".join(paste_rows([(shape_class, chosen)], capability, source)))
+    print_part(result)
+    return result, chosen
+
+
 def tune(classes: Mapping[ShapeClass, Sequence[Problem]], limit: int) -> list[dict[str, Any]]:
-    """Time everything on this GPU and print tables and rows."""
+    """Time everything on this GPU and print tables and rows, each class as soon as it is done."""
     name = torch.cuda.get_device_name()
     major, minor = torch.cuda.get_device_capability()
     device = torch.device("cuda", torch.cuda.current_device())
     capability = capability_of(device)
     print(f"{name}, compute capability {major}.{minor}, entry {capability} of the launch table; "
           "microseconds, geometric means of medians")  # fmt: skip
-    results, chosen = [], []
-    for shape_class, problems in classes.items():
-        print(describe_class(shape_class, problems), flush=True)
-        now = present(capability, shape_class)
-        base = Setting(problems[0].config, DTYPE, device, gpu_time.cache_bytes(device))
-        trials = try_class(problems, candidates(capability, shape_class, limit), base)
-        print_trials(trials, now)
-        ranked = rank(trials)
-        if ranked:
-            chosen.append((shape_class, choose(ranked, now).launch))
-        rows = [
-            {**trial.launch._asdict(), "refusal": trial.refusal, "times": trial.times}
-            for trial in (*ranked, *(trial for trial in trials if trial.refusal))
-        ]
-        results.append({**shape_class._asdict(), "capability": capability, "candidates": rows})
-    print("\nrows for kernels/launch_table.py:")
     source = f"bench.tune on one {name}, {date.today()}"
+    results, chosen = [], []
+    with worker_pool() as pool:
+        for shape_class, problems in classes.items():
+            print(describe_class(shape_class, problems), flush=True)
+            launches = candidates(capability, shape_class, limit)
+            compile_together(pool, capability, problems, launches)
+            base = Setting(problems[0].config, DTYPE, device, gpu_time.cache_bytes(device))
+            trials = try_class(problems, launches, base)
+            result, choice = report_class(shape_class, trials, capability, source)
+            results.append(result)
+            if choice is not None:
+                chosen.append((shape_class, choice))
+    print("\nrows for kernels/launch_table.py:")
     print("\n".join(paste_rows(chosen, capability, source)))
     return results
 
@@ -220,9 +272,8 @@ def compile_all(
         for capability in ABSENT_GPUS
         for launch in candidates(capability, shape_class, limit)
     ]
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy running threads
     results: dict[tuple[ShapeClass, int], dict[str, Any]] = {}
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+    with worker_pool() as pool:
         fits = pool.map(compile_candidate, [task for _, task in jobs])
         for (shape_class, (capability, problem, launch)), fit in zip(jobs, fits, strict=True):
             if (shape_class, capability) not in results:

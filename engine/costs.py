@@ -19,10 +19,12 @@ class PassCosts:
 
     verify: (rows, cost) of a full-precision pass, rows ascending from 1.
     drafts: R, the cost of a one-row pass, of each plan measured so far.
+    is_padded: whether passes are padded to buckets of sequences and of tokens.
     """
 
     verify: tuple[tuple[int, float], ...]
     drafts: Mapping[DraftPlan, float] = field(default_factory=dict)
+    is_padded: bool = False
 
     def of_verify(self, rows: int) -> float:
         """Cost of a full-precision pass over so many rows: linear between measurements."""
@@ -30,6 +32,12 @@ class PassCosts:
         i = min(max(bisect_left(known, rows), 1), len(known) - 1)
         (r0, c0), (r1, c1) = self.verify[i - 1], self.verify[i]
         return c0 + (c1 - c0) * (rows - r0) / (r1 - r0)
+
+    def of_pass(self, batch: int, width: int) -> float:
+        """Cost of a verify pass over `width` tokens of each of `batch` sequences."""
+        if self.is_padded:
+            batch, width = bucket(batch), bucket(width)
+        return self.of_verify(batch * width)
 
     def of_draft(self, plan: DraftPlan) -> float:
         """R of a plan; 0 for plans that run no pass of the model."""
@@ -43,13 +51,13 @@ class PassCosts:
         draft: R of the plan. first, later: how likely a draft's first and a later token is right.
         num_running: sequences that share the passes; they are taken to draft alike.
         """
-        plain = self.of_verify(num_running)
+        plain = self.of_pass(num_running, 1)
         best_length, best = 1, 0.0
         reached, tokens = first, 1.0
         for g in range(1, longest + 1):
             tokens += reached
             reached *= later
-            cost = g * draft * plain + self.of_verify(num_running * (g + 1))
+            cost = g * draft * plain + self.of_pass(num_running, g + 1)
             if tokens * plain / cost > best:
                 best_length, best = g, tokens * plain / cost
         return best_length, best
@@ -69,6 +77,11 @@ class PassCosts:
         return self.with_draft(plan, read / sum(sublayer_bytes))
 
 
+def bucket(count: int) -> int:
+    """The power of two that `count` is padded to: few graphs, and a GPU reads no more for it."""
+    return 1 << (count - 1).bit_length()
+
+
 # Where nothing was measured: a GPU reads its weights for sixteen rows as fast as for one, a CPU
 # adds arithmetic with every row.
 DEFAULT_VERIFY = {
@@ -80,4 +93,4 @@ DEFAULT_SHARES = {FULL: 1.0, INT8: 0.5, SKIP: 0.02}  # of a sub-layer's full-pre
 
 def estimated_costs(device_type: str) -> PassCosts:
     """The costs of a machine that was not measured."""
-    return PassCosts(DEFAULT_VERIFY[device_type])
+    return PassCosts(DEFAULT_VERIFY[device_type], is_padded=device_type == "cuda")

@@ -67,12 +67,12 @@ def _still_drafting(passes: Passes, batch: int) -> bool:
 
 def _stage(passes: Passes, sequences: Sequence[RunningSequence], choices: Sequence[Choice]) -> None:
     """Write a round's inputs, in this order, and have them copied over."""
-    inputs, max_positions = passes.staging.inputs, passes.cache.k.shape[3]
+    inputs, max_positions = passes.staging.begin(), passes.cache.k.shape[3]
     num_rows = passes.num_rows(len(sequences))
     for row in range(len(sequences), num_rows):  # padding: valid addresses, and nothing to do
         inputs["num_drafted"][row], inputs["num_wanted"][row] = -1, -1
         inputs["first"][row], inputs["slots"][row] = max_positions - 1, 0
-        inputs["temperature"][row] = 0
+        inputs["temperature"][row], inputs["min_position"][row] = 0, 0
     for row, (sequence, choice) in enumerate(zip(sequences, choices, strict=True)):
         first, drafted = len(sequence.token_ids) - 1, choice.token_ids
         assert first + choice.num_tokens < max_positions, (first, choice, max_positions)

@@ -6,8 +6,9 @@ Plans come as names, as DraftPlan, or as files; what one needs is made when it i
 from __future__ import annotations
 
 import os
-import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,12 +30,13 @@ class Drafts:
     costs: what its passes cost, with R of every plan prepared so far.
     """
 
-    def __init__(self, model: Llama, is_profiling: bool):
+    def __init__(self, model: Llama, is_profiling: bool, lock: AbstractContextManager[Any]):
+        """lock: held while passes are measured, which others would disturb."""
         self.model = model
         self.costs = estimated_costs(model.device.type)
         self._is_measured = False
         self._is_profiling = is_profiling
-        self._lock = threading.Lock()
+        self._lock = lock
 
     def prepare(self, value: Speculative) -> tuple[DraftPlan, ...]:
         """The plans that `value` means; see resolve_plans for the errors."""

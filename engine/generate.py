@@ -72,7 +72,7 @@ def _deliver(events: list[Event]) -> Generator[Event, None, None]:
 @torch.inference_mode()
 def _first_token(passes: Passes, sequence: RunningSequence) -> TokenEvent:
     started = time.perf_counter()
-    with passes.lock:
+    with passes.alone():
         model, cache = passes.model, passes.cache
         logits = prefill(model, cache, sequence.slot, sequence.token_ids, sequence.num_reused)
         sequence.num_cached = sequence.num_prompt
@@ -106,7 +106,7 @@ def _round(
     """Draft, verify, accept: at least one token more for every running sequence."""
     started = time.perf_counter()
     choices = [sequence.choose(costs, len(running)) for sequence in running]
-    with passes.lock:
+    with passes.alone():
         drafted = draft(model, passes, running, choices)
         verified = verify(passes, drafted)
         verdicts = accept(drafted, verified)

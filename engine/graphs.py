@@ -7,10 +7,15 @@ must be in device memory: plan, positions, lengths, tokens, seeds.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
+
+# torch allows one capture in a process: it begins by waiting for the device and emptying caches,
+# which breaks a capture that is under way elsewhere. Hence the one global of the engine.
+_CAPTURING = threading.Lock()
 
 
 class Captured(NamedTuple):
@@ -31,7 +36,6 @@ class GraphRunner:
         self._state = state
         self._captured: dict[Hashable, Captured] = {}
         self._pool: Any = None
-        self._stream = torch.cuda.Stream(state.device)
 
     def __call__(self, key: Hashable, work: Callable[[], Any]) -> Any:
         """Run `work`, which must be the same pass whenever `key` is the same."""
@@ -42,22 +46,20 @@ class GraphRunner:
         return captured.result
 
     def _capture(self, work: Callable[[], Any]) -> Captured:
-        current = torch.cuda.current_stream(self._state.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            # Kernels are compiled by running them, which a capture does not allow. What the run
-            # writes into the cache, the replay writes again.
+        # Not in inference mode: torch would make its own tensors of the first capture in it, and
+        # no capture outside of it could use them.
+        with _CAPTURING, torch.inference_mode(False), torch.no_grad():
+            # Kernels are compiled by running them, which a capture does not allow. On the stream of
+            # all passes, as they share counters; what is written to the cache is written again.
             kept = self._state.clone()
-            work()
-            self._state.copy_(kept)
-        current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on working with the device: only this one's calls are recorded.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            result = work()
-        self._pool = self._pool or graph.pool()
+            try:
+                work()
+            finally:
+                self._state.copy_(kept)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = work()
+            self._pool = self._pool or graph.pool()
         return Captured(graph, result)
 
 

@@ -124,15 +124,15 @@ class LLM:
         )
         self._passes = Passes(model, self._cache, max_sequences)
         # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
-        with torch.inference_mode():
+        with torch.inference_mode(), self._passes.alone():
             prefill(model, self._cache, 0, [0, 0], 0)
         self.last_route: Route | None = None
         self._router = self._open_router(router, model)
-        self._drafts = Drafts(model, profile)
+        self._drafts = Drafts(model, profile, self._passes.lock)
         plans, _ = self._choose_plans(speculative)
         if model.device.type == "cuda":
             with torch.inference_mode():
-                self._passes.warm_up(self.model)
+                self._passes.warm_up(self.model, self._router)
         # The plan of a file and not its name: the file may change, or go.
         is_file = not isinstance(speculative, DraftPlan) and speculative not in NAMES
         self._speculative: Speculative = speculative

@@ -7,16 +7,19 @@ plan, since kernels read that from device memory. Eagerly they are the same func
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
+from engine.costs import bucket
 from engine.graphs import GraphRunner, run_eagerly
 from engine.kv_cache import KVCache
 from engine.round_buffers import MAX_WIDTH, RoundBuffers, make_round_buffers
 from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
 from models.plan import DraftPlan
+from router.route import Router
 
 Runner = Callable[[Hashable, Callable[[], Any]], Any]
 
@@ -78,7 +81,8 @@ class Passes:
 
     model: what verifies, and decodes plainly. It stays as it was made: kernels of weights that have
     an int8 form too are compiled otherwise, and verification must have one set of bits.
-    lock: held for a round and for a prefill; threads that share the engine share the buffers.
+    lock: held for a round and for a prefill, as threads that share the engine share the buffers.
+        All passes must be on one stream: their kernels share counters.
     """
 
     def __init__(self, model: Llama, cache: KVCache, max_sequences: int, run: Runner | None = None):
@@ -95,6 +99,13 @@ class Passes:
         self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_plans holds
         self._rows: dict[int, RoundBuffers] = {}  # views, which take a while to make
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """With the buffers to oneself, and the model's GPU as the one that kernels start on."""
+        device = self.model.device
+        with self.lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+
     def plan_row(self, slot: int) -> torch.Tensor:
         """[1, 2L + 1]: the slot's row of the plan table, for the router to write."""
         return self.buffers.slot_plans[slot : slot + 1]
@@ -109,6 +120,7 @@ class Passes:
     def set_plan(self, slot: int, plan: DraftPlan) -> None:
         """Let the slot's sequence draft with `plan`; nothing to do where it does already."""
         if self._plans.get(slot) != plan:
+            self.note_plan(slot, None)
             self.plan_row(slot).copy_(plan_table([plan], self.model.device))
             self._plans[slot] = plan
 
@@ -135,16 +147,20 @@ class Passes:
         )
         return Verified(verified.logits[:batch], verified.result[:batch])
 
-    def warm_up(self, model: Llama) -> None:
+    def warm_up(self, model: Llama, router: Router | None = None) -> None:
         """Run every pass of one sequence once over padding: what is to be captured is, now."""
-        inputs = self.staging.inputs
-        inputs["num_drafted"].fill(-1)
-        inputs["num_wanted"].fill(-1)
-        inputs["first"].fill(self.cache.k.shape[3] - 1)
-        self.staging.copy_over()
-        for width in widths():
-            self.verify(1, width)
-        self.draft_step(model, 1)
+        with self.alone():
+            inputs = self.staging.begin()
+            inputs["num_drafted"].fill(-1)
+            inputs["num_wanted"].fill(-1)
+            inputs["first"].fill(self.cache.k.shape[3] - 1)
+            self.staging.copy_over()
+            for width in widths():
+                self.verify(1, width)
+            self.draft_step(model, 1)
+            if router is not None:
+                self.note_plan(0, None)
+                router.launch(self.cache.states[0, -1:], self.plan_row(0))
 
     def num_rows(self, batch: int) -> int:
         """How many rows of the buffers a pass over `batch` sequences reads."""
@@ -162,11 +178,6 @@ class Passes:
     def _width_bucket(self, width: int) -> int:
         assert 0 < width <= MAX_WIDTH, width
         return bucket(width) if self.is_padded else width
-
-
-def bucket(count: int) -> int:
-    """The power of two that `count` is padded to: few graphs, and a GPU reads no more for it."""
-    return 1 << (count - 1).bit_length()
 
 
 def widths() -> list[int]:

@@ -36,6 +36,7 @@ from models.quantise import without_int8
 VERIFY_ROWS = (5, 9, 2, 16, 3, 7, 32)
 BUDGET_SECONDS = 0.7  # for the sweeps; the first goes up to 5 rows whatever it takes
 SWEEPS = 3
+DRAFT_STEPS = 4
 CONTEXT = 256  # cache positions before the measured rows, where the model has so many
 
 
@@ -46,15 +47,17 @@ def profile_verify(model: Llama) -> tuple[tuple[int, float], ...]:
     """
     passes = _passes(model)
     fastest: dict[int, float] = {}
+    if passes.is_padded:
+        for rows in _measured_rows(passes):  # compiles and captures, which is not to be measured
+            _verify_seconds(passes, rows)
     _verify_seconds(passes, 1)  # the first pass finds cold caches
     started = time.perf_counter()
     for sweep in range(SWEEPS):
         for rows in (1, *_measured_rows(passes)):
             is_late = time.perf_counter() - started > BUDGET_SECONDS
-            if is_late and (sweep > 0 or rows not in (1, VERIFY_ROWS[0])):
+            may_end = sweep > 0 or not (passes.is_padded or rows in (1, VERIFY_ROWS[0]))
+            if is_late and may_end:
                 break
-            if passes.is_padded and sweep == 0:
-                _verify_seconds(passes, rows)  # captures the graph
             seconds = _verify_seconds(passes, rows)
             fastest[rows] = min(seconds, fastest.get(rows, seconds))
     costs, least = [], 1.0
@@ -68,9 +71,10 @@ def profile_draft(model: Llama, plan: DraftPlan) -> float:
     """R: the cost of a draft step under `plan` in units of a pass of plain decoding."""
     passes = _passes(model)
     passes.set_plan(0, plan)
+    _draft_seconds(model, passes)
     drafts, plain = [], []
     started = time.perf_counter()
-    for _ in range(SWEEPS + 1):  # one more, as the first pass finds cold caches
+    for _ in range(SWEEPS):
         drafts.append(_draft_seconds(model, passes))
         plain.append(_verify_seconds(passes, 1))
         if len(drafts) > 1 and time.perf_counter() - started > BUDGET_SECONDS:
@@ -99,25 +103,29 @@ def _passes(model: Llama) -> Passes:
 def _verify_seconds(passes: Passes, rows: int) -> float:
     batch = -(-rows // MAX_WIDTH)
     width = rows // batch
-    _stage(passes, batch, num_drafted=width - 1, num_wanted=0)
-    started = time.perf_counter()
-    passes.verify(batch, width).result.tolist()  # read back, as a round reads its tokens
-    return time.perf_counter() - started
+    with passes.alone():
+        _stage(passes, batch, num_drafted=width - 1, num_wanted=0)
+        started = time.perf_counter()
+        passes.verify(batch, width).result.tolist()  # read back, as a round reads its tokens
+        return time.perf_counter() - started
 
 
 @torch.inference_mode()
 def _draft_seconds(model: Llama, passes: Passes) -> float:
+    """Of one draft step, in a row of DRAFT_STEPS: between two steps a round reads nothing back."""
     model = replace(model, cos=passes.model.cos, sin=passes.model.sin)
-    _stage(passes, 1, num_drafted=0, num_wanted=1)
-    started = time.perf_counter()
-    passes.draft_step(model, 1)
-    passes.buffers.num_drafted.tolist()  # on a GPU nothing is known to have run before
-    return time.perf_counter() - started
+    with passes.alone():
+        _stage(passes, 1, num_drafted=0, num_wanted=DRAFT_STEPS)
+        started = time.perf_counter()
+        for _ in range(DRAFT_STEPS):
+            passes.draft_step(model, 1)
+        passes.buffers.num_drafted.tolist()  # on a GPU nothing is known to have run before
+        return (time.perf_counter() - started) / DRAFT_STEPS
 
 
 def _stage(passes: Passes, batch: int, num_drafted: int, num_wanted: int) -> None:
     """A round of sequences with CONTEXT tokens behind them, decoded greedily."""
-    inputs = passes.staging.inputs
+    inputs = passes.staging.begin()
     for values in inputs.values():
         values.fill(0)
     inputs["end_ids"].fill(-1)
@@ -152,7 +160,10 @@ def measured_costs(
             stored[key], is_new = measure(), True
         return stored[key]
 
-    costs = known or PassCosts(_pairs(get("verify", lambda: profile_verify(model))))
+    is_padded = model.device.type == "cuda"
+    costs = known or PassCosts(
+        _pairs(get("verify", lambda: profile_verify(model))), is_padded=is_padded
+    )
     for plan in plans:
         if plan.kind == "self" and plan not in costs.drafts:
             key = hashlib.sha256(bytes(plan.sublayers)).hexdigest()[:16]

@@ -8,7 +8,6 @@ one result. On a CPU both arenas are the same memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,17 +60,26 @@ _INPUTS: dict[str, tuple[int, torch.dtype]] = {
 }  # fmt: skip
 
 
-class Staging(NamedTuple):
+@dataclass(frozen=True)
+class Staging:
     """A round's inputs as the host writes them, and the arenas that they lie in."""
 
     inputs: dict[str, np.ndarray]  # views of `host` by the names of RoundBuffers
     host: torch.Tensor
     device: torch.Tensor
+    copied: torch.cuda.Event | None  # None where host and device are the same memory
+
+    def begin(self) -> dict[str, np.ndarray]:
+        """The inputs, to be written: waits for an earlier copy, should it be under way still."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.inputs
 
     def copy_over(self) -> None:
-        """Start the copy to the device. Write again only once a result of the round was read."""
-        if self.device is not self.host:
+        """Start the copy to the device."""
+        if self.copied is not None:
             self.device.copy_(self.host, non_blocking=True)
+            self.copied.record()
 
 
 def make_round_buffers(
@@ -80,12 +88,13 @@ def make_round_buffers(
     """Buffers for up to `max_sequences` sequences, one to a slot, and their host side."""
     size = max_sequences * sum(n * dtype.itemsize for n, dtype in _INPUTS.values())
     is_cuda = device.type == "cuda"
-    host = torch.zeros(size, dtype=torch.uint8, pin_memory=is_cuda)
-    arena = torch.zeros(size, dtype=torch.uint8, device=device) if is_cuda else host
+    with torch.inference_mode(False):  # a capture changes the arena outside of it
+        host = torch.zeros(size, dtype=torch.uint8, pin_memory=is_cuda)
+        arena = torch.zeros(size, dtype=torch.uint8, device=device) if is_cuda else host
     plans = torch.zeros(max_sequences, 2 * config.num_layers + 1, dtype=torch.uint8, device=device)
     staged = {name: view.numpy() for name, view in _views(host, max_sequences).items()}
     buffers = RoundBuffers(**_views(arena, max_sequences), slot_plans=plans)
-    return buffers, Staging(staged, host, arena)
+    return buffers, Staging(staged, host, arena, torch.cuda.Event() if is_cuda else None)
 
 
 def _views(arena: torch.Tensor, batch: int) -> dict[str, torch.Tensor]:

@@ -137,12 +137,14 @@ def _attn_decode_kernel(  # type: ignore[no-untyped-def]
 ):
     wait_for_previous(PDL)
     split, max_splits = tl.program_id(0), tl.num_programs(0)
-    kv_head = tl.program_id(1) % H_KV
+    # Tiles of a key head run side by side: they read the same keys and values.
+    num_tiles = tl.num_programs(1) // H_KV
+    kv_head = tl.program_id(1) // num_tiles
     b = tl.program_id(2)
-    offs_r = tl.program_id(1) // H_KV * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(1) % num_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     t = offs_r // GROUP
     offs_d = tl.arange(0, BLOCK_D)
-    num_tokens = tl.load(num_tokens_ptr + b)
+    num_tokens, slot = tl.load(num_tokens_ptr + b), tl.load(slots_ptr + b).to(tl.int64)
     if tl.load(plan_ptr + b * stride_plan_b + sublayer) == 0:
         num_tokens = 0
     valid = (t < T) & (t < num_tokens)
@@ -157,7 +159,6 @@ def _attn_decode_kernel(  # type: ignore[no-untyped-def]
     offs_o += offs_d[None, :]
     mask_d = (offs_d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + offs_o, mask=valid[:, None] & mask_d, other=0.0)  # [BLOCK_R, BLOCK_D]
-    slot = tl.load(slots_ptr + b).to(tl.int64)
     base = (slot * H_KV + kv_head) * S * HEAD_DIM
     acc, running_max, running_sum = _attend_blocks(
         q, k_cache_ptr + base, v_cache_ptr + base, position, split, last, scale,

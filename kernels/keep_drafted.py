@@ -71,7 +71,10 @@ def _keep_drafted_kernel(  # type: ignore[no-untyped-def]
 ):
     b = tl.program_id(0).to(tl.int64)
     num_drafted = tl.load(num_drafted_ptr + b)
-    if num_drafted >= tl.load(num_wanted_ptr + b):
+    num_wanted = tl.load(num_wanted_ptr + b)
+    # All threads have read the counts before one of them writes.
+    tl.debug_barrier()
+    if num_drafted >= num_wanted:
         return
     drawn = tl.load(drawn_ptr + b)
     num_drafted += 1

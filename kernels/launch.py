@@ -57,9 +57,11 @@ def capability_of(device: torch.device) -> int:
     return max(known)
 
 
-def qkv_launch(device: torch.device, head_dim: int, k: int, dtype: torch.dtype) -> MatrixLaunch:
-    """Of norm_qkv_rope_append, a weight with `k` inputs."""
-    row = MATRIX[capability_of(device)]["norm_qkv_rope_append", qkv_class(head_dim)]
+def qkv_launch(
+    device: torch.device, head_dim: int, n: int, k: int, dtype: torch.dtype, has_norm: bool
+) -> MatrixLaunch:
+    """Of norm_qkv_rope_append, a weight with `n` outputs, heads that are normed or not."""
+    row = MATRIX[capability_of(device)]["norm_qkv_rope_append", qkv_class(head_dim, n, has_norm)]
     return fit(row.launch, k, dtype)
 
 

@@ -83,9 +83,11 @@ def matrix_class(operation: str, n: int, k: int) -> str:
     return f"{size}, deep" if k > n else f"{size}, square"
 
 
-def qkv_class(head_dim: int) -> str:
-    """The class of a QKV weight: its tiles hold whole heads, because a head is normed whole."""
-    return f"heads to {max(64, triton.next_power_of_2(head_dim))}"
+def qkv_class(head_dim: int, n: int, has_norm: bool) -> str:
+    """The class of a QKV weight with `n` outputs; tiles hold whole heads where those are normed."""
+    if has_norm:
+        return f"heads to {max(64, triton.next_power_of_2(head_dim))}"
+    return "large" if n >= 8192 else "medium" if n >= 4096 else "small" if n > 2048 else "tiny"
 
 
 def head_class(head_dim: int, dtype: torch.dtype) -> str:
@@ -96,10 +98,13 @@ def head_class(head_dim: int, dtype: torch.dtype) -> str:
 
 
 MATRIX_90 = {
-    # Within 1% of the fastest on [12288, 4096].
+    # [12288, 4096]; (64, 128, 6, 4) was within 1%.
+    ("norm_qkv_rope_append", "large"): Row(MatrixLaunch(128, 128, 4, 8), MEASURED),
+    ("norm_qkv_rope_append", "medium"): Row(MatrixLaunch(64, 128, 6, 4)),
+    ("norm_qkv_rope_append", "small"): Row(MatrixLaunch(32, 128, 6, 4)),
+    ("norm_qkv_rope_append", "tiny"): Row(MatrixLaunch(16, 128, 6, 4)),
     ("norm_qkv_rope_append", "heads to 64"): Row(MatrixLaunch(64, 128, 6, 4)),
-    # [12288, 4096]
-    ("norm_qkv_rope_append", "heads to 128"): Row(MatrixLaunch(128, 128, 4, 8), MEASURED),
+    ("norm_qkv_rope_append", "heads to 128"): Row(MatrixLaunch(128, 128, 4, 8)),
     ("norm_qkv_rope_append", "heads to 256"): Row(MatrixLaunch(256, 64, 4, 8)),
     # [4096, 4096]
     ("linear_residual", "large, square"): Row(MatrixLaunch(64, 256, 4, 4), MEASURED),
@@ -171,8 +176,12 @@ CAPABILITIES = tuple(MATRIX)
 
 
 def fit(launch: MatrixLaunch, k: int, dtype: torch.dtype) -> MatrixLaunch:
-    """Keep a tile's bytes for wider elements, and let tiles fill K (576, say) where 64 can."""
+    """Keep a tile's bytes for wider elements, and do not let it reach far beyond K (576, say).
+
+    A tail of up to a sixteenth of K is masked, where that leaves loads 16 bytes wide; else tiles
+    shrink until they fill K, to 64 at least.
+    """
     block_k = launch.block_k * 2 // max(2, dtype.itemsize)
-    while block_k > 64 and k % block_k != 0:
+    while block_k > 64 and k % block_k != 0 and not (k % 16 == 0 and -k % block_k <= k // 16):
         block_k //= 2
     return launch._replace(block_k=block_k)

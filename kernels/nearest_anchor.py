@@ -91,7 +91,8 @@ def _anchor_cosines(total_ptr, anchors_ptr, offs_n, N, C, BLOCK_C: tl.constexpr)
     return tl.where(has_direction, tl.minimum(cosines, 1.0), 0.0), has_direction
 
 
-@triton.jit(do_not_specialize=["N", "W", "default_plan", "min_ratio"])
+# A row of the plan table may lie at any byte: its alignment must not make another kernel.
+@triton.jit(do_not_specialize=["plan_table_ptr", "N", "W", "default_plan", "min_ratio"])
 def _nearest_anchor_kernel(  # type: ignore[no-untyped-def]
     total_ptr,
     anchors_ptr,

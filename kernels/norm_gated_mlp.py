@@ -30,6 +30,7 @@ from kernels.triton_int8 import quantise_columns
 from kernels.triton_tiles import (
     allow_next,
     any_row,
+    load_norm,
     load_precisions,
     load_tile,
     wait_for_previous,
@@ -65,17 +66,19 @@ def _gate_and_up(  # type: ignore[no-untyped-def]
     gate_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
     up_ptrs = gate_ptrs + N.to(tl.int64) * K
     x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + offs_k[:, None]
+    norm = load_norm(norm_ptr, offs_k, K)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
         w_gate = load_tile(gate_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
         w_up = load_tile(up_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
         x = load_tile(x_ptrs, mask_r[None, :], mask_k[:, None], EVEN_K, "").to(tl.float32)
         sum_squares += tl.sum(x * x, axis=0)
-        norm = tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0)
+        next_norm = load_norm(norm_ptr, k + BLOCK_K + offs_k, K)
         w_gate, x_gate = weigh_columns(w_gate, x, norm)
         w_up, x_up = weigh_columns(w_up, x, norm)
         gate = tl.dot(w_gate, x_gate, gate, input_precision="ieee")
         up = tl.dot(w_up, x_up, up, input_precision="ieee")
+        norm = next_norm
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
@@ -95,16 +98,18 @@ def _gate_and_up_int8(  # type: ignore[no-untyped-def]
     gate_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
     up_ptrs = gate_ptrs + N.to(tl.int64) * K
     x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + offs_k[:, None]
+    norm = load_norm(norm_ptr, offs_k, K)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
         w_gate = load_tile(gate_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
         w_up = load_tile(up_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
         x = load_tile(x_ptrs, mask_r[None, :], mask_k[:, None], EVEN_K, "").to(tl.float32)
         sum_squares += tl.sum(x * x, axis=0)
-        norm = tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0)
+        next_norm = load_norm(norm_ptr, k + BLOCK_K + offs_k, K)
         x8, x_scale = quantise_columns(x * norm.to(tl.float32)[:, None])
         gate += tl.dot(w_gate, x8, out_dtype=tl.int32).to(tl.float32) * x_scale[None, :]
         up += tl.dot(w_up, x8, out_dtype=tl.int32).to(tl.float32) * x_scale[None, :]
+        norm = next_norm
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
         x_ptrs += BLOCK_K

@@ -101,7 +101,7 @@ def _norm_heads(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rotate(  # type: ignore[no-untyped-def]
-    y, first_head, position, mask_r, cos_ptr, sin_ptr, num_rotated,
+    y, first_pair, position, mask_r, cos_ptr, sin_ptr, num_rotated,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rotate neighbouring pairs of the rows of y [BLOCK_N, BLOCK_R] in heads below num_rotated."""
@@ -109,9 +109,9 @@ def _rotate(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr = y.shape[1]
     pairs = tl.permute(tl.reshape(y, (BLOCK_N // 2, 2, BLOCK_R)), (0, 2, 1))
     even, odd = tl.split(pairs)  # [BLOCK_N // 2, BLOCK_R]
-    offs_pair = tl.arange(0, BLOCK_N // 2)
+    offs_pair = first_pair + tl.arange(0, BLOCK_N // 2)
     i = offs_pair % (BLOCK_D // 2)
-    rotated = (i < HEAD_DIM // 2) & (first_head + offs_pair // (BLOCK_D // 2) < num_rotated)
+    rotated = (i < HEAD_DIM // 2) & (offs_pair // (BLOCK_D // 2) < num_rotated)
     offsets = position[None, :] * (HEAD_DIM // 2) + i[:, None]
     mask = rotated[:, None] & mask_r[None, :]
     cos = tl.load(cos_ptr + offsets, mask=mask, other=1.0)
@@ -166,10 +166,15 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
     runs = precision != 0
     if not any_row(runs):
         return
-    first_head = tl.program_id(1) * (BLOCK_N // BLOCK_D)
-    offs_n = tl.arange(0, BLOCK_N)
-    head = first_head + offs_n // BLOCK_D
-    d = offs_n % BLOCK_D
+    # Before the loop, which hides their latency; padding rows may carry any position and slot.
+    seq = offs_r // T
+    valid = runs & (offs_r % T < tl.load(num_tokens_ptr + seq, mask=mask_r, other=0))
+    position = tl.load(positions_ptr + offs_r, mask=valid, other=0)
+    slot = tl.load(slots_ptr + seq, mask=valid, other=0).to(tl.int64)
+    # Heads are BLOCK_D columns apart here, whatever HEAD_DIM is.
+    first_col = tl.program_id(1) * BLOCK_N
+    offs_n = first_col + tl.arange(0, BLOCK_N)
+    head, d = offs_n // BLOCK_D, offs_n % BLOCK_D
     mask_n = (d < HEAD_DIM) & (head < H + 2 * H_KV)
     cols = head * HEAD_DIM + d
     acc, sum_squares = project_planned(  # [BLOCK_N, BLOCK_R], [BLOCK_R]
@@ -182,12 +187,7 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
         y += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if HAS_QK_NORM:
         y = _norm_heads(y, head, d, mask_n, H, H_KV, q_norm_ptr, k_norm_ptr, eps, HEAD_DIM, BLOCK_D)
-    seq = offs_r // T
-    valid = runs & (offs_r % T < tl.load(num_tokens_ptr + seq, mask=mask_r, other=0))
-    # Padding rows may carry any position and slot: neither is looked at.
-    position = tl.load(positions_ptr + offs_r, mask=valid, other=0)
-    slot = tl.load(slots_ptr + seq, mask=valid, other=0).to(tl.int64)
-    y = _rotate(y, first_head, position, valid, cos_ptr, sin_ptr, H + H_KV, HEAD_DIM, BLOCK_D)
+    y = _rotate(y, first_col // 2, position, valid, cos_ptr, sin_ptr, H + H_KV, HEAD_DIM, BLOCK_D)
     q_ptrs = q_ptr + offs_r[None, :].to(tl.int64) * (H * HEAD_DIM) + cols[:, None]
     is_query = mask_n & (head < H)
     y = y.to(q_ptr.dtype.element_ty)
@@ -233,19 +233,20 @@ def norm_qkv_rope_append(
     assert_qkv_operands(x, norm_weight, qkv, (q_norm, k_norm), (cos, sin), rows, caches, plan)
     assert_plain(x.dtype, qkv_bias)
     q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
-    launch = launch or qkv_launch(x.device, head_dim, k, x.dtype)
+    num_cols, has_norm = qkv.full.shape[0], q_norm is not None
+    launch = launch or qkv_launch(x.device, head_dim, num_cols, k, x.dtype, has_norm)
     block_d = triton.next_power_of_2(head_dim)
-    assert launch.block_n % block_d == 0 and launch.split_k == 1, (launch, head_dim)
-    num_tiles = triton.cdiv(num_heads + 2 * num_kv_heads, launch.block_n // block_d)
-    operands = (x, norm_weight, *qkv, qkv_bias, q_norm, k_norm, cos, sin)
+    # A head's norm needs all of its columns in one tile.
+    assert launch.split_k == 1 and (launch.block_n % block_d == 0 or not has_norm), launch
+    num_tiles = triton.cdiv(num_cols // head_dim * block_d, launch.block_n)
     sizes = (num_rows, positions.shape[1], k, num_heads, num_kv_heads, max_positions)
     _norm_qkv_rope_append_kernel[(triton.cdiv(num_rows, BLOCK_ROWS), num_tiles)](
-        *(*operands, *rows, plan, q, *caches),
+        *(x, norm_weight, *qkv, qkv_bias, q_norm, k_norm, cos, sin, *rows, plan, q, *caches),
         *(plan.stride(0), *sizes, sublayer, eps),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         HAS_BIAS=qkv_bias is not None,
-        HAS_QK_NORM=q_norm is not None,
+        HAS_QK_NORM=has_norm,
         **matrix_constants(launch, qkv),
         **dependent_launch(x.device),
     )

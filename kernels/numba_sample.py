@@ -346,7 +346,7 @@ def sample(
     min_p: torch.Tensor,  # [B] float32, 0 is off
     seed: torch.Tensor,  # [B] int64
     position: torch.Tensor,  # [R] int64: position of the token being drawn
-    end_ids: torch.Tensor | None = None,  # [B, E] int32, -1 is none
+    end_ids: torch.Tensor | None = None,  # [B, E] int32, and then -1
     min_position: torch.Tensor | None = None,  # [B] int32: no end token before it
 ) -> torch.Tensor:
     """Return the drawn token ids [R] int64; a row's token does not depend on the other rows."""

@@ -81,7 +81,7 @@ def sample_ref(
     min_p: torch.Tensor,  # [B] float32, 0 is off
     seed: torch.Tensor,  # [B] int64
     position: torch.Tensor,  # [R] int64: position of the token being drawn
-    end_ids: torch.Tensor | None = None,  # [B, E] int32, -1 is none
+    end_ids: torch.Tensor | None = None,  # [B, E] int32, and then -1
     min_position: torch.Tensor | None = None,  # [B] int32: no end token before it
 ) -> torch.Tensor:
     """Return the drawn token ids [R] int64."""
@@ -218,6 +218,7 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     V,
     T,
     NUM_ENDS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -229,7 +230,10 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     ends_ptr, num_ends = end_ids_ptr, 0
     if NUM_ENDS > 0:
         ends_ptr = end_ids_ptr + b * NUM_ENDS
-        num_ends = tl.where(position < tl.load(min_position_ptr + b), NUM_ENDS, 0)
+        offs_e = tl.arange(0, BLOCK_E)
+        ends = tl.load(ends_ptr + offs_e, mask=offs_e < NUM_ENDS, other=-1)
+        is_early = position < tl.load(min_position_ptr + b)
+        num_ends = tl.where(is_early, tl.sum((ends >= 0).to(tl.int32), axis=0), 0)
     key = tl.zeros((), tl.uint32)
     row_max, token = _argmax(
         row_ptr, V, ends_ptr, num_ends, key, 0.0, 1.0, 0.0, seed, position, BLOCK_V, False
@@ -255,7 +259,7 @@ def sample(
     min_p: torch.Tensor,  # [B] float32, 0 is off
     seed: torch.Tensor,  # [B] int64
     position: torch.Tensor,  # [R] int64: position of the token being drawn
-    end_ids: torch.Tensor | None = None,  # [B, E] int32, -1 is none
+    end_ids: torch.Tensor | None = None,  # [B, E] int32, and then -1
     min_position: torch.Tensor | None = None,  # [B] int32: no end token before it
 ) -> torch.Tensor:
     """Return the drawn token ids [R] int64."""
@@ -271,6 +275,7 @@ def sample(
         *(logits, temperature, top_k, top_p, min_p, seed, position, end_ids, min_position, tokens),
         *(vocab_size, num_rows // temperature.shape[0]),
         NUM_ENDS=num_ends,
+        BLOCK_E=triton.next_power_of_2(max(1, num_ends)),
         BLOCK_V=min(SAMPLE_BLOCK_V, max(128, triton.next_power_of_2(vocab_size))),
         num_warps=16,
     )

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kernels.linear_int8 import LEVELS
-from kernels.triton_tiles import any_row, load_tile, project_rows
+from kernels.triton_tiles import any_row, load_norm, load_tile, project_rows
 from kernels.weight import Weight
 
 SMALLEST = 1e-30  # stands in for the largest activation of a group of zeros; its inverse is finite
@@ -85,14 +85,17 @@ def project_rows_int8(  # type: ignore[no-untyped-def]
     offs_k = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + first_k + offs_k[None, :]
     x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + first_k + offs_k[:, None]
+    if HAS_NORM:
+        norm = load_norm(norm_ptr, first_k + offs_k, end_k)
     for k in range(first_k, end_k, BLOCK_K):
         mask_k = offs_k < end_k - k
         w = load_tile(w_ptrs, mask_n[:, None], mask_k[None, :], EVEN_K, "evict_first")
         x = load_tile(x_ptrs, mask_r[None, :], mask_k[:, None], EVEN_K, "").to(tl.float32)
         if HAS_NORM:
             sum_squares += tl.sum(x * x, axis=0)
-            norm = tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0)
+            next_norm = load_norm(norm_ptr, k + BLOCK_K + offs_k, end_k)
             x *= norm.to(tl.float32)[:, None]
+            norm = next_norm
         x8, x_scale = quantise_columns(x)
         acc += tl.dot(w, x8, out_dtype=tl.int32).to(tl.float32) * x_scale[None, :]
         w_ptrs += BLOCK_K

@@ -47,6 +47,16 @@ def load_tile(ptrs, mask_outer, mask_k, EVEN_K: tl.constexpr, POLICY: tl.constex
 
 
 @triton.jit
+def load_norm(norm_ptr, offs_k, end_k):  # type: ignore[no-untyped-def]
+    """Norm weights, to be loaded a step ahead of their use.
+
+    They are too narrow for the asynchronous copies that bring the tiles: loaded where they are
+    used, they would hold up every step by the latency of the L2 cache.
+    """
+    return tl.load(norm_ptr + offs_k, mask=offs_k < end_k, other=0.0)
+
+
+@triton.jit
 def weigh_columns(w, x32, norm):  # type: ignore[no-untyped-def]
     """Multiply the norm weight of each k into the tile of W or of x, and return both for a dot.
 
@@ -87,6 +97,8 @@ def project_rows(  # type: ignore[no-untyped-def]
     offs_k = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * K + first_k + offs_k[None, :]
     x_ptrs = x_ptr + offs_r[None, :].to(tl.int64) * K + first_k + offs_k[:, None]
+    if HAS_NORM:
+        norm = load_norm(norm_ptr, first_k + offs_k, end_k)
     for k in range(first_k, end_k, BLOCK_K):
         mask_k = offs_k < end_k - k
         # Each weight is read once a pass; what is reused must not be evicted for it.
@@ -95,8 +107,9 @@ def project_rows(  # type: ignore[no-untyped-def]
         if HAS_NORM:
             x32 = x.to(tl.float32)
             sum_squares += tl.sum(x32 * x32, axis=0)
-            norm = tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0)
+            next_norm = load_norm(norm_ptr, k + BLOCK_K + offs_k, end_k)
             w, x = weigh_columns(w, x32, norm)
+            norm = next_norm
         acc = tl.dot(w, x, acc, input_precision="ieee")
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import family_config, tiny_llama
 from tokenizers_for_tests import CHAT_TEMPLATE, byte_tokenizer
+from transformers import GenerationMixin
 
 import bench.decode as decode
 import bench.peers as peers
@@ -120,11 +121,20 @@ def test_arms_on_a_widened_model(monkeypatch, tmp_path, capsys):
 def test_peers_at_a_shape(family, free, monkeypatch, capsys):
     config = family_config(family, bos_token_id=None, eos_token_ids=())
     monkeypatch.setattr(peers, "free_bytes", lambda _: free)
+    modes = []
+    generate = GenerationMixin.generate
+
+    def noting(*args, **kwargs):
+        modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", noting)
     result = peers.compare_shape("tiny", config, 6, 2, torch.device("cpu"))
     assert result["alternated"] == (free == 1 << 40)
     assert list(result["peer_tokens_per_second"]) == ["eager", "static_compile"]
     assert all(ratio > 0 for ratio in result["ratio"].values())
     assert "ratio: " in capsys.readouterr().out.splitlines()[-1]
+    assert set(modes) == {(False, False)}
     with pytest.raises(ValueError, match="tiny needs 3 GB, got 0 GB"):
         monkeypatch.setattr(peers, "free_bytes", lambda _: 5)
         peers.compare_shape("tiny", config, 6, 2, torch.device("cpu"))

@@ -61,6 +61,10 @@ def test_without_a_gpu_every_kernel_is_checked_and_none_is_timed():
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["device"], result["timed"], result["wrong"]) == ("cpu", False, 0)
     assert set(result["tables"]) == {"small, float32", "small, float16"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"part"')]
+    assert [json.loads(line)["part"] for line in lines] == [
+        {name: table} for name, table in result["tables"].items()
+    ]
     for table in result["tables"].values():
         assert {row["operation"] for row in table} == OPERATIONS
         assert all(row["is_right"] and "microseconds" not in row for row in table)

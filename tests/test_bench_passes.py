@@ -11,6 +11,7 @@ from checkpoints import tiny_config
 from tiny import family_config, tiny_llama
 
 import bench.passes as passes_module
+from bench.harness import Spread
 from bench.pass_arms import VERIFIED, Clocks, draft_arm, make_arms, wall_timer
 from bench.pass_checks import CheckError, check_draft, check_replay, check_rows
 from bench.passes import check, describe, measure, measure_shape
@@ -26,12 +27,13 @@ from bench.subject import (
     skip_plan,
     textless,
     weight_bytes,
+    with_positions,
 )
 from engine.graphs import run_eagerly
 from kernels.numba_ops import NUMBA
 from models.llama import Llama
-from models.plan import SKIP
-from models.quantise import with_int8
+from models.plan import FULL, SKIP, DraftPlan
+from models.quantise import int8_bytes, with_int8
 from models.weights import sublayer_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,7 +90,22 @@ def test_sizes_are_those_of_the_model(family):
     # One token attends to itself alone: a product with its key and one with its value.
     one = 2 * (layers + head) + 4 * config.num_layers * config.num_heads * config.head_dim
     assert prefill_flops(config, 1) == one
-    assert subject.kept(subject.int8_plan) == pytest.approx(0.25, abs=0.05)
+    assert subject.read_bytes(CONTEXT) == sum(sizes) + CONTEXT * kv_bytes(config, torch.float32)
+    assert subject.kept(subject.int8_plan, 0) == pytest.approx(0.25, abs=0.05)
+
+
+def test_kept_bytes_have_the_keys_and_values_that_are_read():
+    """By hand: two layers, of which one has lost its attention and the other its MLP."""
+    subject = subject_of(tiny_llama(family_config("llama2", num_layers=2)))
+    attention, mlp, head = (subject.sizes[i] for i in (0, 1, 4))
+    past = 4 * 2 * CONTEXT * subject.model.config.num_kv_heads * subject.model.config.head_dim
+    whole = 2 * (attention + mlp + past) + head
+    skips = DraftPlan.skipping("skips", 2, (0,), (1,))
+    assert subject.kept(skips, CONTEXT) == pytest.approx((attention + past + mlp + head) / whole)
+    int8 = int8_bytes(subject.int8_model.weights)
+    assert subject.kept(subject.int8_plan, CONTEXT) == pytest.approx((int8 + 2 * past) / whole)
+    everything = DraftPlan("all", "self", (FULL,) * 4)
+    assert subject.kept(everything, CONTEXT) == 1.0 == subject.kept(everything, 0)
 
 
 def test_contexts_that_do_not_fit_are_left_out():
@@ -96,11 +113,14 @@ def test_contexts_that_do_not_fit_are_left_out():
     assert kv_bytes(config, dtype) == 524_288
     allowed, left_out = choose_contexts(config, [4096, 256, 32768, 256], dtype, 10 << 30)
     assert allowed == [256, 4096] and list(left_out) == [32768]
-    assert "4096 positions" in left_out[32768]
+    assert left_out[32768] == "its cache takes 17.4 GB of 10.7 GB left"
+    assert choose_contexts(config, [256, 32768], dtype, 20 << 30) == ([256, 32768], {})
+    assert with_positions(config, [256, 32768]).max_positions == 32768
+    assert with_positions(config, [256]) == config
     allowed, left_out = choose_contexts(config, [256, 4096], dtype, 1 << 30)
     assert allowed == [256] and left_out[4096] == "its cache takes 2.2 GB of 1.1 GB left"
     with pytest.raises(ValueError, match="none is possible"):
-        choose_contexts(config, [8192], dtype, 10 << 30)
+        choose_contexts(config, [8192], dtype, 1 << 30)
 
 
 def test_textless_tokens():
@@ -133,8 +153,10 @@ def test_passes_of_every_kind_are_timed(capsys, monkeypatch):
         assert 0 < low <= middle <= high
         assert plain["tokens_per_second"] == pytest.approx(1e3 / middle, rel=0.01)
         kept = [step["kept"] for step in values["drafts"].values()]
-        assert kept[:4] == pytest.approx([1 - share for share in SKIPPED], abs=0.03)
-        assert kept[0] == 1 and kept[4] == pytest.approx(0.25, abs=0.05)
+        assert kept == pytest.approx(
+            [subject.kept(plan, int(context)) for plan in subject.plans], abs=1e-4
+        )
+        assert kept[0] == 1 and kept == sorted(kept[:4], reverse=True) + kept[4:]
         for step in values["drafts"].values():
             assert step["cost"][1] / step["kept"] == pytest.approx(step["cost_over_kept"], abs=0.01)
         assert list(values["verify"]) == [str(width) for width in VERIFIED]
@@ -257,6 +279,21 @@ def test_a_replay_that_does_not_run_is_noticed(kind):
         replay_check(subject)
 
 
+def test_a_context_longer_than_the_published_models_is_measured(monkeypatch, capsys):
+    config = family_config("llama2", max_positions=96)
+    for name in ("read_bandwidth", "copy_bandwidth", "matmul_rate"):
+        monkeypatch.setattr(passes_module, name, lambda: Spread(1e9, 1e9, 1e9))
+    monkeypatch.setattr(passes_module, "event_timer", wall_timer)
+    monkeypatch.setattr(passes_module, "make_peak", lambda: dict)
+    # Far more than there is memory for: not even the rotary table is made for that.
+    monkeypatch.setattr(passes_module, "free_bytes", lambda _: passes_module.MARGIN + (1 << 20))
+    found = measure_shape("tiny", config, [64, 160, 1 << 60], 1, torch.device("cpu"))
+    assert list(found["contexts"]) == ["64", "160"] and list(found["left_out"]) == [1 << 60]
+    assert found["published_positions"] == 96 and found["cache_positions"] == 160
+    lines = [line for line in capsys.readouterr().out.splitlines() if "exceeds" in line]
+    assert len(lines) == 1 and lines[0].startswith("context 160 exceeds the 96 positions")
+
+
 @pytest.mark.gpu
 def test_a_small_shape_on_a_gpu():
     config = tiny_config(
@@ -264,5 +301,6 @@ def test_a_small_shape_on_a_gpu():
     )
     device = torch.device("cuda")
     found = json.loads(json.dumps(measure_shape("small", config, [64, 256, 512], 2, device)))
-    assert list(found["contexts"]) == ["64", "256"] and list(found["left_out"]) == ["512"]
+    assert list(found["contexts"]) == ["64", "256", "512"] and found["left_out"] == {}
+    assert found["published_positions"] == config.max_positions == 256
     assert found["peak_bytes"]["allocated"] > 0

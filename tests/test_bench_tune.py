@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,33 @@ CLASSES = [
     *(ShapeClass("attn_decode", name) for name in DECODE[90]),
     *(ShapeClass("attn_prefill", name) for name in PREFILL[90]),
 ]
+# Two classes of a model, compiled ahead or launched on tensors that are somewhere; prints whether
+# triton's cache had each kernel.
+COMPILES = """
+import json, sys
+import torch
+from triton import knobs
+from bench import tune
+from bench.candidates import present
+from bench.cases import Setting
+from bench.compile import compiling_only
+from bench.launch_classes import DTYPE, case_groups, shape_classes, with_launch
+from bench.shapes import SHAPES
+
+hits, small = [], {"small": SHAPES["smollm2-135m"]}
+knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+for shape_class, problems in shape_classes(small, ["attn_decode", "norm_gated_mlp"]).items():
+    launch = present(80, shape_class)
+    if sys.argv[1] == "ahead":
+        tune.compile_ahead((80, 86, problems, launch))
+        continue
+    base = Setting(small["small"], DTYPE, torch.device("cpu"), contexts=(256,))
+    with compiling_only(80, 86):
+        for group in case_groups(problems[0], base):
+            for case in group.values():
+                with_launch(case, launch).kernel(*case.sets[0])
+print(json.dumps(hits))
+"""
 
 
 def at(microseconds: float) -> Spread:
@@ -120,7 +148,7 @@ def test_candidates_lie_around_the_present_choice(shape_class, capability):
     for launch in found[1:4]:  # one step or two away
         changed = [a != b for a, b in zip(launch, found[0], strict=True)]
         assert sum(changed) <= 2, launch
-    if shape_class.operation == "norm_qkv_rope_append":
+    if shape_class.name.startswith("heads to") and not shape_class.operation.startswith("attn"):
         whole = int(shape_class.name.split()[-1])
         assert all(launch.block_n % whole == 0 for launch in found)
     if shape_class.operation in ("norm_qkv_rope_append", "norm_gated_mlp", "norm_lm_head"):
@@ -141,7 +169,7 @@ def test_classes_are_those_by_which_kernels_are_launched():
         n, k = weight.full.shape
         n //= 2 if cls.operation == "norm_gated_mlp" else 1
         used = matrix_launch(device, cls.operation, n, k, DTYPE) if problem.kind != "qkv" else None
-        used = used or qkv_launch(device, config.head_dim, k, DTYPE)
+        used = used or qkv_launch(device, config.head_dim, n, k, DTYPE, config.has_qk_norm)
         assert fit(present(90, cls), k, DTYPE) == used, problem
         assert case.operation.split()[0] == cls.operation
 
@@ -226,6 +254,59 @@ def test_without_a_gpu_candidates_are_compiled():
         assert len(entry["candidates"]) == 2
         for row in entry["candidates"]:
             assert row["registers"] > 0 and row["shared"] > 0 and row["refusal"] == ""
+
+
+def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
+    """The key of triton's cache is the same for another process and for tensors on a device."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    found = []
+    for what in ("ahead", "launch"):
+        command = [sys.executable, "-c", COMPILES, what]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env=env, check=True
+        )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert len(found[0]) == len(found[1]) >= 3
+    assert not any(found[0]) and all(found[1])
+
+
+class CutOff(Exception):
+    pass
+
+
+def test_a_run_that_is_cut_off_has_printed_what_it_had(monkeypatch, capsys):
+    classes = shape_classes({"small": SHAPES["smollm2-135m"]}, ["attn_decode", "linear_residual"])
+    first, second, _ = classes
+    done = []
+
+    def try_two(problems, launches, base):
+        if len(done) == 2:
+            raise CutOff
+        done.append(launches[1])
+        if len(done) == 2:
+            return [Trial(launch, refusal="does not compile") for launch in launches]
+        return [trial(launches[0], (9.0,)), trial(launches[1], (7.0,))]
+
+    for name, value in {
+        "get_device_name": "A GPU", "get_device_capability": (9, 0), "current_device": 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(tune, "capability_of", lambda _: 90)
+    monkeypatch.setattr(gpu_time, "cache_bytes", lambda _: 1)
+    monkeypatch.setattr(tune, "worker_pool", nullcontext)
+    monkeypatch.setattr(tune, "compile_together", lambda *_: None)
+    monkeypatch.setattr(tune, "try_class", try_two)
+    with pytest.raises(CutOff):
+        tune.tune(classes, 2)
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line for line in lines if line.endswith(", TUNED),"))
+    assert row == paste_rows([(first, done[0])], 90, "")[-1]
+    assert lines[lines.index(row) - 2].startswith('TUNED = "bench.tune on one A GPU, ')
+    parts = [json.loads(line)["part"] for line in lines if line.startswith('{"part"')]
+    assert [(part["operation"], part["name"]) for part in parts] == [first, second]
+    assert parts[0]["candidates"][0]["times"][0][0] == list(at(7.0))
+    assert all(found["refusal"] for found in parts[1]["candidates"])
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="needs the interpreter")

@@ -57,10 +57,14 @@ def out(tmp_path):
 def no_clock(monkeypatch, tmp_path):
     """A pass takes the bits that it reads, and a decode as many seconds as it has rounds."""
 
-    def seconds(model, cache, plan, width):
-        return float(plan.sum()) * (1 + 0.1 * (width - 1))
+    def verify_seconds(passes, rows):
+        return float(passes._full_plan[0].sum()) * (1 + 0.1 * (rows - 1))
 
-    monkeypatch.setattr("engine.profile._seconds", seconds)
+    def draft_seconds(model, passes):
+        return float(passes.plan_row(0).sum())
+
+    monkeypatch.setattr("engine.profile._verify_seconds", verify_seconds)
+    monkeypatch.setattr("engine.profile._draft_seconds", draft_seconds)
     monkeypatch.setattr("engine.profile.BUDGET_SECONDS", math.inf)
     monkeypatch.setattr("engine.drafts.profile_path", lambda model: tmp_path / "profile.json")
     ticks = itertools.count()

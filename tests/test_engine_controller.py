@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -135,3 +136,14 @@ def test_estimates_order_the_plans(device):
     all_16 = DraftPlan("all", "self", (16,) * 4)
     assert costs.of_draft(INT8) < costs.of_draft(skip) < costs.of_draft(all_16) == 1.0
     assert costs.of_verify(1) == 1.0 < costs.of_verify(8)
+
+
+def test_padded_passes_cost_what_their_buckets_cost():
+    """5 tokens of each of 3 sequences run as 8 of each of 4."""
+    costs = PassCosts(((1, 1.0), (16, 1.2), (32, 2.0)), is_padded=True)
+    assert costs.of_pass(3, 5) == costs.of_verify(32) == 2.0
+    assert costs.of_pass(1, 1) == 1.0 and costs.of_pass(1, 9) == costs.of_verify(16)
+    assert replace(costs, is_padded=False).of_pass(3, 5) == costs.of_verify(15)
+    # Drafts go to the end of a bucket: four rows cost as much as three.
+    always = replace(costs, verify=((1, 1.0), (2, 1.0), (4, 1.0), (8, 9.0)))
+    assert always.best_length(0.1, 0.99, 0.99, 8)[0] == 3

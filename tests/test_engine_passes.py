@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from tiny import family_config, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
 
 from engine import SamplingParams
-from engine.graphs import run_eagerly
-from engine.passes import Passes, bucket, widths
+from engine.costs import bucket
+from engine.graphs import _CAPTURING, GraphRunner, run_eagerly
+from engine.passes import Passes, widths
 from kernels.triton_ops import TRITON, TRITON_PREFILL
 from models.plan import NGRAM, DraftPlan
 
@@ -79,16 +82,18 @@ def test_a_recorded_pass_serves_every_round(params, device, monkeypatch):
 
 @CPU_ONLY
 def test_recorded_passes_of_a_batch(device, monkeypatch):
-    """Three sequences in a bucket of four slots or of three; the padding row disturbs nothing."""
-    llm = triton_llm(device, batch=3)
+    """Three sequences in a bucket of four: the padding row disturbs nothing."""
+    llm = triton_llm(device, batch=4)
     params = replace(SAMPLED, max_tokens=6)
     expected = tokens(llm.generate(PROMPTS, params))
     llm.generate("x", replace(GREEDY, speculative=MIXED, max_tokens=1))
-    run_through(llm, RecordedRunner())
+    runner = RecordedRunner()
+    run_through(llm, runner)
     plans = itertools.cycle([SKIP, EVERYTHING, DraftPlan("o", "off"), MIXED, NGRAM])
     lengths = itertools.cycle([2, 3, 1])
     force_drafts(monkeypatch, lambda: next(lengths), plans)
     assert tokens(llm.generate(PROMPTS, replace(params, speculative="auto"))) == expected
+    assert any(key[:2] == ("verify", 4) for key in runner.num_runs)
 
 
 @CPU_ONLY
@@ -157,30 +162,103 @@ def test_a_pass_that_looks_at_the_device_cannot_be_recorded(device):
     with pytest.raises(HostReadError), Recording():
         state.nonzero()
     counts = iter(range(9))
-    runner("bakes", lambda: state.add_(next(counts)))
-    runner("bakes", lambda: state.add_(next(counts)))
+
+    def bakes():
+        state.add_(next(counts))
+
+    runner("bakes", bakes)
+    runner("bakes", bakes)
     assert state.tolist() == [0.0] * 4  # the host's first value, twice
     first = runner("adds", lambda: state + 1)
     state += 5
     assert runner("adds", lambda: state + 1) is first and first.tolist() == [6.0] * 4
 
 
+class FakeGraph:
+    """What torch.cuda.CUDAGraph does as far as GraphRunner can see: notes, no GPU."""
+
+    log: ClassVar[list] = []
+
+    def replay(self):
+        self.log.append("replay")
+
+    def pool(self):
+        return "pool"
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    @contextmanager
+    def graph(graph, pool, capture_error_mode):
+        assert isinstance(graph, FakeGraph) and capture_error_mode == "thread_local"
+        assert not torch.is_inference_mode_enabled() and _CAPTURING.locked()
+        FakeGraph.log.append(("capture", pool))
+        yield
+        FakeGraph.log.append("captured")
+
+    FakeGraph.log = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return FakeGraph.log
+
+
+def test_a_pass_is_tried_then_captured_once_then_replayed(fake_cuda):
+    """The trial leaves the state as it was; all graphs share the pool of the first."""
+    with torch.inference_mode():
+        llm = tiny_llm(speculative="off")
+    state = llm._passes.staging.device  # a tensor that may change in any mode, wherever it is made
+    state.zero_()
+    runner = GraphRunner(state)
+
+    def work():
+        fake_cuda.append(("work", int(state.sum())))
+        state.add_(1)
+        return "result"
+
+    with torch.inference_mode():
+        assert runner("a", work) == runner("a", work) == "result"
+    assert fake_cuda == [
+        ("work", 0), ("capture", None), ("work", 0), "captured", "replay", "replay",
+    ]  # fmt: skip
+    fake_cuda.clear()
+    runner("b", lambda: None)
+    assert fake_cuda == [("capture", "pool"), "captured", "replay"]
+
+
+def test_a_trial_that_fails_leaves_the_state_as_it_was(fake_cuda):
+    state = torch.zeros(3)
+    runner = GraphRunner(state)
+
+    def fails():
+        state.add_(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner("a", fails)
+    assert state.tolist() == [0.0] * 3 and fake_cuda == [] and not _CAPTURING.locked()
+    assert runner("a", lambda: 5) == 5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_graphs_give_the_bits_of_eager_passes(dtype, monkeypatch):
-    """Logits, cache and tokens, over 200 replays."""
+    """Tokens, log-probabilities and the cache, over 200 answers; and the tokens of no drafts."""
     config = family_config("llama2", vocab_size=VOCAB, hidden_size=256, head_dim=64)
     options = {"prefill_ops": TRITON_PREFILL, "decode_ops": TRITON, "dtype": dtype}
-    eager, graphs = (tiny_llm(config, device="cuda", max_sequences=2, **options) for _ in range(2))
+    eager, graphs = (tiny_llm(config, device="cuda", max_sequences=4, **options) for _ in range(2))
     run_through(eager, run_eagerly)
     plans = [random_plan(2, seed) for seed in range(4)]
     for llm in (eager, graphs):
-        llm.generate("x", replace(GREEDY, speculative=plans[0], max_tokens=1))
+        for prompts in (PROMPTS, "x"):  # so that every answer finds as much of its prompt cached
+            llm.generate(prompts, replace(GREEDY, speculative=plans[0], max_tokens=1))
     for repeat in range(200):
-        force_drafts(monkeypatch, lambda repeat=repeat: 1 + repeat % 8)
         params = replace(SAMPLED, seed=repeat, max_tokens=24, logprobs=3)
+        plain = tokens(graphs.generate(PROMPTS, replace(params, speculative="off")))
+        force_drafts(monkeypatch, lambda repeat=repeat: 1 + repeat % 8)
         params = replace(params, speculative=plans[repeat % 4])
-        outputs = [llm.generate(PROMPTS[:2], params) for llm in (eager, graphs)]
+        outputs = [llm.generate(PROMPTS, params) for llm in (eager, graphs)]
         assert [o.outputs for o in outputs[0]] == [o.outputs for o in outputs[1]]
-    for a, b in zip(eager._cache, graphs._cache, strict=True):
-        assert torch.equal(a[..., :8, :], b[..., :8, :])
+        assert tokens(outputs[0]) == plain
+        for slot, held in graphs._pool._free.items():
+            for a, b in zip(eager._cache[:2], graphs._cache[:2], strict=True):
+                assert torch.equal(a[:, slot, :, : len(held)], b[:, slot, :, : len(held)])

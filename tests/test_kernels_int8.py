@@ -108,7 +108,7 @@ def group_width(name: str, case: Case) -> int:
     """Activations that share a scale: the kernel's BLOCK_K."""
     k, dtype = case.x.shape[-1], case.x.dtype
     if name == "norm_qkv_rope_append":
-        return launch.qkv_launch(case.x.device, HEAD_DIM, k, dtype).block_k
+        return launch.qkv_launch(case.x.device, HEAD_DIM, N, k, dtype, False).block_k
     outputs = N // 2 if name == "norm_gated_mlp" else N
     return launch.matrix_launch(case.x.device, name, outputs, k, dtype).block_k
 

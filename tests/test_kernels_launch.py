@@ -18,7 +18,7 @@ SIZES = (64, 576, 1536, 2048, 4096, 13824)
 def test_measured_shapes_have_rows_of_their_own():
     """The projections of Llama-2-7B and what was fastest for them in measurements of prototypes."""
     bf16 = torch.bfloat16
-    assert launch.qkv_launch(META, 128, 4096, bf16) == (128, 128, 4, 8, 1)
+    assert launch.qkv_launch(META, 128, 12288, 4096, bf16, False) == (128, 128, 4, 8, 1)
     for operation, n, k, expected in (
         ("linear_residual", 4096, 4096, (64, 256, 4, 4, 1)),
         ("linear_residual", 4096, 11008, (64, 128, 4, 4, 2)),
@@ -44,7 +44,9 @@ def test_every_shape_has_a_row(capability, dtype, monkeypatch):
     """And programs share the sums of a tile exactly where K is longer than N."""
     monkeypatch.setattr(launch, "capability_of", lambda _: capability)
     for head_dim in (8, 64, 96, 128, 256):
-        qkv = launch.qkv_launch(META, head_dim, 4096, dtype)
+        for n in SIZES:
+            assert launch.qkv_launch(META, head_dim, n, 4096, dtype, False).split_k == 1
+        qkv = launch.qkv_launch(META, head_dim, 4096, 4096, dtype, True)
         assert qkv.block_n % triton.next_power_of_2(head_dim) == 0 and qkv.split_k == 1
         launch.decode_launch(META, head_dim, dtype), launch.prefill_launch(META, head_dim, dtype)
     for operation in ("linear_residual", "norm_gated_mlp", "norm_lm_head"):
@@ -56,7 +58,7 @@ def test_every_shape_has_a_row(capability, dtype, monkeypatch):
 
 def test_parameters_are_chosen_without_the_number_of_rows():
     """What a launch function may look at: the device, the weight's shape or the head, the dtype."""
-    allowed = {"device", "operation", "head_dim", "n", "k", "dtype"}
+    allowed = {"device", "operation", "head_dim", "has_norm", "n", "k", "dtype"}
     for function in (
         *(launch.qkv_launch, launch.matrix_launch),
         *(launch.decode_launch, launch.prefill_launch),
@@ -66,12 +68,8 @@ def test_parameters_are_chosen_without_the_number_of_rows():
 
 def test_tiles_fill_k_where_they_can():
     tile = MatrixLaunch(64, 256, 4, 4)
-    assert [fit(tile, k, torch.float16).block_k for k in (4096, 896, 576, 123)] == [
-        256,
-        128,
-        64,
-        64,
-    ]
+    blocks = {4096: 256, 896: 128, 576: 64, 123: 64, 4032: 256}  # the last leaves 64 of 4,096 idle
+    assert {k: fit(tile, k, torch.float16).block_k for k in blocks} == blocks
     assert fit(tile, 4096, torch.float32).block_k == 128  # as many bytes
 
 

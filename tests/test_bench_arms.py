@@ -1,0 +1,78 @@
+"""Arms on a model whose prefill, like that of a GPU, depends on its number of rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_bench_routing import DOMAINS, MATH, library_of
+from tiny import tiny_llm
+from tokenizers_for_tests import CHAT_TEMPLATE
+
+from bench.arms import Run, answer, measure_prompt, read_afresh, speed_up
+from bench.routing import summarise, summarise_streams
+from bench.stream import Prompt, make_experiment, run_streams
+from bench.stream import measure_prompt as measure_on_stream
+from engine import LLM
+from kernels.numba_ops import NUMBA
+from models.chat_template import ChatTemplate
+from models.plan import NGRAM, OFF, DraftPlan
+from router.fingerprint import fingerprint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# They begin alike, as chat templates let all prompts do.
+PROMPTS = [Prompt("math", (5, 6, 7, 5, 6)), Prompt("qa", (5, 6, 7, 9)), Prompt("math", (5, 6, 1))]
+
+
+def run_layers(x, *args):
+    """Far more than a rounding, so that any answer shows it, and not only a near-tie."""
+    x *= x.shape[0]
+    NUMBA.run_layers(x, *args)
+
+
+def uneven_llm() -> LLM:
+    template = ChatTemplate(CHAT_TEMPLATE, "test")
+    ops = replace(NUMBA, run_layers=run_layers)
+    return tiny_llm(prefill_ops=ops, chat_template=template, router="none")
+
+
+def answers(llm: LLM, prompt: Prompt, is_afresh: bool) -> set[tuple[int, ...]]:
+    """What is answered after each of the other prompts, twice."""
+    found = set()
+    for before in PROMPTS:
+        answer(llm, before.token_ids, "off", 12, Run())
+        if is_afresh:
+            read_afresh(llm, prompt.token_ids)
+        for _ in range(2):
+            run = Run()
+            answer(llm, prompt.token_ids, "off", 12, run)
+            found.add(run.token_ids)
+    return found
+
+
+def test_a_prompt_that_is_read_afresh_has_one_answer():
+    llm = uneven_llm()
+    assert all(len(answers(llm, prompt, is_afresh=True)) == 1 for prompt in PROMPTS)
+    assert any(len(answers(llm, prompt, is_afresh=False)) > 1 for prompt in PROMPTS)
+
+
+def test_every_run_of_a_prompt_finds_the_same_prefix():
+    llm = uneven_llm()
+    runs = measure_prompt(llm, "What is a bicycle?", 12, repeats=2)
+    assert all(run.is_repeatable and len(run.seconds) == 2 for run in runs.values())
+    assert all(speed_up([runs["off"]], [run]) is not None for run in runs.values())
+
+
+def test_the_order_of_a_stream_does_not_matter():
+    llm = uneven_llm()
+    config = llm.model.config
+    plans = (OFF, NGRAM, DraftPlan.int8(config.num_layers), MATH)
+    library = library_of(plans, size=config.hidden_size, mark=fingerprint(llm.model))
+    assert library.num_layers == config.num_layers and library.domains == DOMAINS
+    experiment = make_experiment(library, "math", len(PROMPTS), seed=0)
+    rows = [measure_on_stream(llm, p, experiment, i, 12, 2) for i, p in enumerate(PROMPTS)]
+    assert summarise(rows, experiment)["identical"]
+    orders = {0.0: [0, 2, 1], 1.0: [2, 1, 0]}
+    arms = {name: experiment.arms[name] for name in ("knn", "int8")}
+    streams = run_streams(llm, PROMPTS, orders, arms, 12, segment=2)
+    assert summarise_streams(streams, orders, rows, "int8")["identical"]
