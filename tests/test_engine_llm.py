@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -295,3 +296,12 @@ def test_bad_engine_arguments():
         tiny_llm().generate("x", SamplingParams(stop_token_ids=(100000,)))
     with pytest.raises(ValueError, match="no chat template"):
         tiny_llm().chat([{"role": "user", "content": "x"}])
+
+
+def test_as_many_end_tokens_as_the_buffers_hold(llm):
+    """128 with the model's own; min_tokens beyond any position is no overflow."""
+    params = SamplingParams(temperature=0, max_tokens=None, min_tokens=2**40, ignore_eos=True)
+    many = replace(params, stop_token_ids=tuple(range(128)))
+    assert llm.generate("x", many)[0].outputs[0].finish_reason == "length"
+    with pytest.raises(ValueError, match=r"stop_token_ids: got 129.* expected at most 128"):
+        llm.generate("x", replace(params, stop_token_ids=tuple(range(129))))
