@@ -10,7 +10,6 @@ import torch
 
 from engine.sequence import RunningSequence
 from models.config import LlamaConfig
-from models.llama import Rows
 
 
 class KVCache(NamedTuple):
@@ -24,15 +23,6 @@ class KVCache(NamedTuple):
     k: torch.Tensor  # [L, slots, H_kv, S, D]
     v: torch.Tensor  # [L, slots, H_kv, S, D]
     states: torch.Tensor  # [slots, S, C]: the residual stream after the last layer
-
-    def keep_states(self, rows: Rows, x: torch.Tensor) -> None:
-        """Store a pass's last residual stream x [B*T, C] at its rows' positions.
-
-        Padding rows land behind the valid length, as their keys and values do, or at the last
-        position of the cache, which no prompt reaches.
-        """
-        slots, positions = rows.slots.long()[:, None], rows.positions.long()
-        self.states[slots, positions] = x.view(*positions.shape, -1)
 
 
 def make_kv_cache(

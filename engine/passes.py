@@ -129,7 +129,7 @@ class Passes:
 
         model: `self.model`, or the same with int8 forms.
         """
-        batch = self._batch_bucket(batch)
+        batch = self.num_rows(batch)
         key = ("draft", batch, model.weights.lm_head.int8 is not None)
         rows = self._first_rows(batch)
         self._run(key, lambda: draft_pass(model, self.cache, rows))
@@ -139,7 +139,7 @@ class Passes:
 
         The result has `batch` rows, and on CUDA as many columns as the width's bucket.
         """
-        padded, width = self._batch_bucket(batch), self._width_bucket(width)
+        padded, width = self.num_rows(batch), self._width_bucket(width)
         rows, plan = self._first_rows(padded), self._full_plan[:padded]
         verified = self._run(
             ("verify", padded, width),
@@ -163,17 +163,14 @@ class Passes:
                 router.launch(self.cache.states[0, -1:], self.plan_row(0))
 
     def num_rows(self, batch: int) -> int:
-        """How many rows of the buffers a pass over `batch` sequences reads."""
-        return self._batch_bucket(batch)
+        """How many rows of the buffers a pass over `batch` sequences reads: those of its bucket."""
+        assert 0 < batch <= self._max_sequences, (batch, self._max_sequences)
+        return min(bucket(batch), self._max_sequences) if self.is_padded else batch
 
     def _first_rows(self, batch: int) -> RoundBuffers:
         if batch not in self._rows:
             self._rows[batch] = self.buffers.rows(batch)
         return self._rows[batch]
-
-    def _batch_bucket(self, batch: int) -> int:
-        assert 0 < batch <= self._max_sequences, (batch, self._max_sequences)
-        return min(bucket(batch), self._max_sequences) if self.is_padded else batch
 
     def _width_bucket(self, width: int) -> int:
         assert 0 < width <= MAX_WIDTH, width

@@ -71,6 +71,7 @@ def profile_draft(model: Llama, plan: DraftPlan) -> float:
     """R: the cost of a draft step under `plan` in units of a pass of plain decoding."""
     passes = _passes(model)
     passes.set_plan(0, plan)
+    model = replace(model, cos=passes.model.cos, sin=passes.model.sin)
     _draft_seconds(model, passes)
     drafts, plain = [], []
     started = time.perf_counter()
@@ -113,7 +114,6 @@ def _verify_seconds(passes: Passes, rows: int) -> float:
 @torch.inference_mode()
 def _draft_seconds(model: Llama, passes: Passes) -> float:
     """Of one draft step, in a row of DRAFT_STEPS: between two steps a round reads nothing back."""
-    model = replace(model, cos=passes.model.cos, sin=passes.model.sin)
     with passes.alone():
         _stage(passes, 1, num_drafted=0, num_wanted=DRAFT_STEPS)
         started = time.perf_counter()

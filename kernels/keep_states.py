@@ -3,7 +3,8 @@
     states[slot_b, position_bt] = x_bt
 
 Shapes: x [R, C] with R = B*T rows -> states [slots, S, C]. Moves 2*R*C elements. Padding rows are
-written as well: the caller gives them positions that nobody reads.
+written as well: the caller gives them positions that nobody reads, behind a sequence's valid length
+or the last of the cache, which no prompt reaches.
 """
 
 from __future__ import annotations

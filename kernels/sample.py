@@ -57,7 +57,7 @@ def top_probability_ref(logits: torch.Tensor) -> torch.Tensor:
 def without_early_ends(
     logits: torch.Tensor,  # [R, V]
     position: torch.Tensor,  # [R]
-    end_ids: torch.Tensor | None,  # [B, E], -1 is none
+    end_ids: torch.Tensor | None,  # [B, E], and then -1
     min_position: torch.Tensor | None,  # [B]
 ) -> torch.Tensor:
     """The logits, or a copy with -inf for end tokens where an answer may not end yet."""

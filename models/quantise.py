@@ -37,17 +37,7 @@ def with_int8(model: Llama) -> Llama:
         quantise_into(weight.full, int8, scale)
         return weight._replace(int8=int8, scale=scale)
 
-    layers = tuple(
-        layer._replace(
-            qkv=quantised(layer.qkv),
-            attn_out=quantised(layer.attn_out),
-            gate_up=quantised(layer.gate_up),
-            down=quantised(layer.down),
-        )
-        for layer in weights.layers
-    )
-    lm_head = quantised(weights.lm_head)
-    return replace(model, weights=replace(weights, layers=layers, lm_head=lm_head))
+    return _with_matrices(model, quantised)
 
 
 def without_int8(model: Llama) -> Llama:
@@ -58,16 +48,21 @@ def without_int8(model: Llama) -> Llama:
     def plain(weight: Weight) -> Weight:
         return Weight(weight.full)
 
+    return _with_matrices(model, plain)
+
+
+def _with_matrices(model: Llama, change: Callable[[Weight], Weight]) -> Llama:
+    """The model with every matrix changed, in the order in which a pass reads them."""
     layers = tuple(
         layer._replace(
-            qkv=plain(layer.qkv),
-            attn_out=plain(layer.attn_out),
-            gate_up=plain(layer.gate_up),
-            down=plain(layer.down),
+            qkv=change(layer.qkv),
+            attn_out=change(layer.attn_out),
+            gate_up=change(layer.gate_up),
+            down=change(layer.down),
         )
         for layer in model.weights.layers
     )
-    lm_head = plain(model.weights.lm_head)
+    lm_head = change(model.weights.lm_head)
     return replace(model, weights=replace(model.weights, layers=layers, lm_head=lm_head))
 
 
