@@ -16,7 +16,8 @@ import torch
 
 from models.config import LlamaConfig, RopeScaling, token_ids
 from models.gguf_file import GgufFile, read_gguf, read_tensor
-from models.safetensors_file import file_inside, open_safetensors, read_json, read_safetensor
+from models.model_files import file_inside, find_file, read_json
+from models.safetensors_file import open_safetensors, read_safetensor
 
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
 _GGUF_NAMES = {
@@ -67,8 +68,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open_directory(path: Path) -> Checkpoint:
     raw = read_json(file_inside(path, "config.json"))
     generation: dict[str, object] = {}
-    if (path / "generation_config.json").exists():
-        generation = read_json(file_inside(path, "generation_config.json"))
+    generation_file = find_file(path, "generation_config.json")
+    if generation_file is not None:
+        generation = read_json(generation_file)
     try:
         config = LlamaConfig.from_hf(raw)
         stops = config.eos_token_ids + token_ids(generation, "eos_token_id")

@@ -7,9 +7,7 @@ link that leaves the model's directory is refused. Pickle files are never opened
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from models.model_files import file_inside, parse_json, read_json
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.pt", "*.pth")
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
-_MAX_JSON = 64 << 20  # bytes of an index or a configuration file
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -79,40 +78,6 @@ def read_safetensor(tensors: dict[str, StoredTensor], name: str) -> torch.Tensor
     return tensor
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """The JSON object in `path`. Raises ValueError for anything else and for more than 64 MiB."""
-    size = path.stat().st_size
-    if size > _MAX_JSON:
-        raise ValueError(f"{path}: has {size} bytes, expected at most {_MAX_JSON} of JSON")
-    return _parse_object(path, path.read_bytes())
-
-
-def file_inside(directory: Path, name: str) -> Path:
-    """`directory / name`, if `name` is a bare file name and its file lies inside the model.
-
-    Inside means the directory itself or, for a snapshot in the hub's cache (whose files are links
-    to `../../blobs`), that repository's cache folder. Raises ValueError otherwise.
-    """
-    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0:"):
-        raise ValueError(
-            f"{directory}: the checkpoint names the file {name!r:.80}; expected a file name "
-            "without folders; do not use this model, its index points outside its directory"
-        )
-    root = directory.resolve()
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        root = root.parent.parent
-    path = directory / name
-    target = Path(os.path.realpath(path))  # unlike resolve, it does not raise for a loop of links
-    if not target.is_relative_to(root):
-        raise ValueError(
-            f"{path}: is a link to {target}, outside {root}; expected the file itself; "
-            "copy it there if you trust it"
-        )
-    if not path.is_file():
-        raise ValueError(f"{path}: is missing; download the model again")
-    return path
-
-
 def _no_weights(directory: Path) -> ValueError:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if not pickles:
@@ -140,25 +105,6 @@ def _read_index(directory: Path) -> dict[str, str]:
     return weight_map
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        last = {key: place for place, (key, _) in enumerate(pairs)}
-        repeated = next(key for place, (key, _) in enumerate(pairs) if last[key] != place)
-        raise ValueError(f"key {repeated!r:.80} occurs twice")
-    return result
-
-
-def _parse_object(path: Path, data: bytes) -> dict[str, object]:
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"{path}: is not valid JSON: {error!s:.200}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, whose header must account for every byte of it."""
     size = path.stat().st_size
@@ -172,7 +118,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         data = file.read(length)
     if data[:1] != b"{":
         raise ValueError(f"{path}: its header starts with {data[:1]!r}; expected '{{'")
-    header = _parse_object(path, data)
+    header = parse_json(path, data)
     header.pop("__metadata__", None)
     spans = []
     tensors = {}

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.checkpoint import open_checkpoint
-from models.safetensors_file import open_safetensors, read_json, read_safetensor
+from models.model_files import read_json
+from models.safetensors_file import open_safetensors, read_safetensor
 from models.weights import load_weights, random_weights
 
 INDEX = "model.safetensors.index.json"
