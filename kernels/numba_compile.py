@@ -1,23 +1,46 @@
 """How the CPU kernels are compiled, and where their machine code is kept between runs.
 
-numba's own cache looks only at the file of the cached function; these kernels are put together
-from several files, so the cache folder is named by a hash of all of them.
+The kernels are put together from several files, so the folder of their machine code is named by a
+hash of all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numba
-import platformdirs
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+
+from kernels.numba_cache import KernelCache, cache_path
+
+# Threads wait for each other at the end of every parallel loop, some 150 times a pass, and libgomp
+# lets them spin there for milliseconds. Where another process has the core of the thread waited
+# for, that spins its time away: beside two busy loops two cores made 1 token/s of 75. Bounded at
+# about 25 microseconds, and asleep after that, they keep half the speed and lose none when alone
+# (bench/busy.py). libgomp reads the variable once, when it is loaded.
+SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "1000"
+
+
+@contextmanager
+def _bounded_spinning() -> Iterator[None]:
+    """Load libgomp in here; what the user has set holds, and children inherit nothing."""
+    if SPIN_VARIABLE in os.environ or "OMP_WAIT_POLICY" in os.environ:
+        yield
+        return
+    os.environ[SPIN_VARIABLE] = SPIN_COUNT
+    try:
+        yield
+    finally:
+        del os.environ[SPIN_VARIABLE]
 
 
 def _has_threadsafe_layer() -> bool:
@@ -33,7 +56,8 @@ def _has_threadsafe_layer() -> bool:
 
 # numba's own layer is there without any library, but it aborts the process when two Python threads
 # launch kernels at once: then launches take turns.
-IS_THREADSAFE = _has_threadsafe_layer()
+with _bounded_spinning():
+    IS_THREADSAFE = _has_threadsafe_layer()
 if numba.config.THREADING_LAYER == "default":
     numba.config.THREADING_LAYER = "threadsafe" if IS_THREADSAFE else "workqueue"
 LAUNCH_LOCK = threading.Lock()
@@ -47,7 +71,8 @@ device = numba.njit(
 @cache  # every kernel asks
 def code_digest() -> str:
     """A hash of what the machine code depends on: the kernels' sources, numba, the processor."""
-    digest = hashlib.sha256(f"{numba.__version__} {get_host_cpu_name()}".encode())
+    parts = (sys.implementation.cache_tag, numba.__version__, get_host_cpu_name())
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode())
     digest.update(get_host_cpu_features().flatten().encode())
     # Triton's sources as well: what is measured of kernels is kept under this name, too.
     for source in sorted(Path(__file__).parent.glob("*.py")):
@@ -55,22 +80,13 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _cache_dir() -> Path:
-    return platformdirs.user_cache_path("knn-ssd-engine") / f"numba-{code_digest()}"
-
-
-def _writable_cache_dir() -> Path | None:
-    directory = _cache_dir()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return directory if os.access(directory, os.W_OK) else None
+def _folder_name() -> str:
+    return f"numba-{code_digest()}"
 
 
 def is_compiled() -> bool:
     """Whether a decode step's machine code is on disk; compiling it takes half a minute."""
-    names = {path.name.split("-")[0] for path in _cache_dir().rglob("*.nbc")}
+    names = {path.name.split("-")[0] for path in (cache_path() / _folder_name()).glob("*.nbc")}
     needed = {"numba_layers.run_layers", "numba_matmul.norm_lm_head", "numba_sample._sample"}
     return needed <= names
 
@@ -80,14 +96,7 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     dispatcher: Any = numba.njit(parallel=True, boundscheck=False, error_model="numpy", nogil=True)(
         function
     )
-    directory = _writable_cache_dir()
-    if directory is not None:
-        previous = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(directory)
-        try:
-            dispatcher.enable_caching()
-        finally:
-            numba.config.CACHE_DIR = previous
+    dispatcher._cache = KernelCache(function, _folder_name())
     return dispatcher if IS_THREADSAFE else _by_turns(dispatcher)
 
 
