@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,11 +50,14 @@ class SlotPool:
 
     A new prompt gets the free slot that shares the longest prefix with it, so a conversation's
     next turn finds its past; among equals the one unused for longest. Safe to share by threads.
+    `release` takes no lock: the garbage collector may call it, closing a stream that nobody holds
+    any more, while this thread is in the middle of `acquire`.
     """
 
     def __init__(self, num_slots: int):
         self._lock = threading.Lock()
         self._free: dict[int, list[int]] = {slot: [] for slot in range(num_slots)}  # oldest first
+        self._released: deque[RunningSequence] = deque()  # whose slots `acquire` takes back
 
     def acquire(self, sequence: RunningSequence) -> bool:
         """Lend `sequence` a slot; False when all are in use.
@@ -62,6 +66,7 @@ class SlotPool:
         """
         prompt = sequence.token_ids
         with self._lock:
+            self._take_back()
             if not self._free:
                 return False
             shared = {slot: _common_prefix(held, prompt) for slot, held in self._free.items()}
@@ -72,8 +77,12 @@ class SlotPool:
             return True
 
     def release(self, sequence: RunningSequence) -> None:
-        """Take back the slot of `sequence`, if it has one, with the tokens that the slot holds."""
-        with self._lock:
+        """Give back the slot of `sequence`, if it has one, with the tokens that the slot holds."""
+        self._released.append(sequence)
+
+    def _take_back(self) -> None:
+        while self._released:
+            sequence = self._released.popleft()
             if sequence.slot >= 0:
                 self._free.pop(sequence.slot, None)  # there, had an interrupt struck in acquire
                 self._free[sequence.slot] = sequence.token_ids[: sequence.num_cached]

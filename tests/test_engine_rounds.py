@@ -231,6 +231,7 @@ def test_a_stream_closed_in_mid_round_leaves_what_plain_decoding_leaves(taken, m
         for _ in range(taken):
             next(stream)
         stream.close()
+        llm._pool._take_back()
         held.append(next(iter(llm._pool._free.values())))
         stats.append(llm.last_stats)
     assert held[0] == held[1] and len(held[0]) == stats[0].prompt_tokens + taken - 1
