@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from kernels.numba_compile import device, kernel
-from kernels.numba_math import F, bytes_at, exp, floats_at, ints_at, keep_alive
+from kernels.numba_math import F, bytes_at, exp, floats_at, ints_at, keep_alive, rows_fit
 from kernels.numba_product import matmul
 from kernels.numba_tiles import LANES, fma, make_weighted_sum_tile
 
@@ -146,11 +146,14 @@ def attend_item(
 @kernel
 def attention(
     q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
-    batch, width, heads, kv_heads, head_dim, cache_len, out,
+    batch, width, heads, kv_heads, head_dim, cache_len, num_slots, out,
 ):  # fmt: skip
+    if not rows_fit(positions, num_tokens, slots, batch, width, cache_len, num_slots):
+        return False
     for item in prange(batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads):
         attend_item(
             np.int64(item),
             q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
             batch, width, heads, kv_heads, head_dim, cache_len, out,
         )  # fmt: skip
+    return True

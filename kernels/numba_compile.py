@@ -91,7 +91,7 @@ def is_compiled() -> bool:
     return needed <= names
 
 
-def kernel(function: Callable[..., None]) -> Callable[..., None]:
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile for all cores on the first call; keep the machine code on disk where that can be."""
     dispatcher: Any = numba.njit(parallel=True, boundscheck=False, error_model="numpy", nogil=True)(
         function
@@ -100,10 +100,10 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     return dispatcher if IS_THREADSAFE else _by_turns(dispatcher)
 
 
-def _by_turns(dispatcher: Callable[..., None]) -> Callable[..., None]:
+def _by_turns(dispatcher: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(dispatcher)
-    def launch(*args: Any) -> None:
+    def launch(*args: Any) -> Any:
         with LAUNCH_LOCK:
-            dispatcher(*args)
+            return dispatcher(*args)
 
     return launch

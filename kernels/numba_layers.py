@@ -12,7 +12,7 @@ from numba import prange
 
 from kernels.numba_attention import TILE_ROWS, attend_item
 from kernels.numba_compile import kernel
-from kernels.numba_math import addresses_at, keep_alive, norm_rows
+from kernels.numba_math import addresses_at, keep_alive, norm_rows, rows_fit
 from kernels.numba_matmul import (
     block_cols,
     finish_qkv_row,
@@ -31,7 +31,10 @@ QKV, ATTN_OUT, GATE_UP, DOWN = 1 * 8, 7 * 8, 11 * 8, 14 * 8  # bytes from the ro
 def run_layers(
     table, num_layers, x, eps, cos, sin, positions, num_tokens, slots, k_caches, v_caches,
     layer_bytes, plan, plan_stride, batch, width, hidden, heads, kv_heads, head_dim, cache_len, ffn,
+    num_positions, num_slots,
 ):  # fmt: skip
+    if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
+        return False
     rows, num_qkv, num_o = batch * width, (heads + 2 * kv_heads) * head_dim, heads * head_dim
     scratch = np.empty(rows * (2 * hidden + num_qkv + num_o + 2 * ffn), np.float32)
     normed = np.int64(scratch.ctypes.data)
@@ -93,3 +96,4 @@ def run_layers(
                     ffn, hidden, y,
                 )  # fmt: skip
     keep_alive(scratch)
+    return True

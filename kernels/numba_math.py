@@ -42,6 +42,29 @@ def bytes_at(address, size):
     return numba.carray(as_pointer(address), size, np.uint8)
 
 
+@device
+def rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
+    """Whether a pass keeps to the cache: its slots, its positions, and tokens in a row.
+
+    Every address in the cache and in the rotary table is computed from these numbers.
+    """
+    ps, ns, ss = (
+        ints_at(positions, batch * width),
+        ints_at(num_tokens, batch),
+        ints_at(slots, batch),
+    )
+    for b in range(batch):
+        if ss[b] < 0 or ss[b] >= num_slots or ns[b] > width:
+            return False
+        for t in range(width):
+            position = ps[b * width + t]
+            if position < 0 or position >= num_positions:
+                return False
+            if 0 < t < ns[b] and position != ps[b * width + t - 1] + 1:
+                return False
+    return True
+
+
 @numba.njit(inline="always", error_model="numpy")
 def exp(x):
     """e^x in float32 within 2 ulp for |x| <= 87, and its value at the nearer bound beyond.

@@ -21,6 +21,7 @@ from kernels.numba_math import (
     keep_alive,
     norm_row,
     norm_rows,
+    rows_fit,
 )
 from kernels.numba_product import STREAM_ROWS, planned_matmul, precision_of
 
@@ -81,11 +82,13 @@ def finish_qkv_row(
 def norm_qkv_rope_append(
     x, norm_weight, eps, qkv, bias, q_norm, k_norm, cos, sin, positions, num_tokens, slots,
     k_cache, v_cache, plan, plan_stride, batch, width, hidden, heads, kv_heads, head_dim,
-    cache_len, y,
+    cache_len, num_positions, num_slots, y,
 ):  # fmt: skip
+    if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
+        return False
     precision = precision_of(plan, plan_stride, batch)
     if precision == 0:
-        return
+        return True
     rows, num_out = batch * width, (heads + 2 * kv_heads) * head_dim
     scratch = np.empty((rows, hidden), np.float32)
     normed = np.int64(scratch.ctypes.data)
@@ -105,6 +108,7 @@ def norm_qkv_rope_append(
             y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
             v_cache, plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
         )  # fmt: skip
+    return True
 
 
 @device

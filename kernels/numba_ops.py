@@ -13,6 +13,7 @@ import torch
 
 from kernels import numba_attention, numba_layers, numba_matmul
 from kernels.keep_states import keep_states_ref
+from kernels.launch import assert_plain, assert_qkv_operands, assert_weight
 from kernels.nearest_anchor import nearest_anchor_ref
 from kernels.numba_sample import sample, top_probability
 from kernels.ops import Ops
@@ -20,11 +21,20 @@ from kernels.pool_states import pool_states_ref
 from kernels.round_rows import draft_rows_ref, verify_rows_ref
 from kernels.weight import LayerWeights, Weight, form_addresses
 
+OUTSIDE = "slots or positions outside the cache, or tokens that are not in a row"
 
-def _check(x: torch.Tensor, weight: Weight) -> None:
-    full = weight.full
-    assert x.dtype == full.dtype == torch.float32, (x.dtype, full.dtype)
-    assert x.is_contiguous() and full.is_contiguous(), (x.stride(), full.stride())
+
+def _check(x: torch.Tensor, weight: Weight, shape: tuple[int, int], plan: torch.Tensor) -> None:
+    """x [R, K] and a weight [N, K] of this shape are plain float32; so many rows a sequence."""
+    assert_plain(torch.float32, x)
+    assert_weight(weight, shape, torch.float32)
+    assert_plain(torch.uint8, plan)
+    assert x.shape[1] == shape[1] and x.shape[0] % plan.shape[0] == 0, (x.shape, shape, plan.shape)
+
+
+def _check_vector(vector: torch.Tensor | None, size: int) -> None:
+    assert vector is None or vector.shape == (size,), (vector.shape, size)
+    assert_plain(torch.float32, vector)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -37,7 +47,8 @@ def _record(weight: Weight) -> np.ndarray:
 
 
 def _check_forms(weight: Weight, plan: torch.Tensor, sublayer: int | slice) -> None:
-    """A plan may ask for 8 bits only where there are any: the kernel would read address 0."""
+    """The plan has that column, and asks for 8 bits only where there are any, not at address 0."""
+    assert isinstance(sublayer, slice) or 0 <= sublayer < plan.shape[1], (sublayer, plan.shape)
     if weight.int8 is None or weight.scale is None:
         assert not (plan[:, sublayer] == 8).any(), "the weights have no int8 form"
 
@@ -61,22 +72,30 @@ def norm_qkv_rope_append(
     sublayer: int,
 ) -> torch.Tensor:
     """See norm_qkv_rope.py; q comes back as a view [R, H, D] with the row stride of Q, K and V."""
-    _check(x, qkv)
+    assert_qkv_operands(
+        x, norm_weight, qkv, (q_norm, k_norm), (cos, sin), (positions, num_tokens, slots),
+        (k_cache, v_cache), plan,
+    )  # fmt: skip
     _check_forms(qkv, plan, sublayer)
-    assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(),)
     (batch, width), (rows, hidden) = positions.shape, x.shape
-    _, kv_heads, cache_len, head_dim = k_cache.shape
+    num_slots, kv_heads, cache_len, head_dim = k_cache.shape
     num_out = qkv.full.shape[0]
     heads = num_out // head_dim - 2 * kv_heads
-    assert rows == batch * width and cos.shape[1] * 2 == head_dim, (x.shape, positions.shape)
+    assert heads > 0 and heads % kv_heads == 0, (heads, kv_heads)
+    assert x.dtype == torch.float32 and plan.shape[0] == batch, (x.dtype, plan.shape, batch)
+    assert num_tokens.shape == slots.shape == (batch,), (num_tokens.shape, slots.shape, batch)
+    _check_vector(qkv_bias, num_out)
+    for norm in (q_norm, k_norm):
+        _check_vector(norm, head_dim)
     y, record = x.new_empty(rows, num_out), _record(qkv)
-    numba_matmul.norm_qkv_rope_append(
+    fits = numba_matmul.norm_qkv_rope_append(
         x.data_ptr(), norm_weight.data_ptr(), eps, record.ctypes.data, _address(qkv_bias),
         _address(q_norm), _address(k_norm), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
         num_tokens.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         plan.data_ptr() + sublayer, plan.shape[1], batch, width, hidden, heads, kv_heads, head_dim,
-        cache_len, y.data_ptr(),
+        cache_len, min(cache_len, cos.shape[0]), num_slots, y.data_ptr(),
     )  # fmt: skip
+    assert fits, OUTSIDE
     return y.view(rows, -1, head_dim)[:, :heads]
 
 
@@ -94,13 +113,21 @@ def attention(
     """See attention.py; q may have any row stride."""
     (batch, width), (rows, heads, head_dim) = positions.shape, q.shape
     assert q.stride()[1:] == (head_dim, 1) and rows == batch * width, (q.shape, q.stride())
+    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == head_dim, k_cache.shape
+    assert heads % k_cache.shape[1] == 0 and plan.shape[0] == batch, (q.shape, plan.shape)
+    assert num_tokens.shape == slots.shape == (batch,), (num_tokens.shape, slots.shape, batch)
+    assert 0 <= sublayer < plan.shape[1] and q.dtype == torch.float32, (sublayer, q.dtype)
+    assert_plain(torch.float32, k_cache, v_cache)
+    assert_plain(torch.int32, positions, num_tokens, slots)
+    assert_plain(torch.uint8, plan)
     out = q.new_empty(rows, heads * head_dim)
-    numba_attention.attention(
+    fits = numba_attention.attention(
         q.data_ptr(), q.stride(0) * 4, k_cache.data_ptr(), v_cache.data_ptr(),
         positions.data_ptr(), num_tokens.data_ptr(), slots.data_ptr(), plan.data_ptr() + sublayer,
         plan.shape[1], batch, width, heads, k_cache.shape[1], head_dim, k_cache.shape[2],
-        out.data_ptr(),
+        k_cache.shape[0], out.data_ptr(),
     )  # fmt: skip
+    assert fits, OUTSIDE
     return out
 
 
@@ -113,10 +140,11 @@ def linear_residual(
     counters: torch.Tensor,
 ) -> None:
     """See linear_residual.py."""
-    _check(x, weight)
+    (rows, num_k), num_out, record = x.shape, residual.shape[1], _record(weight)
+    _check(x, weight, (num_out, num_k), plan)
     _check_forms(weight, plan, sublayer)
-    assert residual.is_contiguous(), residual.stride()
-    (rows, num_k), num_out, record = x.shape, weight.full.shape[0], _record(weight)
+    assert residual.shape[0] == rows, (residual.shape, x.shape)
+    assert_plain(torch.float32, residual)
     numba_matmul.linear_residual(
         x.data_ptr(), record.ctypes.data, residual.data_ptr(), plan.data_ptr() + sublayer,
         plan.shape[1], plan.shape[0], rows, num_k, num_out,
@@ -132,9 +160,10 @@ def norm_gated_mlp(
     sublayer: int,
 ) -> torch.Tensor:
     """See norm_gated_mlp.py."""
-    _check(x, gate_up)
-    _check_forms(gate_up, plan, sublayer)
     (rows, hidden), ffn = x.shape, gate_up.full.shape[0] // 2
+    _check(x, gate_up, (2 * ffn, hidden), plan)
+    _check_forms(gate_up, plan, sublayer)
+    _check_vector(norm_weight, hidden)
     h, record = x.new_empty(rows, ffn), _record(gate_up)
     numba_matmul.norm_gated_mlp(
         x.data_ptr(), norm_weight.data_ptr(), eps, record.ctypes.data,
@@ -153,9 +182,10 @@ def norm_lm_head(
     sublayer: int,
 ) -> torch.Tensor:
     """See norm_lm_head.py."""
-    _check(x, lm_head)
-    _check_forms(lm_head, plan, sublayer)
     (rows, hidden), vocab = x.shape, lm_head.full.shape[0]
+    _check(x, lm_head, (vocab, hidden), plan)
+    _check_forms(lm_head, plan, sublayer)
+    _check_vector(norm_weight, hidden)
     logits, record = x.new_empty(rows, vocab), _record(lm_head)
     numba_matmul.norm_lm_head(
         x.data_ptr(), norm_weight.data_ptr(), eps, record.ctypes.data, plan.data_ptr() + sublayer,
@@ -214,23 +244,32 @@ def run_layers(
     plan: torch.Tensor,  # [B, 2L + 1] uint8
 ) -> None:
     """The residual stream through every layer: what the five operations do in turn, bit for bit."""
-    _check(x, layers[0].qkv)
-    assert k_cache.is_contiguous() and v_cache.is_contiguous(), (k_cache.stride(),)
-    (batch, width), hidden = positions.shape, x.shape[1]
-    assert x.shape[0] == batch * width and plan.shape == (batch, 2 * len(layers) + 1), plan.shape
-    assert plan.dtype == torch.uint8 and plan.is_contiguous(), (plan.dtype, plan.stride())
-    for index in (positions, num_tokens, slots):
-        assert index.dtype == torch.int32 and index.is_contiguous(), (index.dtype, index.stride())
-    num_layers, _, kv_heads, cache_len, head_dim = k_cache.shape
-    heads = layers[0].qkv.full.shape[0] // head_dim - 2 * kv_heads
-    for weight in (layers[0].qkv, layers[0].down):
+    (batch, width), (rows, hidden) = positions.shape, x.shape
+    num_layers, num_slots, kv_heads, cache_len, head_dim = k_cache.shape
+    first = layers[0]
+    heads, ffn = first.attn_out.full.shape[1] // head_dim, first.down.full.shape[1]
+    # The layers agree with each other: layer_table has seen to it.
+    assert len(layers) == len(table) == num_layers, (len(layers), len(table), num_layers)
+    num_out = (heads + 2 * kv_heads) * head_dim
+    assert first.qkv.full.shape == (num_out, hidden), (first.qkv.full.shape, num_out, hidden)
+    assert heads % kv_heads == 0 and rows == batch * width, (heads, kv_heads, x.shape)
+    assert k_cache.shape == v_cache.shape and cos.shape == sin.shape, (v_cache.shape, sin.shape)
+    assert cos.shape[1] * 2 == head_dim, (cos.shape, head_dim)
+    assert plan.shape == (batch, 2 * num_layers + 1), (plan.shape, batch, num_layers)
+    assert num_tokens.shape == slots.shape == (batch,), (num_tokens.shape, slots.shape, batch)
+    assert_plain(torch.float32, x, cos, sin, k_cache, v_cache)
+    assert_plain(torch.int32, positions, num_tokens, slots)
+    assert_plain(torch.uint8, plan)
+    _check_vector(first.q_norm, head_dim)
+    for weight in (first.qkv, first.down):
         _check_forms(weight, plan, slice(0, -1))
-    numba_layers.run_layers(
+    fits = numba_layers.run_layers(
         table.ctypes.data, num_layers, x.data_ptr(), eps, cos.data_ptr(), sin.data_ptr(),
         positions.data_ptr(), num_tokens.data_ptr(), slots.data_ptr(), k_cache.data_ptr(),
         v_cache.data_ptr(), k_cache.stride(0) * 4, plan.data_ptr(), plan.shape[1], batch, width,
-        hidden, heads, kv_heads, head_dim, cache_len, layers[0].down.full.shape[1],
+        hidden, heads, kv_heads, head_dim, cache_len, ffn, min(cache_len, cos.shape[0]), num_slots,
     )  # fmt: skip
+    assert fits, OUTSIDE
 
 
 NUMBA = Ops(

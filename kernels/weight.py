@@ -40,14 +40,38 @@ def form_addresses(weight: Weight) -> list[int]:
 
 
 def layer_table(layers: Sequence[LayerWeights]) -> np.ndarray:
-    """[L, 17] int64 addresses: a row is a layer's tensors, in order, three for each Weight."""
-    rows = []
+    """[L, 17] int64 addresses: a row is a layer's tensors, in order, three for each Weight.
+
+    The layers must be alike, and the tensors of a layer fit each other.
+    """
     for layer in layers:
-        row: list[int] = []
-        for tensor in layer:
-            if isinstance(tensor, Weight):
-                row += form_addresses(tensor)
-            else:
-                row.append(0 if tensor is None else tensor.data_ptr())
-        rows.append(row)
+        _check_layer(layer, layers[0])
+    rows = [[0 if t is None else t.data_ptr() for t in _tensors(layer)] for layer in layers]
     return np.array(rows, np.int64)
+
+
+def _check_layer(layer: LayerWeights, first: LayerWeights) -> None:
+    """What reads a layer by addresses takes its sizes and forms from the first layer."""
+    hidden, num_o = first.attn_out.full.shape
+    num_qkv, ffn = first.qkv.full.shape[0], first.down.full.shape[1]
+    shapes = ((num_qkv, hidden), (hidden, num_o), (2 * ffn, hidden), (hidden, ffn))
+    weights = (layer.qkv, layer.attn_out, layer.gate_up, layer.down)
+    for weight, shape in zip(weights, shapes, strict=True):
+        assert weight.full.shape == shape, (weight.full.shape, shape)
+        assert weight.int8 is None or weight.int8.shape == shape, (weight.int8.shape, shape)
+        assert weight.scale is None or weight.scale.shape == shape[:1], (weight.scale.shape, shape)
+    assert layer.attn_norm.shape == layer.mlp_norm.shape == (hidden,), layer.attn_norm.shape
+    assert layer.qkv_bias is None or layer.qkv_bias.shape == (num_qkv,), layer.qkv_bias.shape
+    for tensor, other in zip(_tensors(layer), _tensors(first), strict=True):
+        assert (tensor is None) == (other is None), "layers of different forms"
+        if tensor is not None and other is not None:
+            assert tensor.shape == other.shape and tensor.dtype == other.dtype, tensor.shape
+            assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
+
+
+def _tensors(layer: LayerWeights) -> list[torch.Tensor | None]:
+    """A layer's tensors in order, three for each Weight, None for one that there is not."""
+    tensors: list[torch.Tensor | None] = []
+    for field in layer:
+        tensors += field if isinstance(field, Weight) else [field]
+    return tensors

@@ -1,0 +1,199 @@
+"""No number reaches a CPU kernel's pointers unchecked: one value beyond each extent of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.numba_ops import NUMBA, run_layers
+from kernels.numba_sample import sample, top_probability
+from kernels.weight import LayerWeights, Weight, layer_table
+
+C, H, H_KV, D, F, V = 24, 4, 2, 8, 20, 37
+SLOTS, S, B, T, L = 3, 16, 2, 4, 2
+NUM_QKV = (H + 2 * H_KV) * D
+
+
+def ints(*values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def rows(first: tuple[int, ...] = (0, 12), slots: tuple[int, ...] = (2, 0)) -> dict[str, Any]:
+    """T tokens of two sequences; by default the second ends at the cache's last position."""
+    return {
+        "positions": ints(*first)[:, None] + torch.arange(T, dtype=torch.int32),
+        "num_tokens": ints(T, T),
+        "slots": ints(*slots),
+    }
+
+
+def cache(*lead: int) -> dict[str, Any]:
+    return {name: torch.zeros(*lead, SLOTS, H_KV, S, D) for name in ("k_cache", "v_cache")}
+
+
+def plan() -> torch.Tensor:
+    return torch.full((B, 2 * L + 1), 16, dtype=torch.uint8)
+
+
+def layer(**changes: Any) -> LayerWeights:
+    tensors = {
+        "attn_norm": torch.ones(C), "qkv": Weight(torch.randn(NUM_QKV, C)),
+        "qkv_bias": torch.randn(NUM_QKV), "q_norm": torch.ones(D), "k_norm": torch.ones(D),
+        "attn_out": Weight(torch.randn(C, H * D)), "mlp_norm": torch.ones(C),
+        "gate_up": Weight(torch.randn(2 * F, C)), "down": Weight(torch.randn(C, F)),
+    }  # fmt: skip
+    return LayerWeights(**tensors | changes)
+
+
+def angles() -> dict[str, Any]:
+    return {"cos": torch.ones(S, D // 2), "sin": torch.zeros(S, D // 2)}
+
+
+def qkv_operands() -> dict[str, Any]:
+    w = layer()
+    return {
+        "x": torch.randn(B * T, C), "norm_weight": w.attn_norm, "eps": 1e-5, "qkv": w.qkv,
+        "qkv_bias": w.qkv_bias, "q_norm": w.q_norm, "k_norm": w.k_norm, **angles(), **rows(),
+        **cache(), "plan": plan(), "sublayer": 0,
+    }  # fmt: skip
+
+
+def attention_operands() -> dict[str, Any]:
+    counters = torch.zeros(1, dtype=torch.int32)
+    return {"q": torch.randn(B * T, H, D), **cache(), **rows(), "plan": plan(), "sublayer": 0,
+            "counters": counters}  # fmt: skip
+
+
+def residual_operands() -> dict[str, Any]:
+    counters = torch.zeros(1, dtype=torch.int32)
+    return {"x": torch.randn(B * T, F), "weight": layer().down, "residual": torch.randn(B * T, C),
+            "plan": plan(), "sublayer": 1, "counters": counters}  # fmt: skip
+
+
+def mlp_operands() -> dict[str, Any]:
+    return {"x": torch.randn(B * T, C), "norm_weight": torch.ones(C), "eps": 1e-5,
+            "gate_up": layer().gate_up, "plan": plan(), "sublayer": 1}  # fmt: skip
+
+
+def head_operands() -> dict[str, Any]:
+    return {"x": torch.randn(B * T, C), "norm_weight": torch.ones(C), "eps": 1e-5,
+            "lm_head": Weight(torch.randn(V, C)), "plan": plan(), "sublayer": 2 * L}  # fmt: skip
+
+
+def layers_operands() -> dict[str, Any]:
+    layers = [layer() for _ in range(L)]
+    return {"x": torch.randn(B * T, C), "layers": layers, "table": layer_table(layers),
+            "eps": 1e-5, **angles(), **rows(), **cache(L), "plan": plan()}  # fmt: skip
+
+
+def sample_operands() -> dict[str, Any]:
+    return {
+        "logits": torch.randn(B, V), "temperature": torch.ones(B), "top_k": ints(0, 0),
+        "top_p": torch.ones(B), "min_p": torch.zeros(B), "seed": ints(1, 2, dtype=torch.int64),
+        "position": ints(3, 4, dtype=torch.int64), "end_ids": ints((V - 1,), (-1,)),
+        "min_position": ints(9, 9),
+    }  # fmt: skip
+
+
+LAUNCHERS = {
+    "qkv": (NUMBA.norm_qkv_rope_append, qkv_operands),
+    "attention": (NUMBA.attention, attention_operands),
+    "residual": (NUMBA.linear_residual, residual_operands),
+    "mlp": (NUMBA.norm_gated_mlp, mlp_operands),
+    "head": (NUMBA.norm_lm_head, head_operands),
+    "layers": (run_layers, layers_operands),
+    "sample": (sample, sample_operands),
+    "top": (top_probability, lambda: {"logits": torch.randn(B, V)}),
+}
+HALF = torch.float16
+OUTSIDE_THE_CACHE = [
+    rows(first=(0, 13)), rows(first=(-1, 0)), rows(first=(2**31 - 5, 0)),
+    rows(slots=(3, 0)), rows(slots=(0, -1)),
+    rows() | {"num_tokens": ints(T, T + 1)}, rows() | {"num_tokens": ints(T)},
+    rows() | {"slots": ints(0)}, rows() | {"positions": rows()["positions"].flip(1)},
+    rows() | {"positions": ints((0, 1, 2, 15), (0, 1, 2, 3))},  # of which a tile is read to 19
+    rows() | {"positions": ints((0, 1, 2, 3))}, rows() | {"slots": ints(0, 1, dtype=torch.int64)},
+]  # fmt: skip
+PLANS = [
+    {"plan": plan()[:1].repeat(3, 1)}, {"plan": plan().int()}, {"plan": plan().T.contiguous().T},
+]  # fmt: skip
+SUBLAYERS = [{"sublayer": 2 * L + 1}, {"sublayer": -1}]
+NO_INT8 = {"plan": torch.full((B, 2 * L + 1), 8, dtype=torch.uint8)}
+NORMS = [{"norm_weight": torch.ones(C - 1)}, {"norm_weight": torch.ones(C, dtype=HALF)}]
+CACHES = [
+    {"v_cache": torch.zeros(SLOTS, H_KV, S - 1, D)}, {"v_cache": cache()["v_cache"].to(HALF)},
+    {"k_cache": cache()["k_cache"].transpose(1, 2)},
+]  # fmt: skip
+BEYOND: dict[str, list[dict[str, Any]]] = {
+    "qkv": [
+        *OUTSIDE_THE_CACHE, *PLANS, *SUBLAYERS, NO_INT8, *NORMS, *CACHES,
+        {"cos": torch.ones(S - 1, D // 2), "sin": torch.ones(S - 1, D // 2)},
+        {"cos": torch.ones(S - 1, D // 2)}, {"q_norm": torch.ones(D - 1)},
+        {"qkv_bias": torch.ones(NUM_QKV - 1)}, {"qkv": Weight(torch.randn(NUM_QKV, C - 1))},
+        {"qkv": Weight(torch.randn(2 * H_KV * D, C))}, {"x": torch.randn(B * T - 1, C)},
+    ],
+    "attention": [
+        *OUTSIDE_THE_CACHE, *PLANS, *SUBLAYERS, *CACHES, {"q": torch.randn(B * T + 1, H, D)},
+        {"q": torch.randn(B * T, 3, D)}, {"q": torch.randn(B * T, H, D + 1)},
+    ],
+    "residual": [
+        *PLANS, *SUBLAYERS, NO_INT8, {"residual": torch.randn(B * T - 1, C)},
+        {"residual": torch.randn(B * T, C - 1)}, {"x": torch.randn(B * T, F + 1)},
+        {"residual": torch.randn(C, B * T).T}, {"x": torch.randn(B * T, F, dtype=HALF)},
+    ],
+    "mlp": [
+        *PLANS, *SUBLAYERS, NO_INT8, *NORMS, {"x": torch.randn(B * T, C + 1)},
+        {"gate_up": Weight(torch.randn(2 * F + 1, C))},
+    ],
+    "head": [*PLANS, *SUBLAYERS, NO_INT8, *NORMS, {"x": torch.randn(B * T, C - 1)}],
+    "layers": [
+        *OUTSIDE_THE_CACHE, *PLANS, NO_INT8, {"plan": plan()[:, :-1].contiguous()},
+        {"layers": [layer()]}, {"table": layer_table([layer()])}, {"x": torch.randn(B * T + B, C)},
+        {"x": torch.randn(B * T, C + 1)}, {"x": torch.randn(C, B * T).T},
+        {"cos": torch.ones(S - 1, D // 2), "sin": torch.ones(S - 1, D // 2)},
+        {"sin": torch.ones(S, D // 2 - 1)}, {"v_cache": cache(L + 1)["v_cache"]}, cache(L - 1),
+        {"k_cache": torch.zeros(L, SLOTS, 3, S, D), "v_cache": torch.zeros(L, SLOTS, 3, S, D)},
+    ],
+    "sample": [
+        {"logits": torch.randn(3, V)}, {"logits": torch.randn(B, 0)}, {"top_k": ints(1)},
+        {"seed": ints(1, 2)}, {"position": ints(3, 4, 5, dtype=torch.int64)},
+        {"min_p": torch.zeros(B + 1)}, {"top_p": torch.ones(B, dtype=torch.float64)},
+        {"end_ids": ints((V,), (-1,))},
+    ],
+    "top": [{"logits": torch.randn(B, V, dtype=HALF)}, {"logits": torch.randn(V, B).T},
+            {"logits": torch.randn(B, 0)}],
+}  # fmt: skip
+CASES = [(name, i) for name, changes in BEYOND.items() for i in range(len(changes))]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_operands_at_the_very_end_are_taken(name):
+    launch, operands = LAUNCHERS[name]
+    launch(**operands())
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_one_value_beyond_is_refused(name, i):
+    launch, operands = LAUNCHERS[name]
+    # An index that torch itself looks up is refused by torch.
+    with pytest.raises((AssertionError, IndexError)):
+        launch(**operands() | BEYOND[name][i])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_norm": torch.ones(C - 1)}, {"mlp_norm": torch.ones(C + 1)}, {"qkv_bias": None},
+        {"qkv_bias": torch.ones(NUM_QKV - 1)}, {"q_norm": torch.ones(D + 1)}, {"k_norm": None},
+        {"qkv": Weight(torch.randn(NUM_QKV - 1, C))},
+        {"attn_out": Weight(torch.randn(C, H * D - 1))},
+        {"gate_up": Weight(torch.randn(2 * F - 1, C))}, {"down": Weight(torch.randn(C - 1, F))},
+        {"down": Weight(torch.randn(F, C).T)}, {"down": Weight(torch.randn(C, F, dtype=HALF))},
+        {"down": Weight(torch.randn(C, F), torch.zeros(C, F, dtype=torch.int8), torch.ones(C))},
+    ],
+)  # fmt: skip
+def test_a_layer_unlike_the_first_is_in_no_table(changes):
+    with pytest.raises(AssertionError):
+        layer_table([layer(), layer(**changes)])
