@@ -26,21 +26,28 @@ from kernels.numba_cache import KernelCache, cache_path
 # lets them spin there for milliseconds. Where another process has the core of the thread waited
 # for, that spins its time away: beside two busy loops two cores made 1 token/s of 75. Bounded at
 # about 25 microseconds, and asleep after that, they keep half the speed and lose none when alone
-# (bench/busy.py). libgomp reads the variable once, when it is loaded.
+# (bench/busy.py).
 SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "1000"
 
 
 @contextmanager
 def _bounded_spinning() -> Iterator[None]:
-    """Load libgomp in here; what the user has set holds, and children inherit nothing."""
-    if SPIN_VARIABLE in os.environ or "OMP_WAIT_POLICY" in os.environ:
-        yield
-        return
-    os.environ[SPIN_VARIABLE] = SPIN_COUNT
+    """Load numba's OpenMP layer in here. What the user has set holds, and children inherit nothing.
+
+    libgomp reads the variable once, when it is loaded, which torch's own libgomp is long before.
+    Without RTLD_DEEPBIND the layer would run on that one, as torch's names come first.
+    """
+    flags = sys.getdlopenflags()
+    is_free = SPIN_VARIABLE not in os.environ and "OMP_WAIT_POLICY" not in os.environ
+    if is_free:
+        os.environ[SPIN_VARIABLE] = SPIN_COUNT
+    sys.setdlopenflags(os.RTLD_NOW | getattr(os, "RTLD_DEEPBIND", 0))
     try:
         yield
     finally:
-        del os.environ[SPIN_VARIABLE]
+        sys.setdlopenflags(flags)
+        if is_free:
+            del os.environ[SPIN_VARIABLE]
 
 
 def _has_threadsafe_layer() -> bool:

@@ -50,11 +50,11 @@ def test_kernels_run_where_nothing_can_be_written(tmp_path):
 
 
 def spin_count(**environment):
-    """What libgomp says that numba's threads do while they wait: it prints its settings."""
-    script = "import kernels.numba_compile, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    """What libgomp says of its waiting threads as it is loaded, and what is left for children."""
+    script = "import torch, kernels.numba_compile, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     done = run(script, OMP_DISPLAY_ENV="verbose", **environment)
     assert done.returncode == 0, done.stderr
-    # torch brings a libgomp of its own, which is loaded before numba's.
+    # Packages bring a libgomp of their own; numba's is the last to be loaded.
     counts = [line.split("'")[1] for line in done.stderr.splitlines() if "SPINCOUNT" in line]
     return counts[-1], done.stdout.strip()
 
@@ -65,3 +65,13 @@ def test_waiting_threads_spin_for_a_bounded_time(monkeypatch):
     assert spin_count() == ("1000", "None")
     assert spin_count(GOMP_SPINCOUNT="77") == ("77", "77")
     assert spin_count(OMP_WAIT_POLICY="passive") == ("0", "None")
+
+
+def test_kernels_run_on_the_libgomp_that_was_told_so(monkeypatch):
+    """torch's names come first for a library that is loaded later, unless it is bound deeply."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    script = USE + "\nimport kernels.numba_compile"
+    done = run(script, LD_DEBUG="bindings", LD_BIND_NOW="")
+    lines = [line for line in done.stderr.splitlines() if "`GOMP_parallel'" in line]
+    bound = [line for line in lines if "omppool" in line.partition(" to ")[0]]
+    assert bound and not any("/torch/" in line.partition(" to ")[2] for line in bound), bound
