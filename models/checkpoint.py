@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 
-from models.config import LlamaConfig, RopeScaling, token_ids
+from models.config import LlamaConfig, RopeScaling
+from models.config_values import token_ids
 from models.gguf_file import GgufFile, read_gguf, read_tensor
 from models.model_files import file_inside, find_file, read_json
 from models.safetensors_file import open_safetensors, read_safetensor
