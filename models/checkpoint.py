@@ -16,7 +16,8 @@ import torch
 
 from models.config import LlamaConfig, RopeScaling
 from models.config_values import token_ids
-from models.gguf_file import GgufFile, read_gguf, read_tensor
+from models.gguf_file import GgufFile, read_tensor
+from models.gguf_split import read_whole_gguf
 from models.model_files import file_inside, find_file, read_json
 from models.safetensors_file import open_safetensors, read_safetensor
 
@@ -56,7 +57,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a `.gguf` file, or a directory with config.json and safetensors; reads no weights.
+    """Opens a `.gguf` file, any part of a split one, or a directory with config.json and
+    safetensors; reads no weights.
 
     Raises ValueError naming the file and the cause for whatever cannot be run.
     """
@@ -86,7 +88,7 @@ def _open_directory(path: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    file = read_gguf(path)
+    file = read_whole_gguf(path)
     names = {_canonical_name(name): name for name in file.tensors}
     if len(names) != len(file.tensors):
         raise ValueError(f"{path}: holds a tensor under two names; download or convert it again")
