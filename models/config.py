@@ -311,13 +311,13 @@ def _hf_rope(d: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
         scalings[key] = _hf_rope_scaling(rules, integer(d, "max_position_embeddings"))
         if rules.get("rope_theta") is not None:
             thetas[f"rope_theta of {key}"] = rules["rope_theta"]
-    for key in thetas:
-        if number(thetas, key) != number(thetas, first := next(iter(thetas))):
+    first, *others = thetas or [""]
+    for key in others:
+        if number(thetas, key) != number(thetas, first):
             raise refuse(key, thetas[key], f"{quoted(thetas[first])} as {first}, or none")
     if len(scalings) == 2 and scalings["rope_parameters"] != scalings["rope_scaling"]:
         raise refuse("rope_scaling", d["rope_scaling"], "what rope_parameters means, or none")
-    theta = number(thetas, next(iter(thetas))) if thetas else _DEFAULT_THETA
-    return theta, next(iter(scalings.values()), None)
+    return number(thetas, first, _DEFAULT_THETA), next(iter(scalings.values()), None)
 
 
 def _hf_rope_scaling(rules: Mapping[str, object], max_positions: int) -> RopeScaling | None:

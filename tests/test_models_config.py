@@ -186,6 +186,7 @@ def test_mistral_without_an_effective_window(window: int | None) -> None:
         ({"rope_theta": math.inf}, "rope_theta"),
         ({"rope_theta": 10**4000}, "rope_theta"),
         ({"rope_theta": 1e-300}, "rope_theta"),
+        ({"rope_theta": math.nan}, "rope_theta is nan; expected a number from"),
         ({"rms_norm_eps": 1e-320}, "norm_eps"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 1e-300}}, "factor"),
         ({"architectures": [[["LlamaForCausalLM"]]]}, "architectures"),
