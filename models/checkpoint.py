@@ -21,6 +21,8 @@ from models.gguf_split import read_whole_gguf
 from models.model_files import file_inside, find_file, read_json
 from models.safetensors_file import open_safetensors, read_safetensor
 
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
 _GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -81,6 +83,9 @@ def _open_directory(path: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     tensors = open_safetensors(path)
+    if config.tie_embeddings and EMBEDDING not in tensors and LM_HEAD in tensors:
+        # safetensors' own save_model keeps one name of a shared tensor, the first in the alphabet.
+        tensors[EMBEDDING] = tensors.pop(LM_HEAD)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return Checkpoint(
         path, config, generation, None, shapes, partial(read_safetensor, tensors), "half"

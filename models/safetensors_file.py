@@ -31,6 +31,7 @@ class StoredTensor:
     """Where one tensor is stored."""
 
     path: Path
+    name: str  # in the file
     shape: tuple[int, ...]
 
 
@@ -71,7 +72,7 @@ def read_safetensor(tensors: dict[str, StoredTensor], name: str) -> torch.Tensor
     """
     if name not in tensors:
         raise ValueError(f"the checkpoint has no tensor {quoted(name)}")
-    path = tensors[name].path
+    path, name = tensors[name].path, tensors[name].name
     try:
         with safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
@@ -127,7 +128,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, entry in header.items():
         shape, span = _check_entry(path, name, entry)
-        tensors[name] = StoredTensor(path, shape)
+        tensors[name] = StoredTensor(path, name, shape)
         spans.append(span)
     _check_spans(path, spans, size - 8 - length)
     return tensors

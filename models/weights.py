@@ -17,13 +17,11 @@ import numpy as np
 import torch
 
 from kernels.weight import LayerWeights, Weight, layer_table
-from models.checkpoint import GGUF_ROPE_FACTORS, Checkpoint
+from models.checkpoint import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, Checkpoint
 from models.config import LlamaConfig
 from models.messages import cause_of, quoted
 
-EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
 ALIGNMENT = 64  # elements: every tensor starts at a cache line and at what vector loads want
 HUGE_PAGE = 2 << 20  # bytes
 _PIECE = 1 << 20  # elements compared at a time

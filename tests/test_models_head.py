@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from checkpoints import hf_config, tiny_config, write_hf_checkpoint, write_safetensors
 from refusals import check_words, refusal
+from safetensors.torch import save_model
 from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 
 from engine.loading import load
@@ -75,6 +77,22 @@ def test_the_same_head_or_none_stays_tied(
     assert weights.is_tied and weights.lm_head.full is weights.embedding
     assert torch.equal(weights.embedding, EMBEDDING) and not caplog.records
     assert load(tmp_path, None, CPU, torch.float32, None, None).model.config.tie_embeddings
+
+
+def test_a_shared_matrix_under_the_name_of_the_head(tmp_path: Path) -> None:
+    """As `safetensors.torch.save_model` leaves it; transformers ties in both directions."""
+    oracle = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**hf_config(CONFIG))
+    )
+    oracle.load_state_dict(to_hf_state_dict(CONFIG, random_weights(CONFIG, seed=0)), strict=False)
+    oracle.tie_weights()
+    write_hf_checkpoint(tmp_path, CONFIG, random_weights(CONFIG, seed=0))
+    save_model(oracle, tmp_path / "model.safetensors")
+    weights = loaded(tmp_path)
+    assert weights.is_tied and torch.equal(weights.embedding, EMBEDDING)
+    untied = json.dumps(hf_config(CONFIG) | {"tie_word_embeddings": False})
+    (tmp_path / "config.json").write_text(untied)
+    check_words(refusal(loaded, tmp_path), "has no tensor model.embed_tokens.weight")
 
 
 def test_heads_are_compared_in_the_dtype_of_the_model(tmp_path: Path) -> None:
