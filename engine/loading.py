@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -98,10 +98,11 @@ def load(
     tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)
     chat_template = load_chat_template(path, checkpoint.gguf_metadata)
     weights = load_weights(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
+    config = replace(checkpoint.config, tie_embeddings=weights.is_tied)
     ops = choose_ops(device, dtype)
     return Loaded(
         name=path.name if model is None else os.fspath(model),
-        model=make_llama(checkpoint.config, weights, num_positions, *ops),
+        model=make_llama(config, weights, num_positions, *ops),
         tokenizer=tokenizer,
         chat_template=chat_template,
         generation=checkpoint.generation,

@@ -14,11 +14,15 @@ from typing import Literal
 
 import torch
 
-from models.config import LlamaConfig, RopeScaling, token_ids
-from models.gguf_file import GgufFile, read_gguf, read_tensor
+from models.config import LlamaConfig, RopeScaling
+from models.config_values import token_ids
+from models.gguf_file import GgufFile, read_tensor
+from models.gguf_split import read_whole_gguf
 from models.model_files import file_inside, find_file, read_json
 from models.safetensors_file import open_safetensors, read_safetensor
 
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
 _GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -55,7 +59,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a `.gguf` file, or a directory with config.json and safetensors; reads no weights.
+    """Opens a `.gguf` file, any part of a split one, or a directory with config.json and
+    safetensors; reads no weights.
 
     Raises ValueError naming the file and the cause for whatever cannot be run.
     """
@@ -78,6 +83,9 @@ def _open_directory(path: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     tensors = open_safetensors(path)
+    if config.tie_embeddings and EMBEDDING not in tensors and LM_HEAD in tensors:
+        # safetensors' own save_model keeps one name of a shared tensor, the first in the alphabet.
+        tensors[EMBEDDING] = tensors.pop(LM_HEAD)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return Checkpoint(
         path, config, generation, None, shapes, partial(read_safetensor, tensors), "half"
@@ -85,7 +93,7 @@ def _open_directory(path: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    file = read_gguf(path)
+    file = read_whole_gguf(path)
     names = {_canonical_name(name): name for name in file.tensors}
     if len(names) != len(file.tensors):
         raise ValueError(f"{path}: holds a tensor under two names; download or convert it again")

@@ -6,28 +6,48 @@ compute (sliding windows, biases, other activations) is refused here, before any
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from models.config_values import (
+    check_number,
+    check_size,
+    flag,
+    integer,
+    is_integer,
+    number,
+    refuse,
+    text,
+    token_ids,
+)
+from models.messages import quoted
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
 _ARCHITECTURES: tuple[Architecture, ...] = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_KINDS = ("linear", "llama3", "factors")
 _DEFAULT_THETA = 10_000.0
+# What transformers takes where a config.json is silent: constants of its classes, not H or C / H.
+_QWEN3_HEAD_DIM = 128
+_NUM_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+MAX_HIDDEN_SIZE = 1 << 17
 # Some times the largest published model of the family: a larger value is a damaged file, and
-# would otherwise become an allocation.
-_LARGEST = {
-    "num_layers": 1024,
-    "hidden_size": 1 << 17,
-    "ffn_size": 1 << 20,
-    "num_heads": 1024,
-    "num_kv_heads": 1024,
-    "head_dim": 1024,
-    "vocab_size": 1 << 22,
-    "max_positions": 1 << 27,
+# would otherwise become an allocation. The context holds a prompt and one token of an answer.
+_SIZES = {
+    "num_layers": (1, 1024),
+    "hidden_size": (1, MAX_HIDDEN_SIZE),
+    "ffn_size": (1, 1 << 20),
+    "num_heads": (1, 1024),
+    "num_kv_heads": (1, 1024),
+    "head_dim": (2, 1024),
+    "vocab_size": (1, 1 << 22),
+    "max_positions": (2, 1 << 27),
 }
+# Within these no rotary angle and no norm of a finite row is infinite or NaN in float32.
+_NORM_EPS = (1e-15, 0.5)
+_THETA = (1.0, 1e18)
+_SCALING = (1e-6, 1e9)
 
 
 @dataclass(frozen=True)
@@ -51,15 +71,13 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in _ROPE_KINDS:
             raise ValueError(
-                f"rope scaling kind is {self.kind!r:.80}; expected one of {', '.join(_ROPE_KINDS)}"
+                f"rope scaling kind is {quoted(self.kind)}; expected one of "
+                f"{', '.join(_ROPE_KINDS)}"
             )
         for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_positive(f"rope scaling {name}", getattr(self, name))
-        _check_size(
-            "rope scaling original_max_positions",
-            self.original_max_positions,
-            _LARGEST["max_positions"],
-        )
+            check_number(f"rope scaling {name}", getattr(self, name), *_SCALING)
+        largest = _SIZES["max_positions"][1]
+        check_size("rope scaling original_max_positions", self.original_max_positions, 1, largest)
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"rope scaling low_freq_factor is {self.low_freq_factor} and high_freq_factor "
@@ -67,11 +85,11 @@ class RopeScaling:
             )
         if not isinstance(self.factors, tuple) or (self.kind == "factors") != bool(self.factors):
             raise ValueError(
-                f"rope scaling of kind {self.kind!r} has factors {self.factors!r:.80}; expected a "
-                "tuple of D/2 divisors for kind 'factors' and () for the others"
+                f"rope scaling of kind {self.kind!r} has factors {quoted(self.factors)}; expected "
+                "a tuple of D/2 divisors for kind 'factors' and () for the others"
             )
         for value in self.factors:
-            _check_positive("a rope scaling factor", value)
+            check_number("a rope scaling factor", value, *_SCALING)
 
 
 @dataclass(frozen=True)
@@ -101,8 +119,8 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         _check_architecture(self.architecture)
-        for name, largest in _LARGEST.items():
-            _check_size(name, getattr(self, name), largest)
+        for name, (smallest, largest) in _SIZES.items():
+            check_size(name, getattr(self, name), smallest, largest)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads} and num_kv_heads {self.num_kv_heads}; expected "
@@ -110,13 +128,11 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary pairs need an even number")
-        _check_positive("norm_eps", self.norm_eps)
-        _check_positive("rope_theta", self.rope_theta)
-        if self.norm_eps >= 1:
-            raise ValueError(f"norm_eps is {self.norm_eps}; expected a small number such as 1e-5")
+        check_number("norm_eps", self.norm_eps, *_NORM_EPS)
+        check_number("rope_theta", self.rope_theta, *_THETA)
         for name in ("has_qkv_bias", "has_qk_norm", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r:.80}; expected true or false")
+                raise ValueError(f"{name} is {quoted(getattr(self, name))}; expected true or false")
         self._check_rope_factors()
         self._check_special_tokens()
 
@@ -130,12 +146,12 @@ class LlamaConfig:
 
     def _check_special_tokens(self) -> None:
         if not isinstance(self.eos_token_ids, tuple):
-            raise ValueError(f"eos_token_ids is {self.eos_token_ids!r:.80}; expected a tuple")
+            raise ValueError(f"eos_token_ids is {quoted(self.eos_token_ids)}; expected a tuple")
         bos = () if self.bos_token_id is None else (self.bos_token_id,)
         for token_id in bos + self.eos_token_ids:
-            if not _is_integer(token_id) or not 0 <= token_id < self.vocab_size:
+            if not is_integer(token_id) or not 0 <= token_id < self.vocab_size:
                 raise ValueError(
-                    f"a bos or eos token id is {token_id!r:.80}; expected a whole number from 0 "
+                    f"a bos or eos token id is {quoted(token_id)}; expected a whole number from 0 "
                     f"to vocab_size - 1 = {self.vocab_size - 1}"
                 )
 
@@ -148,29 +164,31 @@ class LlamaConfig:
         """
         architecture = _hf_architecture(d)
         _refuse_hf_features(d, architecture)
-        num_heads = _integer(d, "num_attention_heads")
+        num_heads = integer(d, "num_attention_heads")
         rope_theta, rope_scaling = _hf_rope(d)
-        # Elsewhere an absent key means a constant of the transformers class, not H or C / H.
-        kv_default = num_heads if architecture == "llama" or "num_key_value_heads" in d else None
-        hidden_size = _integer(d, "hidden_size")
-        head_dim = None if architecture == "qwen3" else _even_split(hidden_size, num_heads, d)
+        # Null means H in every family.
+        kv_default = num_heads if "num_key_value_heads" in d else _NUM_KV_HEADS.get(architecture)
+        hidden_size = integer(d, "hidden_size")
+        head_dim = _even_split(hidden_size, num_heads, d)
+        if architecture == "qwen3":
+            head_dim = None if "head_dim" in d else _QWEN3_HEAD_DIM
         return cls(
             architecture=architecture,
-            num_layers=_integer(d, "num_hidden_layers"),
+            num_layers=integer(d, "num_hidden_layers"),
             hidden_size=hidden_size,
-            ffn_size=_integer(d, "intermediate_size"),
+            ffn_size=integer(d, "intermediate_size"),
             num_heads=num_heads,
-            num_kv_heads=_integer(d, "num_key_value_heads", kv_default),
-            head_dim=_integer(d, "head_dim", head_dim),
-            vocab_size=_integer(d, "vocab_size"),
-            max_positions=_integer(d, "max_position_embeddings"),
-            norm_eps=_number(d, "rms_norm_eps", 1e-6),
+            num_kv_heads=integer(d, "num_key_value_heads", kv_default or num_heads),
+            head_dim=integer(d, "head_dim", head_dim),
+            vocab_size=integer(d, "vocab_size"),
+            max_positions=integer(d, "max_position_embeddings"),
+            norm_eps=number(d, "rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             has_qkv_bias=architecture == "qwen2",
             has_qk_norm=architecture == "qwen3",
-            tie_embeddings=_flag(d, "tie_word_embeddings"),
-            bos_token_id=None if d.get("bos_token_id") is None else _integer(d, "bos_token_id"),
+            tie_embeddings=flag(d, "tie_word_embeddings"),
+            bos_token_id=None if d.get("bos_token_id") is None else integer(d, "bos_token_id"),
             eos_token_ids=token_ids(d, "eos_token_id"),
         )
 
@@ -188,93 +206,44 @@ class LlamaConfig:
             for key, value in metadata.items()
             if key.startswith(f"{architecture}.")
         }
-        num_heads = _integer(values, "attention.head_count")
-        hidden_size = _integer(values, "embedding_length")
+        num_heads = integer(values, "attention.head_count")
+        hidden_size = integer(values, "embedding_length")
         split = _even_split(hidden_size, num_heads, values, "attention.key_length")
-        head_dim = _integer(values, "attention.key_length", split)
+        head_dim = integer(values, "attention.key_length", split)
         _refuse_gguf_features(values, head_dim)
         tokens = metadata.get("tokenizer.ggml.tokens")
         bos = metadata.get("tokenizer.ggml.bos_token_id")
         stops = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
         return cls(
             architecture=architecture,
-            num_layers=_integer(values, "block_count"),
+            num_layers=integer(values, "block_count"),
             hidden_size=hidden_size,
-            ffn_size=_integer(values, "feed_forward_length"),
+            ffn_size=integer(values, "feed_forward_length"),
             num_heads=num_heads,
-            num_kv_heads=_integer(values, "attention.head_count_kv", num_heads),
+            num_kv_heads=integer(values, "attention.head_count_kv", num_heads),
             head_dim=head_dim,
-            vocab_size=_integer(
+            vocab_size=integer(
                 values, "vocab_size", len(tokens) if isinstance(tokens, list) else None
             ),
-            max_positions=_integer(values, "context_length"),
-            norm_eps=_number(values, "attention.layer_norm_rms_epsilon"),
-            rope_theta=_number(values, "rope.freq_base", _DEFAULT_THETA),
+            max_positions=integer(values, "context_length"),
+            norm_eps=number(values, "attention.layer_norm_rms_epsilon"),
+            rope_theta=number(values, "rope.freq_base", _DEFAULT_THETA),
             rope_scaling=_gguf_rope_scaling(values),
             has_qkv_bias=architecture == "qwen2",
             has_qk_norm=architecture == "qwen3",
-            bos_token_id=None if bos is None else _integer(metadata, "tokenizer.ggml.bos_token_id"),
+            bos_token_id=None if bos is None else integer(metadata, "tokenizer.ggml.bos_token_id"),
             eos_token_ids=tuple(
                 dict.fromkeys(i for key in stops for i in token_ids(metadata, key))
             ),
         )
 
 
-def token_ids(d: Mapping[str, object], key: str) -> tuple[int, ...]:
-    """The value of `key`, an id or a list of ids or absent, as a tuple without repeats."""
-    value = d.get(key)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(_integer({key: item}, key) for item in values))
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_size(name: str, value: object, largest: int) -> None:
-    if not (isinstance(value, int) and _is_integer(value) and 1 <= value <= largest):
-        raise ValueError(f"{name} is {value!r:.80}; expected a whole number from 1 to {largest}")
-
-
-def _check_positive(name: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and isinstance(value, int | float) and 0 < value < math.inf):
-        raise ValueError(f"{name} is {value!r:.80}; expected a finite number above 0")
-
-
 def _check_architecture(value: object) -> None:
     if value not in _ARCHITECTURES:
         raise ValueError(
-            f"architecture is {value!r:.80}; expected one of {', '.join(_ARCHITECTURES)}; choose "
+            f"architecture is {quoted(value)}; expected one of {', '.join(_ARCHITECTURES)}; choose "
             "a model of the LLaMA family"
         )
-
-
-def _got(value: object) -> str:
-    return "missing" if value is None else f"{value!r:.80}"
-
-
-def _integer(d: Mapping[str, object], key: str, default: int | None = None) -> int:
-    value = default if d.get(key) is None else d[key]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{key} is {_got(value)}; expected a whole number; repair the model files")
-    return value
-
-
-def _number(d: Mapping[str, object], key: str, default: float | None = None) -> float:
-    value = default if d.get(key) is None else d[key]
-    if isinstance(value, int) and _is_integer(value) and value.bit_length() < 1000:
-        return float(value)
-    if not isinstance(value, float):
-        raise ValueError(f"{key} is {_got(value)}; expected a number; repair the model files")
-    return value
-
-
-def _flag(d: Mapping[str, object], key: str) -> bool:
-    value = d.get(key)
-    if not isinstance(value, bool | None):
-        raise ValueError(f"{key} is {_got(value)}; expected true or false; repair the model files")
-    return bool(value)
 
 
 def _even_split(
@@ -285,12 +254,6 @@ def _even_split(
     return None if d.get(key) is not None or hidden_size % heads else hidden_size // heads
 
 
-def _refuse(key: str, value: object, expected: str) -> ValueError:
-    return ValueError(
-        f"{key} is {_got(value)}; expected {expected}; this model cannot be run, choose another"
-    )
-
-
 def _hf_architecture(d: Mapping[str, object]) -> Architecture:
     model_type = d.get("model_type")
     for name in _ARCHITECTURES:
@@ -298,15 +261,15 @@ def _hf_architecture(d: Mapping[str, object]) -> Architecture:
             classes = d.get("architectures")
             expected = f"{name}forcausallm"
             names = classes if isinstance(classes, list) else [classes]
-            if classes is None or any(str(c).lower() == expected for c in names):
+            if classes is None or any(isinstance(c, str) and c.lower() == expected for c in names):
                 return name
-            raise _refuse("architectures", classes, f"{name.capitalize()}ForCausalLM")
-    raise _refuse("model_type", model_type, f"one of {', '.join(_ARCHITECTURES)}")
+            raise refuse("architectures", classes, f"{name.capitalize()}ForCausalLM")
+    raise refuse("model_type", model_type, f"one of {', '.join(_ARCHITECTURES)}")
 
 
 def _refuse_hf_features(d: Mapping[str, object], architecture: str) -> None:
     only: dict[str, tuple[object, ...]] = {
-        "hidden_act": ("silu",),
+        "hidden_act": ("silu", "swish"),
         "mlp_bias": (False,),
         # Qwen2 has its Q, K and V biases whatever this key says.
         "attention_bias": (False, True) if architecture == "qwen2" else (False,),
@@ -315,74 +278,89 @@ def _refuse_hf_features(d: Mapping[str, object], architecture: str) -> None:
     }
     for key, allowed in only.items():
         if d.get(key) is not None and d[key] not in allowed:
-            raise _refuse(key, d[key], f"{allowed[0]!r}")
+            raise refuse(key, d[key], f"{allowed[0]!r}")
     if d.get("quantization_config") is not None:
-        raise _refuse("quantization_config", d["quantization_config"], "unquantised safetensors")
+        raise refuse("quantization_config", d["quantization_config"], "unquantised safetensors")
     layer_types = d.get("layer_types")
     if layer_types is not None and (
         not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
     ):
-        raise _refuse("layer_types", layer_types, "full_attention in every layer")
+        raise refuse("layer_types", layer_types, "full_attention in every layer")
     # An absent key means 4096 to transformers' Mistral, and null means no window.
     if architecture == "mistral" and d.get("sliding_window", 4096) is not None:
-        window = _integer(d, "sliding_window", 4096)
-        if window < _integer(d, "max_position_embeddings"):
-            raise _refuse("sliding_window", window, "null, or at least max_position_embeddings")
+        window = integer(d, "sliding_window", 4096)
+        if window < integer(d, "max_position_embeddings"):
+            raise refuse("sliding_window", window, "null, or at least max_position_embeddings")
 
 
 def _hf_rope(d: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling; transformers 5 writes `rope_parameters`, 4 wrote `rope_scaling`."""
-    sources = [d[key] for key in ("rope_parameters", "rope_scaling") if d.get(key)]
-    rules = sources[0] if sources else {}
-    if not isinstance(rules, Mapping) or any(isinstance(v, Mapping) for v in rules.values()):
-        raise _refuse("rope_parameters", rules, "one set of values for all layers")
-    if len(sources) == 2 and sources[0] != sources[1]:
-        raise _refuse("rope_scaling", sources[1], "the same as rope_parameters, or absent")
-    theta = _number(d, "rope_theta", _number(rules, "rope_theta", _DEFAULT_THETA))
-    if theta != _number(rules, "rope_theta", theta):
-        raise _refuse("rope_theta", theta, f"{rules['rope_theta']} as in rope_parameters")
-    if rules.get("partial_rotary_factor") not in (None, 1.0):
-        raise _refuse("partial_rotary_factor", rules["partial_rotary_factor"], "1.0")
-    kind = rules.get("rope_type", rules.get("type", "default"))
+    """Base and scaling; transformers 5 writes `rope_parameters`, 4 wrote `rope_scaling`.
+
+    What is said in several places must mean the same in each.
+    """
+    thetas = {"rope_theta": d["rope_theta"]} if d.get("rope_theta") is not None else {}
+    scalings = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rules = d.get(key)
+        if rules is None or rules == {}:
+            continue
+        if not isinstance(rules, Mapping) or any(isinstance(v, Mapping) for v in rules.values()):
+            raise refuse(key, rules, "one set of values for all layers")
+        if rules.get("partial_rotary_factor") not in (None, 1.0):
+            raise refuse("partial_rotary_factor", rules["partial_rotary_factor"], "1.0")
+        scalings[key] = _hf_rope_scaling(rules, integer(d, "max_position_embeddings"))
+        if rules.get("rope_theta") is not None:
+            thetas[f"rope_theta of {key}"] = rules["rope_theta"]
+    first, *others = thetas or [""]
+    for key in others:
+        if number(thetas, key) != number(thetas, first):
+            raise refuse(key, thetas[key], f"{quoted(thetas[first])} as {first}, or none")
+    if len(scalings) == 2 and scalings["rope_parameters"] != scalings["rope_scaling"]:
+        raise refuse("rope_scaling", d["rope_scaling"], "what rope_parameters means, or none")
+    return number(thetas, first, _DEFAULT_THETA), next(iter(scalings.values()), None)
+
+
+def _hf_rope_scaling(rules: Mapping[str, object], max_positions: int) -> RopeScaling | None:
+    kind = text(rules, "rope_type", text(rules, "type", "default"))
     if kind == "default":
-        return theta, None
+        return None
     if kind == "linear":
-        return theta, RopeScaling("linear", _number(rules, "factor"))
+        return RopeScaling("linear", number(rules, "factor"))
     if kind != "llama3":
-        raise _refuse("rope scaling rope_type", kind, "default, linear or llama3")
-    return theta, RopeScaling(
+        raise refuse("rope scaling rope_type", kind, "default, linear or llama3")
+    return RopeScaling(
         "llama3",
-        _number(rules, "factor"),
-        _number(rules, "low_freq_factor"),
-        _number(rules, "high_freq_factor"),
-        _integer(rules, "original_max_position_embeddings"),
+        number(rules, "factor"),
+        number(rules, "low_freq_factor"),
+        number(rules, "high_freq_factor"),
+        integer(rules, "original_max_position_embeddings", max_positions),
     )
 
 
 def _gguf_architecture(metadata: Mapping[str, object]) -> Architecture:
-    name = metadata.get("general.architecture")
+    name = text(metadata, "general.architecture", "")
     for known in _ARCHITECTURES:
         if name == known != "mistral":
             return known
-    raise _refuse("general.architecture", name, "llama, qwen2 or qwen3")
+    raise refuse("general.architecture", name or None, "llama, qwen2 or qwen3")
 
 
 def _refuse_gguf_features(values: Mapping[str, object], head_dim: int) -> None:
     for key in ("attention.value_length", "rope.dimension_count"):
-        if _integer(values, key, head_dim) != head_dim:
-            raise _refuse(key, values[key], f"the head dimension, {head_dim}")
-    if _integer(values, "expert_count", 0):
-        raise _refuse("expert_count", values["expert_count"], "0, a dense model")
-    window = _integer(values, "attention.sliding_window", 0)
-    if 0 < window < _integer(values, "context_length"):
-        raise _refuse("attention.sliding_window", window, "none, or at least context_length")
+        if integer(values, key, head_dim) != head_dim:
+            raise refuse(key, values[key], f"the head dimension, {head_dim}")
+    if integer(values, "expert_count", 0):
+        raise refuse("expert_count", values["expert_count"], "0, a dense model")
+    window = integer(values, "attention.sliding_window", 0)
+    if 0 < window < integer(values, "context_length"):
+        raise refuse("attention.sliding_window", window, "none, or at least context_length")
 
 
 def _gguf_rope_scaling(values: Mapping[str, object]) -> RopeScaling | None:
-    kind = values.get("rope.scaling.type", "none")
+    kind = text(values, "rope.scaling.type", "none")
     if kind not in ("none", "linear"):
-        raise _refuse("rope.scaling.type", kind, "none or linear")
-    factor = _number(values, "rope.scale_linear", 1.0)
+        raise refuse("rope.scaling.type", kind, "none or linear")
+    factor = number(values, "rope.scale_linear", 1.0)
     if kind == "linear":
-        factor = _number(values, "rope.scaling.factor")
+        factor = number(values, "rope.scaling.factor")
     return None if factor == 1.0 else RopeScaling("linear", factor)

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
+
+from models.messages import quoted
+from models.model_files import open_regular
 
 READABLE_TYPES = (
     gguf.GGMLQuantizationType.F32,
@@ -63,6 +67,7 @@ _ARRAY = 9
 class GgufTensor:
     """Where one tensor lies. `shape` is in torch order: the file's dimensions reversed."""
 
+    path: Path
     name: str
     shape: tuple[int, ...]
     type: gguf.GGMLQuantizationType
@@ -142,12 +147,13 @@ def read_gguf(path: Path) -> GgufFile:
     """Reads the header of a GGUF file (version 2 or 3, little-endian); tensor data stays on disk.
 
     Arrays of numbers come back as numpy arrays, arrays of strings as `list[str]`. Raises
-    ValueError naming the file and the cause for anything outside the format and for tensor types
-    other than `READABLE_TYPES`, and FileNotFoundError or PermissionError as `open` does.
+    ValueError naming the file and the cause for anything outside the format, for tensor types
+    other than `READABLE_TYPES`, and for a file that cannot be read.
     """
-    with path.open("rb") as file:
-        if path.stat().st_size < 24:
-            raise ValueError(f"{path}: has {path.stat().st_size} bytes, a GGUF header has 24")
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 24:
+            raise ValueError(f"{path}: has {size} bytes, a GGUF header has 24")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cursor = _Cursor(path, data)
             num_tensors, num_pairs = _read_counts(cursor)
@@ -162,13 +168,13 @@ def read_tensor(file: GgufFile, name: str) -> torch.Tensor:
     Raises ValueError when the file has no such tensor or has become shorter since `read_gguf`.
     """
     if name not in file.tensors:
-        raise ValueError(f"{file.path}: has no tensor {name!r:.80}")
+        raise ValueError(f"{file.path}: has no tensor {quoted(name)}")
     tensor = file.tensors[name]
-    if file.path.stat().st_size < tensor.offset + tensor.num_bytes:
-        raise ValueError(f"{file.path}: was cut short while it was read; download it again")
+    if tensor.path.stat().st_size < tensor.offset + tensor.num_bytes:
+        raise ValueError(f"{tensor.path}: was cut short while it was read; download it again")
     # A map of this one tensor: pages of tensors read before do not stay in the process.
-    data = np.asarray(np.memmap(file.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,)))
-    values = torch.empty(tensor.shape, dtype=torch.float32)
+    data = np.asarray(np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,)))
+    values = torch.from_numpy(np.empty(tensor.shape, np.float32))  # MemoryError where it is full
     target = values.numpy().reshape(-1, tensor.shape[-1])
     source = data.reshape(target.shape[0], -1)
     # In pieces, because dequantising holds its result twice.
@@ -202,8 +208,8 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, object]:
     for _ in range(count):
         key = cursor.string("a metadata key")
         if key in metadata:
-            raise cursor.error(f"metadata key {key!r:.80} occurs twice")
-        metadata[key] = _read_value(cursor, cursor.u32("a value type"), f"metadata {key!r:.80}")
+            raise cursor.error(f"metadata key {quoted(key)} occurs twice")
+        metadata[key] = _read_value(cursor, cursor.u32("a value type"), f"metadata {quoted(key)}")
     return metadata
 
 
@@ -240,7 +246,7 @@ def _alignment(cursor: _Cursor, metadata: dict[str, object]) -> int:
     value = metadata.get("general.alignment", 32)
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if not isinstance(value, int) or not is_integer or not 1 <= value <= _MAX_ALIGNMENT:
-        raise cursor.error(f"general.alignment is {value!r:.80}, expected a power of two")
+        raise cursor.error(f"general.alignment is {quoted(value)}, expected a power of two")
     if value & (value - 1):
         raise cursor.error(f"general.alignment is {value}, expected a power of two")
     return value
@@ -251,7 +257,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Gguf
     for _ in range(count):
         tensor = _read_tensor_record(cursor, alignment)
         if tensor.name in records:
-            raise cursor.error(f"tensor {tensor.name!r:.80} occurs twice")
+            raise cursor.error(f"tensor {quoted(tensor.name)} occurs twice")
         records[tensor.name] = tensor
     base = -(-cursor.at // alignment) * alignment
     tensors = {}
@@ -259,22 +265,20 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Gguf
     for tensor in sorted(records.values(), key=lambda t: t.offset):
         start = base + tensor.offset
         if start < end:
-            raise cursor.error(f"tensor {tensor.name!r:.80} overlaps the one before it")
+            raise cursor.error(f"tensor {quoted(tensor.name)} overlaps the one before it")
         end = start + tensor.num_bytes
         if end > cursor.size:
             raise cursor.error(
-                f"tensor {tensor.name!r:.80} ends at byte {end}, the file at {cursor.size}"
+                f"tensor {quoted(tensor.name)} ends at byte {end}, the file at {cursor.size}"
             )
-        tensors[tensor.name] = GgufTensor(
-            tensor.name, tensor.shape, tensor.type, start, tensor.num_bytes
-        )
+        tensors[tensor.name] = replace(tensor, offset=start)
     return tensors
 
 
 def _read_tensor_record(cursor: _Cursor, alignment: int) -> GgufTensor:
     """One record; its offset still counts from the start of the data section."""
     name = cursor.string("a tensor name")
-    what = f"tensor {name!r:.80}"
+    what = f"tensor {quoted(name)}"
     num_dims = cursor.u32(what)
     if not 1 <= num_dims <= 4:
         raise cursor.error(f"{what} has {num_dims} dimensions, expected 1 to 4")
@@ -295,7 +299,7 @@ def _read_tensor_record(cursor: _Cursor, alignment: int) -> GgufTensor:
     if offset % alignment:
         raise cursor.error(f"{what} is at offset {offset}, expected a multiple of {alignment}")
     num_bytes = math.prod(dims) // block_size * block_bytes
-    return GgufTensor(name, tuple(reversed(dims)), kind, offset, num_bytes)
+    return GgufTensor(cursor.path, name, tuple(reversed(dims)), kind, offset, num_bytes)
 
 
 def _type_name(number: int) -> str:

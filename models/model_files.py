@@ -9,20 +9,26 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from models.messages import cause_of, quoted
 
 MAX_JSON = 64 << 20  # bytes of an index, a configuration, a tokenizer.json
+_MAX_NAME = 255  # bytes, what Linux allows
 
 
 def file_inside(directory: Path, name: str) -> Path:
     """`directory / name`, if `name` is a bare file name and its file lies inside the model.
 
-    Inside means the directory itself or, for a snapshot in the hub's cache (whose files are links
-    to `../../blobs`), that repository's cache folder. Raises ValueError otherwise.
+    Inside means the directory itself; for a snapshot in the hub's cache, whose files are links to
+    `../../blobs`, that repository's cache folder; and for a folder that the hub's older downloader
+    filled with links into its cache, the models' folders there. Raises ValueError otherwise.
     """
-    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0:"):
+    marks = any(mark in name for mark in "/\\:")
+    if name in ("", ".", "..") or marks or not name.isprintable() or len(name) > _MAX_NAME:
         raise ValueError(
             f"{directory}: the checkpoint names the file {quoted(name)}; expected a file name "
             "without folders; do not use this model, its index points outside its directory"
@@ -32,14 +38,29 @@ def file_inside(directory: Path, name: str) -> Path:
         root = root.parent.parent
     path = directory / name
     target = Path(os.path.realpath(path))  # unlike resolve, it does not raise for a loop of links
-    if not target.is_relative_to(root):
+    if not target.is_relative_to(root) and not _is_model_in_hub_cache(target):
         raise ValueError(
-            f"{path}: is a link to {target}, outside {root}; expected the file itself; "
-            "copy it there if you trust it"
+            f"{path}: is a link to {quoted(os.fspath(target))}, outside {root}; expected the file "
+            "itself; copy it there if you trust it"
         )
-    if not path.is_file():
-        raise ValueError(f"{path}: is missing; download the model again")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: is missing, or no regular file; download the model again")
     return path
+
+
+def _is_model_in_hub_cache(target: Path) -> bool:
+    """Whether a resolved path is that of a file of a model in the hub's cache of this process."""
+    cache = Path(os.path.realpath(hub_cache()))
+    parts = target.relative_to(cache).parts if target.is_relative_to(cache) else ()
+    return len(parts) > 2 and parts[0].startswith("models--") and parts[1] in ("blobs", "snapshots")
+
+
+def hub_cache() -> str:
+    """The folder of huggingface_hub's cache, by its rules; importing it takes a quarter second."""
+    caches = os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache"))
+    home = os.environ.get("HF_HOME", os.path.join(caches, "huggingface"))
+    old = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))
+    return os.path.expandvars(os.path.expanduser(os.environ.get("HF_HUB_CACHE", old)))
 
 
 def find_file(directory: Path, name: str) -> Path | None:
@@ -47,19 +68,29 @@ def find_file(directory: Path, name: str) -> Path | None:
     return file_inside(directory, name) if os.path.lexists(directory / name) else None
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes.
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open to read its bytes.
 
     Raises ValueError naming the file for anything else, and for one that cannot be read.
     """
     try:
         # Not blocking: a pipe would wait for a writer before it is known to be one.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError(f"{path}: is no regular file")
-            data = file.read(limit + 1)
+            yield file
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises ValueError naming the file for anything else, and for one that cannot be read.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"{path}: has over {limit} bytes, expected at most {limit}")
     return data

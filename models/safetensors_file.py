@@ -8,6 +8,7 @@ link that leaves the model's directory is refused. Pickle files are never opened
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from models.model_files import file_inside, parse_json, read_json
+from models.messages import cause_of, quoted
+from models.model_files import file_inside, find_file, open_regular, parse_json, read_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -29,6 +31,7 @@ class StoredTensor:
     """Where one tensor is stored."""
 
     path: Path
+    name: str  # in the file
     shape: tuple[int, ...]
 
 
@@ -39,24 +42,24 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
     missing or outside the directory, a tensor that is in two shards or not in the one that the
     index names, and for a directory with pickle files only.
     """
-    if (directory / _SINGLE).exists():
-        return _read_header(file_inside(directory, _SINGLE))
-    if not (directory / _INDEX).exists():
+    if (single := find_file(directory, _SINGLE)) is not None:
+        return _read_header(single)
+    if (index := find_file(directory, _INDEX)) is None:
         raise _no_weights(directory)
-    weight_map = _read_index(directory)
+    weight_map = _read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         found = _read_header(file_inside(directory, shard))
         for name in found.keys() & tensors.keys():
             raise ValueError(
-                f"{found[name].path}: tensor {name!r:.80} is also in {tensors[name].path.name}; "
+                f"{found[name].path}: tensor {quoted(name)} is also in {tensors[name].path.name}; "
                 "expected each tensor once; download the model again"
             )
         tensors |= found
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].path.name != shard:
             raise ValueError(
-                f"{directory / shard}: has no tensor {name!r:.80}, which {_INDEX} says it holds; "
+                f"{directory / shard}: has no tensor {quoted(name)}, which {_INDEX} says it holds; "
                 "download the model again"
             )
     return tensors
@@ -68,13 +71,15 @@ def read_safetensor(tensors: dict[str, StoredTensor], name: str) -> torch.Tensor
     Raises ValueError when there is no such tensor or the library refuses the file.
     """
     if name not in tensors:
-        raise ValueError(f"the checkpoint has no tensor {name!r:.80}")
-    path = tensors[name].path
+        raise ValueError(f"the checkpoint has no tensor {quoted(name)}")
+    path, name = tensors[name].path, tensors[name].name
     try:
         with safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot read tensor {name!r:.80}: {error}") from error
+        raise ValueError(
+            f"{path}: tensor {quoted(name)} cannot be read: {cause_of(error)}"
+        ) from error
     return tensor
 
 
@@ -86,29 +91,28 @@ def _no_weights(directory: Path) -> ValueError:
             "as safetensors or GGUF"
         )
     return ValueError(
-        f"{directory}: has only pickle weights ({', '.join(pickles):.80}), which can run code when "
+        f"{directory}: has only pickle weights ({quoted(pickles)}), which can run code when "
         "opened; expected safetensors; where you trust the files, convert them with transformers: "
         "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
     )
 
 
-def _read_index(directory: Path) -> dict[str, str]:
-    path = file_inside(directory, _INDEX)
+def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: weight_map is {weight_map!r:.80}; expected names of shards")
+        raise ValueError(f"{path}: weight_map is {quoted(weight_map)}; expected names of shards")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise ValueError(
-                f"{path}: tensor {name!r:.80} is in {shard!r:.80}; expected a .safetensors file"
+                f"{path}: tensor {quoted(name)} is in {quoted(shard)}; expected a .safetensors file"
             )
     return weight_map
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, whose header must account for every byte of it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8 or length > _MAX_HEADER:
             raise ValueError(
@@ -124,7 +128,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, entry in header.items():
         shape, span = _check_entry(path, name, entry)
-        tensors[name] = StoredTensor(path, shape)
+        tensors[name] = StoredTensor(path, name, shape)
         spans.append(span)
     _check_spans(path, spans, size - 8 - length)
     return tensors
@@ -132,25 +136,25 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _check_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Shape and byte span of one header entry, which must agree with each other."""
-    what = f"{path}: tensor {name!r:.80}"
+    what = f"{path}: tensor {quoted(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{what} is {entry!r:.80}; expected dtype, shape and data_offsets")
+        raise ValueError(f"{what} is {quoted(entry)}; expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise ValueError(
-            f"{what} has dtype {dtype!r:.80}; expected {', '.join(_ITEM_BYTES)}; quantised "
+            f"{what} has dtype {quoted(dtype)}; expected {', '.join(_ITEM_BYTES)}; quantised "
             "safetensors are not read, choose an unquantised model or a GGUF file"
         )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise ValueError(
-            f"{what} has shape {shape!r:.80} and data_offsets {offsets!r:.80}; expected lists of "
-            "whole numbers"
+            f"{what} has shape {quoted(shape)} and data_offsets {quoted(offsets)}; expected lists "
+            "of whole numbers"
         )
     num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != num_bytes:
         raise ValueError(
-            f"{what} has data_offsets {offsets!r:.80}; its {dtype} shape {shape!r:.80} needs "
-            f"{num_bytes!r:.80} bytes"
+            f"{what} has data_offsets {quoted(offsets)}; its {dtype} shape {quoted(shape)} needs "
+            f"{quoted(num_bytes)} bytes"
         )
     return tuple(shape), (offsets[0], offsets[1])
 

@@ -7,23 +7,26 @@ Q and K (and the Q/K norm weights) are stored in interleaved-pair order: rotary 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
 from kernels.weight import LayerWeights, Weight, layer_table
-from models.checkpoint import GGUF_ROPE_FACTORS, Checkpoint
+from models.checkpoint import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, Checkpoint
 from models.config import LlamaConfig
+from models.messages import cause_of, quoted
 
-EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
 ALIGNMENT = 64  # elements: every tensor starts at a cache line and at what vector loads want
 HUGE_PAGE = 2 << 20  # bytes
+_PIECE = 1 << 20  # elements compared at a time
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class LlamaWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # [C]
     lm_head: Weight  # [V, C]
+
+    @property
+    def is_tied(self) -> bool:
+        return self.lm_head.full is self.embedding
 
     @cached_property
     def layer_table(self) -> np.ndarray:
@@ -61,18 +68,24 @@ def load_weights(
 
     All names and shapes are compared with the configuration before anything is allocated. The
     peak is the model itself plus its largest tensor. `on_progress(done, total)` counts bytes of
-    the loaded model, after each tensor. Raises ValueError naming the tensor when one is missing,
-    unexpected, of another shape, not finite, or too large for `dtype`.
+    the loaded model, after each tensor. Where the configuration says that embeddings are tied and a
+    head of other values is stored, that head is loaded (`is_tied` is false) and a warning says so.
+    Raises ValueError naming the tensor when one is missing, unexpected, of another shape, not
+    finite, or too large for `dtype`, and when there is not enough memory.
     """
     config = checkpoint.config
+    if LM_HEAD in checkpoint.shapes:
+        config = replace(config, tie_embeddings=False)
+    _check_names_and_shapes(checkpoint, _parts(config))
+    if checkpoint.config.tie_embeddings and not config.tie_embeddings:
+        config = replace(config, tie_embeddings=_is_head_the_embedding(checkpoint, dtype))
     parts = _parts(config)
-    _check_names_and_shapes(checkpoint, {name: part.shape for name, part in parts.items()})
     weights = _allocate(config, torch.device(device), dtype)
     targets = _targets(config, weights)
     total = dtype.itemsize * sum(math.prod(part.shape) for part in parts.values())
     done = 0
     for name, part in parts.items():
-        source = _read(checkpoint, name, dtype)
+        source = _read_finite(checkpoint, name, dtype)
         if part.is_rotary and checkpoint.rope_order == "half":
             source = _rotary_pairs(source, config.head_dim).transpose(1, 2)
             _rotary_view(targets[name], config.head_dim).copy_(source)
@@ -204,12 +217,21 @@ def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 def allocate_arena(num_elements: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Room for all weights in one piece: a decode step reads it from end to end."""
-    if device.type != "cpu":
-        return torch.empty(num_elements, device=device, dtype=dtype)
-    # numpy asks the system for huge pages where torch does not; reading is a twentieth faster.
+    """Room for all weights in one piece: a decode step reads it from end to end.
+
+    Raises ValueError where there is not so much memory.
+    """
     num_bytes = num_elements * dtype.itemsize
-    room = torch.from_numpy(np.empty(num_bytes + HUGE_PAGE, dtype=np.uint8))
+    try:
+        if device.type != "cpu":
+            return torch.empty(num_elements, device=device, dtype=dtype)
+        # numpy asks the system for huge pages where torch does not; reading is a twentieth faster.
+        room = torch.from_numpy(np.empty(num_bytes + HUGE_PAGE, dtype=np.uint8))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ValueError(
+            f"the weights need {num_bytes / 1e9:.1f} GB in {dtype}, more memory than {device} has "
+            "free; choose a smaller model or a smaller dtype"
+        ) from error
     start = -room.data_ptr() % HUGE_PAGE
     return room[start : start + num_bytes].view(dtype)
 
@@ -255,45 +277,61 @@ def _rotary_view(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
     return tensor.view(-1, head_dim // 2, 2, *tensor.shape[1:])
 
 
-def _check_names_and_shapes(
-    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_names_and_shapes(checkpoint: Checkpoint, parts: Mapping[str, _Part]) -> None:
     where = checkpoint.path
-    for name, shape in expected.items():
+    remedy = "the weights and the configuration do not belong together, download the model again"
+    for name, part in parts.items():
         got = checkpoint.shapes.get(name)
         if got is None:
             raise ValueError(
-                f"{where}: has no tensor {name}; expected shape {shape}; the weights and the "
-                "configuration do not belong together, download the model again"
+                f"{where}: has no tensor {name}; expected shape {part.shape}; {remedy}"
             )
-        if got != shape:
+        if got != part.shape:
             raise ValueError(
-                f"{where}: tensor {name} has shape {got}; expected {shape}; the weights and the "
-                "configuration do not belong together, download the model again"
+                f"{where}: tensor {name} has shape {quoted(got)}; expected {part.shape}; {remedy}"
             )
-    for name in checkpoint.shapes:
-        if name not in expected and not _may_be_left_out(checkpoint, name):
-            raise ValueError(
-                f"{where}: tensor {name!r:.120} is not part of a {checkpoint.config.architecture} "
-                "model of this configuration; expected every tensor to be used; choose another "
-                "model"
-            )
-
-
-def _may_be_left_out(checkpoint: Checkpoint, name: str) -> bool:
-    """Tables that the configuration already says, and a head that equals the embedding."""
-    if name == LM_HEAD:
-        return checkpoint.config.tie_embeddings
     is_gguf = checkpoint.gguf_metadata is not None
-    return name.endswith(".rotary_emb.inv_freq") or (is_gguf and name == GGUF_ROPE_FACTORS)
+    for name in checkpoint.shapes:
+        # Tables of what the configuration already says are left out.
+        is_table = name.endswith(".rotary_emb.inv_freq") or (is_gguf and name == GGUF_ROPE_FACTORS)
+        if name not in parts and not is_table:
+            raise ValueError(
+                f"{where}: tensor {quoted(name)} is not part of a "
+                f"{checkpoint.config.architecture} model of this configuration; expected every "
+                "tensor to be used; choose another model"
+            )
 
 
-def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A stored tensor, every value of which is finite in `dtype`."""
+def _is_head_the_embedding(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether both stored matrices [V, C] have the same values in `dtype`."""
+    step = max(1, _PIECE // checkpoint.config.hidden_size)
+    # In pieces of the two mapped files: no copy of either is made.
+    pieces = zip(
+        *(_read(checkpoint, name).split(step) for name in (EMBEDDING, LM_HEAD)), strict=True
+    )
+    if all(torch.equal(ours.to(dtype), theirs.to(dtype)) for ours, theirs in pieces):
+        return True
+    _log.warning(
+        "%s: %s differs from the embedding, though config.json says that they are tied; the stored "
+        "one is used",
+        checkpoint.path,
+        LM_HEAD,
+    )
+    return False
+
+
+def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     try:
-        tensor = checkpoint.read(name)
-    except OSError as error:
-        raise ValueError(f"{checkpoint.path}: tensor {name} cannot be read: {error}") from error
+        return checkpoint.read(name)
+    except (OSError, MemoryError) as error:
+        raise ValueError(
+            f"{checkpoint.path}: tensor {name} cannot be read: {cause_of(error)}"
+        ) from error
+
+
+def _read_finite(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A stored tensor, every value of which is finite in `dtype`."""
+    tensor = _read(checkpoint, name)
     # Unlike isfinite, this pass needs no temporary of the tensor's size.
     low, high = (float(value) for value in torch.aminmax(tensor))
     largest = max(abs(low), abs(high))

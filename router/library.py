@@ -20,11 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from models.config import MAX_HIDDEN_SIZE
 from models.plan import DraftPlan
 
 FORMAT = "knn-ssd-router-1"
 MIN_RATIO = 1.5  # distance of the nearest anchor of another plan over that of the nearest one
-MAX_ANCHORS, MAX_HIDDEN = 4096, 8192  # of the kernel
+MAX_ANCHORS = 4096  # of the kernel, which takes states of any size
 MAX_FILE_BYTES = 256 << 20
 _TYPES = {
     "fingerprint": str, "num_layers": int, "domains": list, "plans": list, "default_plan": int,
@@ -84,8 +85,8 @@ class RouterLibrary:
         shape = tuple(self.anchors.shape)
         if self.anchors.dtype != torch.float32 or len(shape) != 2:
             raise _error("anchors", f"{self.anchors.dtype} {shape}", "float32 [N, C]")
-        if not (1 <= shape[0] <= MAX_ANCHORS and 1 <= shape[1] <= MAX_HIDDEN):
-            raise _error("anchors", shape, f"1 to {MAX_ANCHORS} of size 1 to {MAX_HIDDEN}")
+        if not (1 <= shape[0] <= MAX_ANCHORS and 1 <= shape[1] <= MAX_HIDDEN_SIZE):
+            raise _error("anchors", shape, f"1 to {MAX_ANCHORS} of size 1 to {MAX_HIDDEN_SIZE}")
         norms = torch.linalg.vector_norm(self.anchors, dim=1)
         if not bool(((norms - 1).abs() < 1e-3).all()):  # false for NaN, too
             raise ValueError("anchors: got some that are not of unit length, or NaN; expected unit "

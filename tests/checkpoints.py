@@ -138,13 +138,15 @@ def write_gguf(
     weights: LlamaWeights,
     qtype: gguf.GGMLQuantizationType = F32,
     metadata: dict[str, Any] | None = None,
+    tensors_per_part: int = 0,
 ) -> Path:
     """Writes what llama.cpp's converter would: matrices as `qtype`, vectors as float32.
 
-    `metadata` adds string and integer values, the tokenizer's for example.
+    `metadata` adds string and integer values, the tokenizer's for example. With `tensors_per_part`
+    the model is split into several files, of which `path` is the stem.
     """
     architecture = "llama" if config.architecture == "mistral" else config.architecture
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
     _add_metadata(writer, config, metadata or {})
     for name, tensor in to_hf_state_dict(config, weights).items():
         values = tensor.float().numpy()

@@ -25,6 +25,7 @@ from kernels.launch import NUM_COUNTERS  # noqa: E402
 from kernels.nearest_anchor import nearest_anchor_triton  # noqa: E402
 from kernels.triton_ops import TRITON, TRITON_PREFILL  # noqa: E402
 from kernels.weight import Weight  # noqa: E402
+from models.config import MAX_HIDDEN_SIZE  # noqa: E402
 
 # Whatever reads or writes the device's memory.
 MEMORY = re.compile(
@@ -141,10 +142,10 @@ def launch_all(run: Run) -> None:
     launch_round(shape, batch, width, layers)
     u8 = {"dtype": torch.uint8}
     plans = (meta(8, 2 * layers + 1, **u8), 0, 1.5, meta(batch, 2 * layers + 1, **u8))
-    for anchors, channels in ((70, c), (4096, c), (70, 8192), (4096, 8192)):
+    for anchors, channels in ((70, c), (4096, c), (70, 8192), (4096, MAX_HIDDEN_SIZE)):
         total, library = meta(batch, channels, **f32), meta(anchors, channels, **f32)
         nearest_anchor_triton(total, library, meta(anchors, **i32), *plans)
-    for channels in (c, 8192):
+    for channels in (c, 8192, MAX_HIDDEN_SIZE):
         for tokens in (1, 300, 32768):
             TRITON.pool_states(meta(tokens, channels), meta(channels), 1e-5)
     TRITON.keep_states(

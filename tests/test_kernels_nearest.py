@@ -19,7 +19,7 @@ BOTH = pytest.mark.parametrize("op", [nearest_anchor_triton, nearest_anchor_ref]
 Op = Callable[..., torch.Tensor]
 SHAPES = [  # N, C
     *((1, 8), (3, 8), (70, 8), (4096, 8)),
-    *((5, 1), (5, 64), (5, 100), (5, 576), (5, 8192)),
+    *((5, 1), (5, 64), (5, 100), (5, 576), (5, 8192), (5, 12289), (3, 131072)),
 ]
 UNWRITTEN = 255  # no precision of a sub-layer
 

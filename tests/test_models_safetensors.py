@@ -12,6 +12,7 @@ import torch
 from checkpoints import tiny_config, write_hf_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refusal, works_or_refuses
 
 from models.checkpoint import open_checkpoint
 from models.model_files import read_json
@@ -256,8 +257,7 @@ def test_truncated_files(length: int, good: tuple[Path, bytes]) -> None:
     directory, data = good
     assert length < len(data)
     (directory / "model.safetensors").write_bytes(data[:length])
-    with pytest.raises(ValueError):
-        _load(directory)
+    refusal(_load, directory)
 
 
 @FUZZ
@@ -267,26 +267,5 @@ def test_damaged_headers(at: int, noise: bytes, good: tuple[Path, bytes]) -> Non
     damaged = data[:at] + noise + data[at + len(noise) :]
     (directory / "model.safetensors").write_bytes(damaged)
     start = time.monotonic()
-    try:
-        _load(directory)
-    except ValueError as error:
-        assert str(error)
+    works_or_refuses(_load, directory)
     assert time.monotonic() - start < 5
-
-
-@FUZZ
-@given(text=st.recursive(st.none() | st.integers() | st.text(), lambda s: st.lists(s)))
-def test_any_value_of_any_config_key(text: object, good: tuple[Path, bytes]) -> None:
-    directory, data = good
-    (directory / "model.safetensors").write_bytes(data)
-    path = directory / "config.json"
-    original = path.read_text()
-    try:
-        for key in json.loads(original):
-            path.write_text(json.dumps(json.loads(original) | {key: text}))
-            try:
-                open_checkpoint(directory)
-            except ValueError as error:
-                assert str(error)
-    finally:
-        path.write_text(original)

@@ -242,7 +242,7 @@ WRONG_FIELDS = {
     "no anchors": ({"anchors": torch.ones(0, 8)}, "got (0, 8), expected 1 to 4096 of size 1 to"),
     "no channels": ({"anchors": torch.ones(5, 0)}, "anchors: got (5, 0), expected 1 to 4096 of"),
     "many anchors": ({"anchors": torch.ones(4097, 1)}, "anchors: got (4097, 1), expected 1 to"),
-    "many channels": ({"anchors": unit_rows(5, 8193)}, "anchors: got (5, 8193), expected 1 to"),
+    "many channels": ({"anchors": unit_rows(5, 131073)}, "anchors: got (5, 131073), expected 1 to"),
     "long anchors": ({"anchors": 1.01 * unit_rows(5)}, "not of unit length"),
     "short anchors": ({"anchors": 0.99 * unit_rows(5)}, "not of unit length"),
     "an anchor of zeros": ({"anchors": spoiled(0.0)}, "not of unit"),

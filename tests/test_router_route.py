@@ -11,7 +11,7 @@ import torch
 import transformers
 from budget import DTYPES
 from checkpoints import hf_config
-from routers import EARLY, EPS, INT8, LATE, PLANS, make_router, on_a_line
+from routers import EARLY, EPS, INT8, LATE, PLANS, make_router, model_of, on_a_line
 from tiny import family_config, rows_of, tiny_llama
 
 from engine.kv_cache import make_kv_cache
@@ -19,12 +19,13 @@ from kernels.numba_ops import NUMBA
 from kernels.ops import TORCH
 from kernels.pool_states import pool_states_ref
 from kernels.triton_ops import TRITON
+from models.config import MAX_HIDDEN_SIZE
 from models.llama import forward, full_plan
 from models.plan import NGRAM, OFF, plans_from_skip_sets
 from models.weights import to_hf_state_dict
 from router.feature import as_feature
-from router.library import MIN_RATIO, Rates
-from router.route import Neighbour
+from router.library import MIN_RATIO, Rates, RouterLibrary
+from router.route import Neighbour, Router
 
 BOTH = pytest.mark.parametrize("ops", [TRITON, TORCH], ids=lambda ops: ops.name)
 # Numpy, which interprets the kernels on a CPU, warns of what the bad states are there to test.
@@ -96,6 +97,24 @@ def test_a_prompt_takes_the_plan_of_the_nearest_anchor(ops, dtype, device):
         assert torch.equal(route.state_sum, total)
         seen.add(route.is_rejected)
     assert seen == {True, False}  # or this would not see a router that never rejects
+
+
+@BOTH
+@pytest.mark.parametrize("channels", [12_288, MAX_HIDDEN_SIZE])
+def test_states_of_large_models(ops, channels, device, tmp_path):
+    """A library is written, read and asked for whatever hidden size a model may have."""
+    anchors = torch.nn.functional.normalize(torch.randn(6, channels), dim=-1)
+    made = make_router(ops, device, anchors, [2, 3, 4, 2, 3, 4], min_ratio=1.1)
+    made.library.save(tmp_path / "a.safetensors")
+    library = RouterLibrary.load(tmp_path / "a.safetensors")
+    weight = torch.ones(channels, device=device)
+    router = Router(library, model_of(weight), ops.nearest_anchor, ops.pool_states)
+    states = (30 * anchors[4] + 0.01 * torch.randn(5, channels)).to(device)
+    best, similarity, ratio = slow_route(router, states)
+    route = router.route(states)
+    assert (route.plan, route.domain, best, route.is_rejected) == (EARLY, "4", 4, ratio < 1.1)
+    assert route.similarity == pytest.approx(similarity, rel=1e-5)
+    library.check_model("x", library.num_layers, channels)
 
 
 @BOTH
