@@ -20,7 +20,7 @@ def tokenizer_of(*contents: str | bytes, is_leading_space_dropped: bool = False)
     """A tokenizer for decoding only: token i is `contents[i]`."""
     raw = tuple(c.encode() if isinstance(c, str) else c for c in contents)
     codec = Codec(lambda text: [], raw, frozenset(), is_leading_space_dropped)
-    return Tokenizer(codec, bos_token_id=None, eos_token_id=None, is_bos_added=False)
+    return Tokenizer(codec, bos_token_id=None, eos_token_id=None)
 
 
 SPACED = tokenizer_of(
