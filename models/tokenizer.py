@@ -47,6 +47,7 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.special_ids = codec.special_ids
+        self._ids_of_special = {codec.contents[i]: i for i in codec.special_ids}
         self.vocab_size = max(vocab_size, len(codec.contents))
         self.is_leading_space_dropped = codec.is_leading_space_dropped
         self.bos_token = self._written(bos_token_id)
@@ -91,6 +92,10 @@ class Tokenizer:
         data = b"".join(map(content, token_ids))
         text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
         return text.removeprefix(" ") if self.is_leading_space_dropped else text
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written `text`; None where there is none."""
+        return self._ids_of_special.get(text.encode("utf-8", "surrogatepass"))
 
     def _content(self, token_id: int) -> bytes:
         if not 0 <= token_id < self.vocab_size:
