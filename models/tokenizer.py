@@ -208,7 +208,8 @@ def _added_tokens(config: Mapping[str, object], path: Path) -> dict[int, AddedTo
                 f"{path / 'tokenizer_config.json'}: added_tokens_decoder must map ids to tokens "
                 f"with a content, got {quoted(token)} for {quoted(key)}"
             )
-        added[int(key)] = AddedToken(content, flags.pop("special", False), flags)
+        if content:  # the libraries pass over a token without a text
+            added[int(key)] = AddedToken(content, flags.pop("special", False), flags)
     return added
 
 

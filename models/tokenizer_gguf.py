@@ -233,7 +233,7 @@ def _token_id(metadata: Mapping[str, object], role: str, size: int, source: str)
     except ValueError:
         raise ValueError(f"{source}: {key} must be a token id, got {_shown(value)}") from None
     if not 0 <= token_id < size:
-        raise ValueError(f"{source}: {key} is {token_id}, expected 0 to {size - 1}")
+        raise ValueError(f"{source}: {key} is {quoted(token_id)}, expected 0 to {size - 1}")
     return token_id
 
 

@@ -80,7 +80,7 @@ def _add_tokens(backend: Backend, added: Mapping[int, AddedToken], source: str) 
         backend.add_tokens(tokens)
     for token_id, token in added.items():
         got = backend.token_to_id(token.content)
-        if token.content and got != token_id:
+        if got != token_id:
             raise ValueError(
                 f"{source}: {quoted(token.content)} has id {token_id} in added_tokens_decoder of "
                 f"tokenizer_config.json, but {got} here; expected one id, so mend or remove its "

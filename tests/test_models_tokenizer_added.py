@@ -88,6 +88,13 @@ def test_a_token_of_the_vocabulary_becomes_a_whole_one(tmp_path: Path) -> None:
     assert check_as_in_transformers(tmp_path, TEXTS).special_ids == {256, 257, 258}
 
 
+def test_a_token_without_a_text_is_passed_over(tmp_path: Path) -> None:
+    added = {"259": entry("<|im_end|>", True), "9999": entry("", True), "7": entry("", True)}
+    write(tmp_path, spec_with(), {"added_tokens_decoder": added})
+    tokenizer = check_as_in_transformers(tmp_path, TEXTS)
+    assert (tokenizer.vocab_size, tokenizer.special_ids) == (260, {256, 257, 259})
+
+
 @pytest.mark.parametrize("token_id", ["258", "260", "9"])
 def test_an_id_that_the_files_do_not_agree_on(tmp_path: Path, token_id: str) -> None:
     added = {token_id: entry("<|im_end|>", True)}
