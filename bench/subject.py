@@ -116,7 +116,7 @@ def textless(config: LlamaConfig) -> Tokenizer:
     """A tokenizer all of whose tokens stand for no text."""
     codec = Codec(lambda text: [], (), frozenset(), False)
     return Tokenizer(
-        codec, bos_token_id=None, eos_token_id=None, is_bos_added=False,
+        codec, bos_token_id=None, eos_token_id=None,
         vocab_size=config.vocab_size,
     )  # fmt: skip
 

@@ -296,7 +296,7 @@ class LLM:
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
         wanted = params.speculative
         plans, router = self._choose_plans(self._speculative if wanted is None else wanted)
-        text = TextStream(self._tokenizer, stop)
+        text = TextStream(self._tokenizer, stop, min_tokens=params.min_tokens, prompt=prompt)
         return RunningSequence(
             prompt, params, seed, text, frozenset(end_ids), self.max_length, plans, router
         )

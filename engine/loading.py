@@ -14,6 +14,7 @@ from kernels.triton_ops import TRITON, TRITON_PREFILL
 from models.chat_template import ChatTemplate, load_chat_template
 from models.checkpoint import open_checkpoint
 from models.config import LlamaConfig
+from models.end_tokens import end_token_ids
 from models.hub import resolve_model
 from models.llama import Llama, make_llama
 from models.tokenizer import Tokenizer, load_tokenizer
@@ -97,6 +98,8 @@ def load(
     num_positions = choose_max_length(max_length, checkpoint.config)
     tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)
     chat_template = load_chat_template(path, checkpoint.gguf_metadata)
+    ends = end_token_ids(checkpoint.config, tokenizer, chat_template)
+    config = replace(checkpoint.config, eos_token_ids=ends)
     weights = load_weights(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
     config = replace(checkpoint.config, tie_embeddings=weights.is_tied)
     ops = choose_ops(device, dtype)

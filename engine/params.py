@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import Any
 
+from models.messages import quoted
 from models.plan import DraftPlan
 
 Speculative = str | PathLike[str] | DraftPlan
@@ -28,9 +29,11 @@ class SamplingParams:
     temperature: 0 is greedy decoding, and so is anything below 1e-5.
     top_p: in (0, 1]; 1 is off. top_k: 0 or -1 is off. min_p: in [0, 1]; 0 is off.
     seed: the same seed gives the same text; None draws one from the engine's generator.
-    stop: strings that end the answer, cut from it. stop_token_ids: tokens that end it.
+    stop: strings that end the answer, cut from it; one that is written like a special token ends it
+        where that token comes. stop_token_ids: tokens that end it.
     ignore_eos: go on past the end-of-sequence token.
-    min_tokens: neither end-of-sequence nor `stop_token_ids` are drawn before so many tokens.
+    min_tokens: before so many tokens neither end-of-sequence nor `stop_token_ids` are drawn, and a
+        stop string that is complete by then does not end the answer.
     logprobs: report the log-probabilities of so many top tokens beside the chosen one.
     speculative: how to draft, as `LLM` takes it; None is what the LLM was made with. It changes
         the speed of an answer and never its tokens.
@@ -63,17 +66,20 @@ class SamplingParams:
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop: got {stop!r}, expected at most {MAX_STOPS} non-empty strings")
+            raise ValueError(
+                f"stop: got {quoted(stop)}, expected at most {MAX_STOPS} non-empty strings"
+            )
         for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, None)
         if self.speculative is not None and not isinstance(
             self.speculative, (str, PathLike, DraftPlan)
         ):
             raise ValueError(
-                f"speculative: got {self.speculative!r}, expected a name, a DraftPlan or a path"
+                f"speculative: got {quoted(self.speculative)}, expected a name, a DraftPlan or a "
+                "path"
             )
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos: got {self.ignore_eos!r}, expected True or False")
+            raise ValueError(f"ignore_eos: got {quoted(self.ignore_eos)}, expected True or False")
         if self.temperature is not None and self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
 
@@ -110,7 +116,7 @@ def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
     if values is None:
         return ()
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"{name}: got {values!r}, expected a list")
+        raise ValueError(f"{name}: got {quoted(values)}, expected a list")
     return tuple(values)
 
 
@@ -118,9 +124,9 @@ def _check_int(name: str, value: object, low: int, high: int | None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}: got {value!r}, expected an integer")
+        raise ValueError(f"{name}: got {quoted(value)}, expected an integer")
     if value < low or (high is not None and value > high):
-        raise ValueError(f"{name}: got {value}, expected {_range(low, high)}")
+        raise ValueError(f"{name}: got {quoted(value)}, expected {_range(low, high)}")
 
 
 def _check_float(
@@ -129,11 +135,11 @@ def _check_float(
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}: got {value!r}, expected a number")
+        raise ValueError(f"{name}: got {quoted(value)}, expected a number")
     if not -MAX_FLOAT < value < MAX_FLOAT:
-        raise ValueError(f"{name}: got {value!r}, expected a finite number")
+        raise ValueError(f"{name}: got {quoted(value)}, expected a finite number")
     if value < low or (open_low and value == low) or (high is not None and value > high):
-        raise ValueError(f"{name}: got {value}, expected {_range(low, high, open_low)}")
+        raise ValueError(f"{name}: got {quoted(value)}, expected {_range(low, high, open_low)}")
 
 
 def _range(low: float, high: float | None, open_low: bool = False) -> str:

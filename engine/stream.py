@@ -9,27 +9,45 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from models.messages import quoted
 from models.tokenizer import Tokenizer
 
 
 class TextStream:
     """The text of one request, piece by piece.
 
-    The pieces joined are `tokenizer.decode` of the same ids, cut before the first stop string.
-    The text is searched one character after the other, so how it was cut into tokens does not
-    matter: the stop string that is completed first wins, and of several completed by the same
-    character the one that begins first.
+    The pieces joined are the text of the ids, cut before the first stop string. The text is
+    searched one character after the other, so how it was cut into tokens does not matter: the stop
+    string that is completed first wins, and of several completed by the same character the one
+    that begins first. A stop string that is written like a special token, which is no text, is
+    found where that token comes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        """Raises ValueError unless `stop` is a sequence of non-empty strings."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        prompt: Sequence[int] = (),
+    ) -> None:
+        """min_tokens: no stop string ends the text that is completed by one of so many tokens.
+
+        prompt: what the text follows. After a text it goes on with it, spaces and all; after a
+        special token, or nothing, a text begins, and SentencePiece put a space before that.
+
+        Raises ValueError unless `stop` is a sequence of non-empty strings.
+        """
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop must be a list of non-empty strings, got {stop!r}")
+            raise ValueError(f"stop must be a list of non-empty strings, got {quoted(stop)}")
         self.is_stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._stop_ids = {tokenizer.special_id(s) for s in stop}
+        self._num_unstopped = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_space_due = tokenizer.is_leading_space_dropped
+        is_beginning = not prompt or prompt[-1] in tokenizer.special_ids
+        self._is_space_due = tokenizer.is_leading_space_dropped and is_beginning
         self._held = ""
         self._shown: list[str] = []
         self._is_finished = False
@@ -52,7 +70,13 @@ class TextStream:
             new = new.removeprefix(" ")
             self._is_space_due = False
         text = self._held + new
-        end = self._stop_begin(text)
+        end = None
+        if self._num_unstopped > 0:
+            self._num_unstopped -= 1
+        elif token_id in self._stop_ids:
+            end = len(text)
+        else:
+            end = self._stop_begin(text, len(self._held))
         self.is_stopped = end is not None
         if end is None:
             end = len(text) - self._num_held(text)
@@ -69,9 +93,9 @@ class TextStream:
         self._shown.append(piece)
         return piece
 
-    def _stop_begin(self, text: str) -> int | None:
-        """Where the text ends because of a stop string; None when none is complete."""
-        begins = ((text.find(s), len(s)) for s in self._stop)
+    def _stop_begin(self, text: str, num_old: int) -> int | None:
+        """Where the text ends for a stop string that ends after `num_old` characters, or None."""
+        begins = ((text.find(s, max(0, num_old + 1 - len(s))), len(s)) for s in self._stop)
         matches = [(begin + length, begin) for begin, length in begins if begin >= 0]
         return min(matches)[1] if matches else None
 

@@ -8,23 +8,29 @@ a token is some bytes, a text is its tokens' bytes read as UTF-8.
 from __future__ import annotations
 
 import codecs
-import json
+import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from models.tokenizer_codec import MAX_VOCAB_SIZE, Codec
+from models.messages import quoted
+from models.model_files import MAX_JSON, find_file, read_bounded, read_json
+from models.tokenizer_codec import MAX_VOCAB_SIZE, AddedToken, Codec
 from models.tokenizer_gguf import read_gguf_tokenizer
 from models.tokenizer_json import codec_from_json
-from models.tokenizer_spm import AddedToken, codec_from_spm
+from models.tokenizer_spm import codec_from_spm
+
+_ID = re.compile(r"[0-9]{1,9}")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # no text in UTF-8
+_TOKEN_FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 
 class Tokenizer:
     """Encodes and decodes the text of one model. Made by `load_tokenizer`.
 
-    `special_ids` are the tokens that stand for no text. `vocab_size` counts ids and is at least
-    the codec's; ids without a token (padding of the model's vocabulary) stand for b"".
+    `special_ids` are the tokens that stand for no text. `first_id` is what encoding puts before a
+    text. `vocab_size` counts ids and is at least the codec's; ids without a token (padding of the
+    model's vocabulary) stand for b"".
     """
 
     def __init__(
@@ -33,14 +39,15 @@ class Tokenizer:
         *,
         bos_token_id: int | None,
         eos_token_id: int | None,
-        is_bos_added: bool,
+        first_id: int | None = None,
         vocab_size: int = 0,
     ) -> None:
         self._codec = codec
-        self._is_bos_added = is_bos_added
+        self._first_id = first_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.special_ids = codec.special_ids
+        self._ids_of_special = {codec.contents[i]: i for i in codec.special_ids}
         self.vocab_size = max(vocab_size, len(codec.contents))
         self.is_leading_space_dropped = codec.is_leading_space_dropped
         self.bos_token = self._written(bos_token_id)
@@ -62,9 +69,9 @@ class Tokenizer:
                 "text; decode the input with errors='replace'"
             ) from error
         ids = self._codec.encode(text)
-        if add_special_tokens and self._is_bos_added and self.bos_token_id is not None:
-            return ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
-        return ids
+        if not add_special_tokens or self._first_id is None or ids[:1] == [self._first_id]:
+            return ids
+        return [self._first_id, *ids]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to the text; b"" for special tokens and for ids with no token.
@@ -86,6 +93,10 @@ class Tokenizer:
         text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
         return text.removeprefix(" ") if self.is_leading_space_dropped else text
 
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written `text`; None where there is none."""
+        return self._ids_of_special.get(text.encode("utf-8", "surrogatepass"))
+
     def _content(self, token_id: int) -> bytes:
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is not in 0 to {self.vocab_size - 1}")
@@ -99,102 +110,110 @@ class Tokenizer:
 def load_tokenizer(path: Path, gguf_metadata: Mapping[str, object] | None = None) -> Tokenizer:
     """The tokenizer of a model directory, or of a .gguf file whose metadata has been read.
 
-    Raises ValueError naming the file when there is none, or it is malformed or of an unknown kind.
+    Raises ValueError naming the file when there is none, or it is malformed or of an unknown kind,
+    over 64 MiB long, or a link out of the model.
     """
     if gguf_metadata is not None:
-        gguf = read_gguf_tokenizer(gguf_metadata, str(path))
-        size = gguf_metadata.get(f"{gguf_metadata.get('general.architecture')}.vocab_size")
-        return Tokenizer(
-            gguf.codec,
-            bos_token_id=gguf.bos_token_id,
-            eos_token_id=gguf.eos_token_id,
-            is_bos_added=gguf.is_bos_added,
-            vocab_size=_checked_vocab_size(size),
-        )
+        return _from_gguf(path, gguf_metadata)
     if path.suffix == ".gguf" and not path.is_dir():
         raise ValueError(f"{path}: the tokenizer of a GGUF file needs its metadata, got none")
-    json_path, spm_path = path / "tokenizer.json", path / "tokenizer.model"
-    config = _read_json(path / "tokenizer_config.json")
-    first_id: int | None
-    if json_path.is_file():
-        codec, first_id = codec_from_json(json_path.read_bytes(), str(json_path))
-    elif spm_path.is_file():
-        codec = codec_from_spm(spm_path.read_bytes(), str(spm_path), _added_tokens(config, path))
-        first_id = _named_id(config, "bos_token", codec, path)
-        if first_id is None and b"<s>" in codec.contents:
-            first_id = codec.contents.index(b"<s>")
+    config = _read_json(path, "tokenizer_config.json")
+    named = {**_read_json(path, "special_tokens_map.json"), **config}
+    added = _added_tokens(config, path)
+    json_path, spm_path = find_file(path, "tokenizer.json"), find_file(path, "tokenizer.model")
+    if json_path is not None:
+        # The post-processor alone says what comes first: transformers reads no add_bos_token here.
+        data = read_bounded(json_path, MAX_JSON)
+        codec, first_id = codec_from_json(data, str(json_path), added)
+        bos_token_id = _named_id(named, "bos_token", codec, path)
+        bos_token_id = first_id if bos_token_id is None else bos_token_id
+    elif spm_path is not None:
+        codec = codec_from_spm(read_bounded(spm_path, MAX_JSON), str(spm_path), added)
+        bos_token_id = _named_id(named, "bos_token", codec, path)
+        if bos_token_id is None and b"<s>" in codec.contents:
+            bos_token_id = codec.contents.index(b"<s>")
+        first_id = bos_token_id if _is_bos_added(config, path) else None
     else:
         raise ValueError(
             f"{path}: no tokenizer found, looked for tokenizer.json and tokenizer.model; copy the "
             "tokenizer's files next to the weights"
         )
-    return _from_directory(path, codec, first_id, config)
-
-
-def _from_directory(
-    path: Path, codec: Codec, first_id: int | None, config: Mapping[str, Any]
-) -> Tokenizer:
-    """`first_id` is the token that the tokenizer itself puts before a text."""
-    named = {**_read_json(path / "special_tokens_map.json"), **config}
-    bos_token_id = _named_id(named, "bos_token", codec, path)
-    is_bos_added = config.get("add_bos_token")
-    if is_bos_added is None:
-        is_bos_added = first_id is not None
     return Tokenizer(
         codec,
-        bos_token_id=first_id if bos_token_id is None else bos_token_id,
+        bos_token_id=bos_token_id,
         eos_token_id=_named_id(named, "eos_token", codec, path),
-        is_bos_added=bool(is_bos_added),
-        vocab_size=_padded_vocab_size(path),
+        first_id=first_id,
+        # Models often have more rows than their tokenizer has tokens.
+        vocab_size=_checked_vocab_size(_read_json(path, "config.json").get("vocab_size")),
     )
 
 
-def _padded_vocab_size(path: Path) -> int:
-    """Models often have more rows than their tokenizer has tokens; 0 when config.json is silent."""
-    return _checked_vocab_size(_read_json(path / "config.json").get("vocab_size"))
+def _from_gguf(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
+    gguf = read_gguf_tokenizer(metadata, str(path))
+    size = metadata.get(f"{metadata.get('general.architecture')}.vocab_size")
+    return Tokenizer(
+        gguf.codec,
+        bos_token_id=gguf.bos_token_id,
+        eos_token_id=gguf.eos_token_id,
+        first_id=gguf.bos_token_id if gguf.is_bos_added else None,
+        vocab_size=_checked_vocab_size(size),
+    )
 
 
 def _checked_vocab_size(size: object) -> int:
     return size if type(size) is int and 0 <= size <= MAX_VOCAB_SIZE else 0
 
 
-def _named_id(config: Mapping[str, Any], name: str, codec: Codec, path: Path) -> int | None:
+def _is_bos_added(config: Mapping[str, object], path: Path) -> bool:
+    value = config.get("add_bos_token")
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(
+            f"{path / 'tokenizer_config.json'}: add_bos_token is {quoted(value)}, expected true or "
+            "false"
+        )
+    return value is not False
+
+
+def _named_id(config: Mapping[str, object], name: str, codec: Codec, path: Path) -> int | None:
     """The id of a token that `config` names, as a string or as {"content": ...}."""
     value = config.get(name)
     content = value.get("content") if isinstance(value, Mapping) else value
     if content is None:
         return None
-    wanted = content.encode("utf-8") if isinstance(content, str) else b""
+    wanted = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else b""
     # Special tokens first: a plain token may spell the same text.
     for token_id in chain(sorted(codec.special_ids), range(len(codec.contents))):
         if wanted and codec.contents[token_id] == wanted:
             return token_id
-    raise ValueError(f"{path}: {name} is {value!r}, which is no token of the vocabulary")
+    raise ValueError(f"{path}: {name} is {quoted(value)}, which is no token of the vocabulary")
 
 
-def _added_tokens(config: Mapping[str, Any], path: Path) -> dict[int, AddedToken]:
+def _added_tokens(config: Mapping[str, object], path: Path) -> dict[int, AddedToken]:
     """`added_tokens_decoder` of tokenizer_config.json: {"32000": {"content": ..., ...}}."""
-    entries = config.get("added_tokens_decoder") or {}
-    try:
-        return {
-            int(token_id): AddedToken(str(token["content"]), bool(token.get("special", False)))
-            for token_id, token in entries.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path / 'tokenizer_config.json'}: added_tokens_decoder must map ids to tokens with "
-            f"a content ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no such file."""
-    if not path.is_file():
+    entries = config.get("added_tokens_decoder")
+    if entries is None:
         return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+    added = {}
+    for key, token in entries.items() if isinstance(entries, dict) else [("", entries)]:
+        fields = token if isinstance(token, dict) else {}
+        content = fields.get("content")
+        flags = {name: value for name, value in fields.items() if name in _TOKEN_FLAGS}
+        if (
+            not _ID.fullmatch(key)
+            or not isinstance(content, str)
+            or _SURROGATE.search(content)
+            or not all(isinstance(flag, bool) for flag in flags.values())
+        ):
+            raise ValueError(
+                f"{path / 'tokenizer_config.json'}: added_tokens_decoder must map ids to tokens "
+                f"with a content, got {quoted(token)} for {quoted(key)}"
+            )
+        if content:  # the libraries pass over a token without a text
+            added[int(key)] = AddedToken(content, flags.pop("special", False), flags)
+    return added
+
+
+def _read_json(directory: Path, name: str) -> dict[str, object]:
+    """A JSON object, or {} where there is no such file."""
+    path = find_file(directory, name)
+    return {} if path is None else read_json(path)

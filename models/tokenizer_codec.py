@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from models.messages import cause_of
 
 # The largest published vocabularies have 262,144 tokens. The bound keeps a file with one absurd id
 # from asking for a table of gigabytes.
@@ -26,6 +30,39 @@ class Codec:
     special_ids: frozenset[int]
     # SentencePiece puts a space before the text it encodes, so decoding takes one off again.
     is_leading_space_dropped: bool
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that a checkpoint adds to, or marks in, the vocabulary of its tokenizer.
+
+    `options` are lstrip, rstrip, single_word and normalized, as far as the file says them.
+    """
+
+    content: str
+    is_special: bool
+    options: Mapping[str, bool] = field(default_factory=dict)
+
+
+class LibraryErrors(AbstractContextManager[None]):
+    """Turns whatever a tokenizer library raises into a ValueError that begins with `message`.
+
+    What they raise is no closed set: bare `Exception`s, and for a panic in Rust an exception that
+    is no `Exception` and has no public name.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            assert error is not None
+            raise ValueError(f"{self._message}: {cause_of(error)}") from error
 
 
 def byte_level_bytes(token: str) -> bytes:

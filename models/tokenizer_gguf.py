@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from models.messages import quoted
 from models.tokenizer_codec import Codec
 from models.tokenizer_json import codec_from_json
 from models.tokenizer_spm import (
@@ -83,8 +84,8 @@ def read_gguf_tokenizer(metadata: Mapping[str, object], source: str) -> GgufToke
         codec, is_bos_added = _sentencepiece(metadata, source), True
     else:
         raise ValueError(
-            f"{source}: tokenizer.ggml.model is {kind!r}, expected 'gpt2' (byte-level BPE) or "
-            "'llama' (SentencePiece)"
+            f"{source}: tokenizer.ggml.model is {quoted(kind)}, expected 'gpt2' (byte-level BPE) "
+            "or 'llama' (SentencePiece)"
         )
     size = len(codec.contents)
     return GgufTokenizer(
@@ -100,7 +101,8 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> tuple[Codec, boo
     pre = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if pre is None:
         raise ValueError(
-            f"{source}: tokenizer.ggml.pre is {name!r}, expected one of {sorted(PRE_TOKENIZERS)}"
+            f"{source}: tokenizer.ggml.pre is {quoted(name)}, expected one of "
+            f"{sorted(PRE_TOKENIZERS)}"
         )
     tokens = _strings(metadata, "tokens", source)
     merges = _strings(metadata, "merges", source)
@@ -143,7 +145,7 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> tuple[Codec, boo
 def _split_merge(merge: str, source: str) -> tuple[str, str]:
     at = merge.find(" ", 1)
     if at < 0:
-        raise ValueError(f"{source}: merge {merge!r} is not two tokens with a space between")
+        raise ValueError(f"{source}: merge {quoted(merge)} is not two tokens with a space between")
     return merge[:at], merge[at + 1 :]
 
 
@@ -231,7 +233,7 @@ def _token_id(metadata: Mapping[str, object], role: str, size: int, source: str)
     except ValueError:
         raise ValueError(f"{source}: {key} must be a token id, got {_shown(value)}") from None
     if not 0 <= token_id < size:
-        raise ValueError(f"{source}: {key} is {token_id}, expected 0 to {size - 1}")
+        raise ValueError(f"{source}: {key} is {quoted(token_id)}, expected 0 to {size - 1}")
     return token_id
 
 
@@ -244,4 +246,4 @@ def _flag(metadata: Mapping[str, object], name: str, missing: bool, source: str)
 
 
 def _shown(value: object) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:80]!r}"
+    return "nothing" if value is None else quoted(value)

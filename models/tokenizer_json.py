@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken as BackendToken
 from tokenizers import Tokenizer as Backend
 
-from models.tokenizer_codec import MAX_VOCAB_SIZE, Codec, byte_level_bytes, sentencepiece_bytes
+from models.messages import quoted
+from models.model_files import parse_json
+from models.tokenizer_codec import (
+    MAX_VOCAB_SIZE,
+    AddedToken,
+    Codec,
+    LibraryErrors,
+    byte_level_bytes,
+    sentencepiece_bytes,
+)
 
 _KNOWN_DECODERS = (
     "ByteLevel",
     "Metaspace",
     "Sequence of Replace, ByteFallback, Fuse and Strip of one leading space",
 )
+# Times that a normalizer may lengthen a text. Published ones stay below 150, at worst.
+_MAX_GROWTH = 256
 
 
-def codec_from_json(data: bytes, source: str) -> tuple[Codec, int | None]:
+def codec_from_json(
+    data: bytes, source: str, added_tokens: Mapping[int, AddedToken] | None = None
+) -> tuple[Codec, int | None]:
     """The codec of a tokenizer.json, and the token its post-processor puts first (None: none).
 
-    `source` names the file in errors. Raises ValueError when the text is no tokenizer.json, has an
-    empty vocabulary, or a decoder whose tokens cannot be turned into bytes one by one.
+    `added_tokens` (by id) are put beside those of the file. `source` names the file in errors.
+    Raises ValueError when the text is no tokenizer.json, has an empty vocabulary, no place for an
+    added token's id, or a decoder whose tokens cannot be turned into bytes one by one.
     """
-    try:
+    _check_normalizer(parse_json(Path(source), data).get("normalizer"), source)
+    with LibraryErrors(f"{source}: not a readable tokenizer.json"):
         backend = Backend.from_buffer(data)
-    except ValueError as error:
-        raise ValueError(f"{source}: not a readable tokenizer.json ({error})") from error
-    backend.no_truncation()
-    backend.no_padding()
+        backend.no_truncation()
+        backend.no_padding()
+    special_ids = _add_tokens(backend, added_tokens or {}, source)
     vocab = backend.get_vocab(with_added_tokens=True)
     size = max(vocab.values(), default=-1) + 1
     if not 0 < size <= MAX_VOCAB_SIZE:
@@ -40,21 +57,101 @@ def codec_from_json(data: bytes, source: str) -> tuple[Codec, int | None]:
     contents = [b""] * size
     for token, token_id in vocab.items():
         contents[token_id] = to_bytes(token)
-    added = backend.get_added_tokens_decoder()
-    for token_id, added_token in added.items():
+    for token_id, added_token in backend.get_added_tokens_decoder().items():
         contents[token_id] = added_token.content.encode("utf-8")
     codec = Codec(
-        encode=partial(_encode, backend),
+        encode=partial(_encode, backend, source),
         contents=tuple(contents),
-        special_ids=frozenset(token_id for token_id, token in added.items() if token.special),
+        special_ids=special_ids,
         is_leading_space_dropped=is_leading_space_dropped,
     )
     first = _first_special(_state(backend.post_processor))
     return codec, None if first is None else vocab.get(first)
 
 
-def _encode(backend: Backend, text: str) -> list[int]:
-    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+def _add_tokens(backend: Backend, added: Mapping[int, AddedToken], source: str) -> frozenset[int]:
+    """Adds what the backend does not have yet, in the order of ids; returns all special ones."""
+    known = backend.get_added_tokens_decoder()
+    tokens = [
+        BackendToken(token.content, special=token.is_special, **token.options)
+        for _, token in sorted(added.items())
+    ]
+    with LibraryErrors(f"{source}: cannot take the tokens of added_tokens_decoder"):
+        backend.add_tokens(tokens)
+    for token_id, token in added.items():
+        got = backend.token_to_id(token.content)
+        if got != token_id:
+            raise ValueError(
+                f"{source}: {quoted(token.content)} has id {token_id} in added_tokens_decoder of "
+                f"tokenizer_config.json, but {got} here; expected one id, so mend or remove its "
+                "entry there"
+            )
+    # Special in one of the two files is special.
+    special = {token_id for token_id, token in known.items() if token.special}
+    return frozenset(special | {token_id for token_id, token in added.items() if token.is_special})
+
+
+def _check_normalizer(normalizer: object, source: str) -> None:
+    """Refuse what would make the library ask for more memory than there is, which ends a process.
+
+    Every step multiplies the length of a text, at worst.
+    """
+    growth, todo = 1, [normalizer]
+    while todo:
+        step = todo.pop()
+        if isinstance(step, list):
+            todo.extend(step)
+        elif isinstance(step, dict):
+            growth = min(growth * _step_growth(step, source), _MAX_GROWTH + 1)
+            todo.extend(step.values())
+    if growth > _MAX_GROWTH:
+        raise ValueError(
+            f"{source}: its normalizer can make a text more than {_MAX_GROWTH} times as long; "
+            "do not use this tokenizer"
+        )
+
+
+def _step_growth(step: Mapping[str, Any], source: str) -> int:
+    """How many bytes a normalizer's step can make of one; Unicode's own tables are no matter."""
+    if "precompiled_charsmap" in step:
+        return _longest_replacement(step["precompiled_charsmap"], source)
+    if isinstance(step.get("prepend"), str):
+        return 1 + _num_bytes(step["prepend"])
+    if "pattern" in step and isinstance(step.get("content"), str):
+        pattern, num_bytes = step["pattern"], _num_bytes(step["content"])
+        literal = pattern.get("String") if isinstance(pattern, dict) else None
+        if isinstance(literal, str) and literal:
+            return max(1, -(-num_bytes // _num_bytes(literal)))
+        return 1 + num_bytes  # a regular expression may match nothing, before every byte
+    return 2 if step.get("type") in ("ByteLevel", "BertNormalizer") else 1
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
+
+
+def _longest_replacement(charsmap: object, source: str) -> int:
+    """Bytes of the longest text in SentencePiece's character map: the size of a trie in 4 bytes,
+    the trie, and the texts that it points to, each with a zero behind it.
+
+    The library reserves what the size says before it looks how long the map is.
+    """
+    try:
+        data = base64.b64decode(charsmap if isinstance(charsmap, str) else "", validate=True)
+    except ValueError:
+        data = b""
+    end = 4 + int.from_bytes(data[:4], "little")
+    if len(data) < 4 or end > len(data):
+        raise ValueError(
+            f"{source}: the normalizer's precompiled_charsmap is cut short or no base64; "
+            "download the model again"
+        )
+    return max(1, *map(len, data[end:].split(b"\0")))
+
+
+def _encode(backend: Backend, source: str, text: str) -> list[int]:
+    with LibraryErrors(f"{source}: this tokenizer cannot encode the text"):
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
     return ids
 
 
@@ -79,7 +176,7 @@ def _decoder(state: Mapping[str, Any], source: str) -> tuple[Callable[[str], byt
         has_byte_tokens = "ByteFallback" in kinds
         return partial(sentencepiece_bytes, has_byte_tokens=has_byte_tokens), "Strip" in kinds
     raise ValueError(
-        f"{source}: decoder {json.dumps(state)[:200]} is not supported, expected one of: "
+        f"{source}: decoder {quoted(state)} is not supported, expected one of: "
         + "; ".join(_KNOWN_DECODERS)
     )
 
@@ -97,6 +194,8 @@ def _first_special(state: Mapping[str, Any]) -> str | None:
     if state.get("type") == "Sequence":
         firsts = (_first_special(step) for step in state["processors"])
         return next((first for first in firsts if first is not None), None)
+    if "cls" in state:  # BertProcessing and RobertaProcessing: [token, id]
+        return str(state["cls"][0])
     if state.get("type") != "TemplateProcessing" or not state["single"]:
         return None
     special = state["single"][0].get("SpecialToken")

@@ -10,22 +10,19 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from sentencepiece import SentencePieceProcessor
 
-from models.tokenizer_codec import MAX_VOCAB_SIZE, Codec, sentencepiece_bytes
+from models.tokenizer_codec import (
+    MAX_VOCAB_SIZE,
+    AddedToken,
+    Codec,
+    LibraryErrors,
+    sentencepiece_bytes,
+)
 
 # Types of a piece; GGUF uses the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that a checkpoint adds to, or marks in, its SentencePiece vocabulary."""
-
-    content: str
-    is_special: bool
 
 
 def codec_from_spm(
@@ -38,40 +35,42 @@ def codec_from_spm(
     for, as in Llama 2's tokenizer.json. Raises ValueError when the library refuses the model.
     """
     if not model:
-        raise ValueError(f"{source}: not a readable SentencePiece model (the file is empty)")
-    try:
+        raise ValueError(f"{source}: not a readable SentencePiece model: the file is empty")
+    with LibraryErrors(f"{source}: not a readable SentencePiece model"):
         processor = SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise ValueError(f"{source}: not a readable SentencePiece model ({error})") from error
     num_pieces = processor.get_piece_size()
     added = dict(added_tokens or {})
     size = max([num_pieces - 1, *added]) + 1
     if size > MAX_VOCAB_SIZE or min(added, default=0) < 0:
         raise ValueError(f"{source}: token ids must be 0 to {MAX_VOCAB_SIZE - 1}, got {size - 1}")
     contents = [b""] * size
-    for token_id in range(num_pieces):
-        piece = processor.id_to_piece(token_id)
-        if processor.is_control(token_id) or processor.is_unknown(token_id):
-            added.setdefault(token_id, AddedToken(piece, is_special=True))
-        elif not processor.is_unused(token_id):
-            contents[token_id] = sentencepiece_bytes(piece, processor.is_byte(token_id))
+    with LibraryErrors(f"{source}: not a readable SentencePiece model"):
+        for token_id in range(num_pieces):
+            piece = processor.id_to_piece(token_id)
+            if processor.is_control(token_id) or processor.is_unknown(token_id):
+                added.setdefault(token_id, AddedToken(piece, is_special=True))
+            elif not processor.is_unused(token_id):
+                contents[token_id] = sentencepiece_bytes(piece, processor.is_byte(token_id))
+        # A dummy space shows as a piece that begins with the space mark, which the text does not.
+        pieces = processor.encode("a", out_type=str)
     for token_id, token in added.items():
         contents[token_id] = token.content.encode("utf-8")
-    # A dummy space shows as a piece that begins with the space mark although the text does not.
-    is_leading_space_dropped = processor.encode("a", out_type=str)[0].startswith("\u2581")
     return Codec(
-        encode=_Encoder(processor, {t.content: i for i, t in added.items() if t.content}),
+        encode=_Encoder(processor, {t.content: i for i, t in added.items() if t.content}, source),
         contents=tuple(contents),
         special_ids=frozenset(i for i, token in added.items() if token.is_special),
-        is_leading_space_dropped=is_leading_space_dropped,
+        is_leading_space_dropped="".join(pieces).startswith("\u2581"),
     )
 
 
 class _Encoder:
     """Text to ids, whole tokens first, the library for the text between them."""
 
-    def __init__(self, processor: SentencePieceProcessor, whole: Mapping[str, int]) -> None:
+    def __init__(
+        self, processor: SentencePieceProcessor, whole: Mapping[str, int], source: str
+    ) -> None:
         self._processor = processor
+        self._source = source
         self._whole = whole
         longest_first = sorted(whole, key=len, reverse=True)
         # (?!) matches nowhere: a model without such tokens has nothing to find.
@@ -79,11 +78,12 @@ class _Encoder:
 
     def __call__(self, text: str) -> list[int]:
         ids: list[int] = []
-        for index, part in enumerate(self._split(text)):
-            if index % 2 == 1:
-                ids.append(self._whole[part])
-            elif part:
-                ids.extend(self._processor.encode(part))
+        with LibraryErrors(f"{self._source}: this tokenizer cannot encode the text"):
+            for index, part in enumerate(self._split(text)):
+                if index % 2 == 1:
+                    ids.append(self._whole[part])
+                elif part:
+                    ids.extend(self._processor.encode(part))
         return ids
 
 

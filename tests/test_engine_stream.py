@@ -20,7 +20,7 @@ def tokenizer_of(*contents: str | bytes, is_leading_space_dropped: bool = False)
     """A tokenizer for decoding only: token i is `contents[i]`."""
     raw = tuple(c.encode() if isinstance(c, str) else c for c in contents)
     codec = Codec(lambda text: [], raw, frozenset(), is_leading_space_dropped)
-    return Tokenizer(codec, bos_token_id=None, eos_token_id=None, is_bos_added=False)
+    return Tokenizer(codec, bos_token_id=None, eos_token_id=None)
 
 
 SPACED = tokenizer_of(
@@ -117,6 +117,51 @@ def test_which_stop_string_wins(parts: list[str], stop: list[str], shown: str) -
     assert stream.is_stopped
 
 
+def first_late_stop(parts: list[str], stop: list[str], min_tokens: int) -> str:
+    """`first_stop`, of strings whose last character is not of the first `min_tokens` tokens."""
+    text = "".join(parts)
+    for end in range(len("".join(parts[:min_tokens])) + 1, len(text) + 1):
+        begins = [end - len(s) for s in stop if text[:end].endswith(s)]
+        if begins:
+            return text[: min(begins)]
+    return text
+
+
+@given(
+    st.lists(SMALL_TEXT, max_size=8),
+    st.lists(st.text("ab é", min_size=1, max_size=4), max_size=4),
+    st.integers(0, 9),
+)
+def test_no_stop_string_ends_the_text_before_min_tokens(
+    parts: list[str], stop: list[str], min_tokens: int
+) -> None:
+    stream = TextStream(tokenizer_of(*parts), stop, min_tokens=min_tokens)
+    pieces = stream_all(stream, list(range(len(parts))))
+    assert "".join(pieces) == first_late_stop(parts, stop, min_tokens)
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "text"), [(0, ""), (1, ""), (2, "a"), (3, "aa"), (4, "aab"), (5, "aabaa")]
+)
+def test_where_min_tokens_let_a_stop_string_end_the_text(min_tokens: int, text: str) -> None:
+    """As in vLLM: what the first min_tokens tokens complete does not count, only what follows."""
+    stream = TextStream(tokenizer_of("a", "a", "b", "a", "a"), ["aa", "ab", "ba"],
+                        min_tokens=min_tokens)  # fmt: skip
+    stream_all(stream, [0, 1, 2, 3, 4])
+    assert stream.text == text
+
+
+def test_a_stop_string_written_like_a_special_token() -> None:
+    stream = TextStream(BYTES, ["<eos>", "xyz", "<no token>"])
+    pieces = stream_all(stream, [*b"ab", BOS, *b"xy", EOS])
+    assert ("".join(pieces), stream.is_stopped, stream.text) == ("abxy", True, "abxy")
+    assert stream_all(TextStream(BYTES, ["<eos>"]), [*b"a<eos>", 98])[-3:] == ["", "", ""]
+    assert stream_all(TextStream(BYTES), [97, EOS, 98]) == ["a", "", "b", ""]
+    late = TextStream(BYTES, ["<eos>"], min_tokens=2)
+    stream_all(late, [97, EOS, 98, EOS, 99])
+    assert (late.text, late.is_stopped) == ("ab", True)
+
+
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     stream = TextStream(tokenizer_of("abc", "<", "/", "p", "</st"), ["</stop>"])
     assert [stream.push(i) for i in range(5)] == ["abc", "", "", "</p", ""]
@@ -129,6 +174,13 @@ def test_the_space_before_the_text_is_dropped_once() -> None:
     assert stream_all(TextStream(tokenizer), [1, 1]) == ["a", " a", ""]
     assert stream_all(TextStream(tokenizer), [0, 1]) == ["", " a", ""]
     assert tokenizer.decode([0, 1]) == " a"
+
+
+def test_the_text_after_a_text_keeps_its_space() -> None:
+    codec = Codec(lambda text: [], (b" a", b"\n", b"<s>"), frozenset({2}), True)
+    spaced = Tokenizer(codec, bos_token_id=2, eos_token_id=None)
+    for prompt, text in {(0,): " a", (1,): " a", (2, 0): " a", (): "a", (0, 2): "a"}.items():
+        assert stream_all(TextStream(spaced, prompt=prompt), [0]) == [text, ""]
 
 
 @pytest.mark.parametrize("stop", [[""], ["a", ""], "a", [1]], ids=repr)

@@ -85,20 +85,6 @@ def test_bos_comes_once(tmp_path: Path) -> None:
     assert tokenizer.encode("") == [0]
 
 
-@pytest.mark.parametrize(
-    ("config", "first"),
-    [
-        ({}, [0]),
-        ({"bos_token": "<s>", "add_bos_token": False}, []),
-        ({"bos_token": "</s>", "add_bos_token": True}, [1]),
-    ],
-    ids=["post-processor", "switched off", "switched on"],
-)
-def test_who_adds_bos(tmp_path: Path, config: dict[str, Any], first: list[int]) -> None:
-    tokenizer = load_tokenizer(write(tmp_path, trained_bpe(), config))
-    assert tokenizer.encode("") == first
-
-
 def test_byte_tokenizer_and_padded_vocabulary(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(vocab_size=300)
     assert tokenizer.encode("hé<eos>") == [BOS, *"hé".encode(), EOS]
@@ -165,8 +151,8 @@ def test_malformed_tokenizer_json(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", r"tokenizer_config\.json: not readable JSON"),
-        ("[1]", r"tokenizer_config\.json: expected a JSON object, got list"),
+        ("{", r"tokenizer_config\.json: is not valid JSON"),
+        ("[1]", r"tokenizer_config\.json: holds a JSON list, expected an object"),
         ('{"eos_token": "<missing>"}', "eos_token is '<missing>', which is no token"),
         ('{"bos_token": 3}', "bos_token is 3"),
     ],

@@ -134,6 +134,8 @@ def test_gguf_splitting_equals_hugging_face(name: str) -> None:
         ({"token_type": "x"}, "token_type must be an array of numbers"),
         ({"eos_token_id": 265}, "eos_token_id is 265, expected 0 to 264"),
         ({"eos_token_id": "x"}, "eos_token_id must be a token id"),
+        ({"eos_token_id": "9" * 4000}, r"eos_token_id is 9{97}\.\.\., expected"),
+        ({"model": "a\n" * 4000}, r"model is .{97}\.\.\., expected"),
         ({"add_bos_token": "maybe"}, "add_bos_token must be true or false"),
     ],
 )

@@ -218,13 +218,9 @@ def test_malformed_tokenizer_model(tmp_path: Path, data: bytes) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_malformed_added_tokens(tmp_path: Path, spm: bytes) -> None:
+def test_an_added_token_with_an_absurd_id(tmp_path: Path, spm: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(spm)
     config = tmp_path / "tokenizer_config.json"
-    for entries in ({"x": {"content": "y"}}, {"1": {}}, [3]):
-        config.write_text(json.dumps({"added_tokens_decoder": entries}))
-        with pytest.raises(ValueError, match="added_tokens_decoder must map ids"):
-            load_tokenizer(tmp_path)
     config.write_text(json.dumps({"added_tokens_decoder": {"99999999": {"content": "y"}}}))
     with pytest.raises(ValueError, match="token ids must be 0 to"):
         load_tokenizer(tmp_path)

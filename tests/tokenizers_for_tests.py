@@ -55,13 +55,25 @@ def byte_level(**settings: Any) -> dict[str, Any]:
     return {"type": "ByteLevel", **defaults, **settings}
 
 
+def put_first(token: str, token_id: int) -> dict[str, Any]:
+    """A post-processor that puts a token before every text."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": token, "type_id": 0}}, text],
+        "pair": [text],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
+
+
 def byte_tokenizer_json() -> dict[str, Any]:
-    """tokenizer.json of a vocabulary of the 256 bytes, <bos> and <eos>."""
+    """tokenizer.json of a vocabulary of the 256 bytes, <bos> and <eos>; <bos> comes first."""
     vocab = {char: byte for byte, char in enumerate(byte_alphabet())}
     return {
         "version": "1.0",
         "added_tokens": [added_token(BOS, "<bos>"), added_token(EOS, "<eos>")],
         "pre_tokenizer": byte_level(),
+        "post_processor": put_first("<bos>", BOS),
         "decoder": byte_level(),
         "model": {"type": "BPE", "vocab": {**vocab, "<bos>": BOS, "<eos>": EOS}, "merges": []},
     }
@@ -73,7 +85,6 @@ def write_byte_tokenizer(directory: Path) -> None:
     config = {
         "bos_token": "<bos>",
         "eos_token": "<eos>",
-        "add_bos_token": True,
         "chat_template": CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
