@@ -99,9 +99,8 @@ def load(
     tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)
     chat_template = load_chat_template(path, checkpoint.gguf_metadata)
     ends = end_token_ids(checkpoint.config, tokenizer, chat_template)
-    config = replace(checkpoint.config, eos_token_ids=ends)
     weights = load_weights(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
-    config = replace(checkpoint.config, tie_embeddings=weights.is_tied)
+    config = replace(checkpoint.config, eos_token_ids=ends, tie_embeddings=weights.is_tied)
     ops = choose_ops(device, dtype)
     return Loaded(
         name=path.name if model is None else os.fspath(model),
