@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 from engine.conversation import check_text
 from engine.terminal import note, report_error
+from models.messages import cause_of, quoted
+from models.model_files import read_bounded
 
 if TYPE_CHECKING:
     from engine.calibration import Report
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 STATE_SUFFIX = ".calibration"
+MAX_PROMPTS = 256 << 20  # bytes of a domain's file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,9 +74,9 @@ def read_prompts(directory: Path, domains: Sequence[str] | None) -> dict[str, li
 def _read_domain(path: Path) -> list[str]:
     try:
         # Not splitlines: JSON strings may hold other characters at which that splits.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        lines = read_bounded(path, MAX_PROMPTS).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read: {cause_of(error)}") from error
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -82,7 +85,7 @@ def _read_domain(path: Path) -> list[str]:
             prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f'{path}, line {number}: got {line!r:.60}, expected an object with "prompt"'
+                f'{path}, line {number}: got {quoted(line)}, expected an object with "prompt"'
             ) from error
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{path}, line {number}: the prompt is empty or no text")
@@ -96,7 +99,7 @@ def _check_names(domains: set[str]) -> None:
     """Refuse now what a library, with plans named after its domains, would refuse at the end."""
     for name in sorted(domains):
         if not name.strip() or not name.isprintable():
-            raise ValueError(f"domain {name!r:.80}: is blank or not printable; rename its file")
+            raise ValueError(f"domain {quoted(name)}: is blank or not printable; rename its file")
         if f"{name}-int8" in domains:
             raise ValueError(
                 f"domain '{name}-int8': its plans would have the names of the int8 plans of "

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from engine.conversation import Conversation, ask, chat_params, check_text
+from engine.conversation import Conversation, ask, chat_params, check_text, unix_text
 from engine.params import SamplingParams
 from engine.terminal import (
     AnswerWriter,
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         params = SamplingParams(**{name: getattr(args, name) for name in _PARAMETERS})
         prompt = _read_prompt(args.prompt)
-        conversation = Conversation(check_text("--system", args.system or "") or None)
+        conversation = Conversation(check_text("--system", unix_text(args.system or "")) or None)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -86,9 +86,9 @@ def _run(
 
             return run_repl(Repl(llm, params, conversation, is_showing_stats=args.stats))
         conversation.add("user", prompt)
-        (_answer_json if args.json else _answer_text)(llm, params, conversation)
+        stats = (_answer_json if args.json else _answer_text)(llm, params, conversation)
         if args.stats:
-            print_stats(llm.last_stats, llm.int8_bytes)
+            print_stats(stats, llm.int8_bytes)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -121,18 +121,19 @@ def load_llm(args: argparse.Namespace) -> LLM:
         )
 
 
-def _answer_text(llm: LLM, params: SamplingParams, conversation: Conversation) -> None:
+def _answer_text(llm: LLM, params: SamplingParams, conversation: Conversation) -> RequestStats:
     writer = AnswerWriter(sys.stdout)
     try:
-        ask(llm, conversation.asked(), params, writer.write)
+        answer = ask(llm, conversation.asked(), params, writer.write)
     except (KeyboardInterrupt, ValueError, RuntimeError, MemoryError):
         if writer.has_started:
             writer.end()
         raise
     writer.end()
+    return answer.stats
 
 
-def _answer_json(llm: LLM, params: SamplingParams, conversation: Conversation) -> None:
+def _answer_json(llm: LLM, params: SamplingParams, conversation: Conversation) -> RequestStats:
     output = llm.chat(conversation.asked(), chat_params(params, llm.generation))
     answer = output.outputs[0]
     document = {
@@ -144,6 +145,7 @@ def _answer_json(llm: LLM, params: SamplingParams, conversation: Conversation) -
         "stats": _stats_document(output.stats),
     }
     print(json.dumps(document), flush=True)
+    return output.stats
 
 
 def _stats_document(stats: RequestStats) -> dict[str, Any]:
@@ -164,9 +166,9 @@ def _read_prompt(prompt: str | None) -> str | None:
     if prompt is None:
         if sys.stdin is not None and sys.stdin.isatty():
             return None
-        name, prompt = "standard input", _read_stdin().rstrip("\n")
+        name, prompt = "standard input", unix_text(_read_stdin()).rstrip("\n")
     else:
-        name = "--prompt"
+        name, prompt = "--prompt", unix_text(prompt)
     if not prompt.strip():
         raise ValueError(f"{name}: the prompt is empty")
     return check_text(name, prompt)

@@ -84,6 +84,7 @@ def answer_question(repl: Repl, question: str) -> bool:
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         report_error(error)
         return False
+    repl.last_stats, repl.last_route = answer.stats, answer.route
     if answer.finish_reason is None and not answer.text:
         note("stopped before the first word; the conversation is as it was")
         return False
@@ -101,7 +102,6 @@ def _print_answer(repl: Repl, asked: list[dict[str, str]]) -> Answer:
         with _interrupt_as_flag(repl, lambda: writer.has_started) as is_stopped:
             return ask(repl.llm, asked, repl.params, writer.write, is_stopped)
     finally:
-        repl.last_stats, repl.last_route = repl.llm.last_stats, repl.llm.last_route
         if writer.has_started:
             writer.end()
 

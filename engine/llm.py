@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 
@@ -18,14 +18,14 @@ from engine.passes import Passes
 from engine.prefill import prefill
 from engine.round_buffers import MAX_END_IDS
 from engine.routing import NONE, check_router, make_router, open_router
-from engine.sequence import RunningSequence
+from engine.sequence import RunningSequence, TokenStream
 from engine.stream import TextStream
-from engine.types import RequestOutput, RequestStats, TokenEvent
+from engine.types import RequestOutput, TokenEvent
 from models.llama import Llama
 from models.plan import DraftPlan
 from models.quantise import int8_bytes
 from router.library import RouterLibrary
-from router.route import Route, Router
+from router.route import Router
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -114,7 +114,6 @@ class LLM:
         self.device = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_length = model.cos.shape[0]
-        self.last_stats: RequestStats | None = None
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
         self._seeds = random.Random(seed)
@@ -126,7 +125,6 @@ class LLM:
         # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
         with torch.inference_mode(), self._passes.alone():
             prefill(model, self._cache, 0, [0, 0], 0)
-        self.last_route: Route | None = None
         self._router = self._open_router(router, model)
         self._drafts = Drafts(model, profile, self._passes.lock)
         plans, _ = self._choose_plans(speculative)
@@ -148,17 +146,17 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
         sequences = [self._sequence(self._encode(prompt), params) for prompt in batch]
-        for sequence, event in self._generate(sequences):
-            if event.finish_reason is not None:
-                self.last_stats, self.last_route = sequence.stats(), sequence.route
+        for _ in self._generate(sequences):
+            pass
         return [sequence.output() for sequence in sequences]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Yield the answer token by token. Closing the iterator ends the request.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
+        """Yield the answer token by token. Closing the stream ends the request.
 
         Wrong arguments raise ValueError here, not at the first event.
         """
-        return self._run(self._sequence(self._encode(prompt), params))
+        sequence = self._sequence(self._encode(prompt), params)
+        return TokenStream(sequence, self._generate([sequence]))
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation of {"role": ..., "content": ...} messages.
@@ -167,9 +165,7 @@ class LLM:
         """
         return self.generate([self.encode_chat(messages)], params)[0]
 
-    def stream_chat(
-        self, messages: Messages, params: SamplingParams | None = None
-    ) -> Iterator[TokenEvent]:
+    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> TokenStream:
         """Yield the answer to a conversation token by token."""
         return self.stream(self.encode_chat(messages), params)
 
@@ -241,15 +237,6 @@ class LLM:
         self, sequences: Sequence[RunningSequence]
     ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
         return generate(self.model, self._passes, self._pool, self.costs, sequences)
-
-    def _run(self, sequence: RunningSequence) -> Iterator[TokenEvent]:
-        steps = self._generate([sequence])
-        try:
-            for _, event in steps:
-                yield event
-        finally:
-            steps.close()
-            self.last_stats, self.last_route = sequence.stats(), sequence.route
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.commands import COMPLETIONS, QUOTES, Repl, answer_question, run_command, unquote
+from engine.conversation import unix_text
 from engine.terminal import note, one_line
 
 EXIT_INTERRUPTED = 130
@@ -117,7 +118,7 @@ def _plain_reader() -> Callable[[], str]:
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.removesuffix("\n")
+        return unix_text(line).removesuffix("\n")
 
     def read() -> str:
         text = read_line(_PROMPT)
