@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--out: got {args.out}, which is a folder; expected a file to write")
     try:
         library = _import(args) if args.import_knn_ssd else _calibrate(args)
-        library.save(args.out)
     except KeyboardInterrupt:
         note("stopped; the same command goes on from here")
         return EXIT_INTERRUPTED
@@ -52,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError, MemoryError) as error:
         report_error(error)
         return EXIT_FAILED
-    if args.prompts:
-        _state_path(args.out).unlink(missing_ok=True)
     print(json.dumps(_summary(library) | {"out": str(args.out)}))
     return EXIT_OK
 
@@ -131,14 +128,14 @@ def _calibrate(args: argparse.Namespace) -> RouterLibrary:
         "prompts": sha256(json.dumps(prompts).encode()).hexdigest(),
         "trace_tokens": args.trace_tokens,
     }
-    state = CalibrationState(_state_path(args.out), fixed)
-    if state.num_values:
-        note(f"going on with {state.num_values} measurements from {state.path}")
-    try:
+    with closing(CalibrationState(_state_path(args.out), fixed)) as state:
+        if state.num_values:
+            note(f"going on with {state.num_values} measurements from {state.path}")
         with _progress() as report:
-            return Calibration(llm, prompts, settings, state, report).run()
-    finally:
-        state.close()
+            library = Calibration(llm, prompts, settings, state, report).run()
+        library.save(args.out)
+        state.path.unlink(missing_ok=True)
+    return library
 
 
 def _import(args: argparse.Namespace) -> RouterLibrary:
@@ -150,6 +147,7 @@ def _import(args: argparse.Namespace) -> RouterLibrary:
     num_layers, hidden = llm.model.config.num_layers, llm.model.config.hidden_size
     library = import_knn_ssd(args.import_knn_ssd, fingerprint(llm.model), num_layers)
     library.check_model(library.fingerprint, num_layers, hidden)
+    library.save(args.out)
     return library
 
 
