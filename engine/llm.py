@@ -50,7 +50,8 @@ class LLM:
         "none". None is the library that comes with the engine, where there is one for the model.
     profile: measure what passes cost on this machine, once, in about a second (longer where a
         single pass takes that long); False estimates.
-    on_progress: called with (bytes done, bytes in all) while weights load.
+    on_progress: called with (bytes done, bytes in all) while weights load, and once more after each
+        later step of the start, with all done. What it raises ends the start.
 
     Raises ValueError, in one line, for whatever is wrong with an argument or the model. Threads may
     share one LLM; a request that finds every slot held by others raises RuntimeError.
@@ -75,8 +76,19 @@ class LLM:
         check_router(router)
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
-        loaded = load(model, revision, torch_device, torch_dtype, max_length, on_progress)
-        self._start(loaded, max_sequences, seed, speculative, router, profile)
+        num_bytes = 0
+
+        def on_bytes(done: int, total: int) -> None:
+            nonlocal num_bytes
+            num_bytes = total
+            if on_progress is not None:
+                on_progress(done, total)
+
+        loaded = load(model, revision, torch_device, torch_dtype, max_length, on_bytes)
+        self._start(
+            loaded, max_sequences, seed, speculative, router, profile,
+            after_step=lambda: on_bytes(num_bytes, num_bytes),
+        )  # fmt: skip
 
     @classmethod
     def from_loaded(
@@ -103,6 +115,7 @@ class LLM:
         speculative: Speculative,
         router: str | os.PathLike[str] | None,
         profile: bool,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         if isinstance(max_sequences, bool) or not isinstance(max_sequences, int):
             raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
@@ -122,12 +135,16 @@ class LLM:
             model.config, max_sequences, self.max_length, model.device, model.dtype
         )
         self._passes = Passes(model, self._cache, max_sequences)
+        after_step()
         # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
         with torch.inference_mode(), self._passes.alone():
             prefill(model, self._cache, 0, [0, 0], 0)
+        after_step()
         self._router = self._open_router(router, model)
         self._drafts = Drafts(model, profile, self._passes.lock)
+        after_step()
         plans, _ = self._choose_plans(speculative)
+        after_step()
         if model.device.type == "cuda":
             with torch.inference_mode():
                 self._passes.warm_up(self.model, self._router)
@@ -279,6 +296,11 @@ class LLM:
             raise ValueError(
                 f"stop_token_ids: got {len(stop_ids)}, with the model's own end tokens "
                 f"{len(end_ids)}; expected at most {MAX_END_IDS}"
+            )
+        if params.logprobs is not None and params.logprobs > config.vocab_size:
+            raise ValueError(
+                f"logprobs: got {params.logprobs}, expected at most the {config.vocab_size} tokens "
+                "of the vocabulary"
             )
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
         wanted = params.speculative

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from refusals import check_words, refusal
 from scipy.stats import chisquare
 from tiny import family_config, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
@@ -204,6 +205,16 @@ def test_closing_a_stream_frees_its_slot_and_keeps_the_cache_consistent():
     whole = llm.generate("partial", GREEDY)[0]
     assert list(tokens(whole)[:5]) == part
     assert tokens(whole) == tokens(tiny_llm().generate("partial", GREEDY)[0])
+
+
+def test_no_more_logprobs_than_tokens_of_the_vocabulary():
+    llm = tiny_llm(family_config("llama2", vocab_size=16))
+    outputs = llm.generate([[1, 2]], SamplingParams(logprobs=16, max_tokens=2, ignore_eos=True))
+    assert all(len(found) == 16 for found in outputs[0].outputs[0].logprobs)
+    check_words(
+        refusal(llm.generate, [[1, 2]], SamplingParams(logprobs=17)),
+        "logprobs: got 17, expected at most the 16 tokens of the vocabulary",
+    )
 
 
 def test_what_a_request_cost_belongs_to_it_whatever_runs_beside_it(llm):
