@@ -52,7 +52,7 @@ def read_prompts(
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file}: is no file; expected prompts, one JSON object a line")
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8-sig").splitlines():
             row = json.loads(line)
             if row["domain"] in found and len(found[row["domain"]]) < per_domain:
                 found[row["domain"]].append(row["prompt"])
@@ -69,12 +69,12 @@ def answer(
     params = SamplingParams(temperature=0, max_tokens=new_tokens, speculative=speculative)
     first = last = 0.0
     made = []
-    for event in llm.stream(token_ids, params):
+    stream = llm.stream(token_ids, params)
+    for event in stream:
         last = time.perf_counter()
         first = first or last
         made.append(event.token_id)
-    stats = llm.last_stats
-    assert stats is not None
+    stats = stream.stats
     run.is_repeatable &= not run.token_ids or run.token_ids == tuple(made)
     run.token_ids = tuple(made)
     run.seconds.append(last - first)

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from bench.arms import Run, answer, read_afresh, speed_up
-from engine import LLM
+from engine import LLM, SamplingParams
 from engine.params import Speculative
 from engine.routing import plans_beside
 from models.plan import OFF, DraftPlan
@@ -165,8 +165,11 @@ def measure_prompt(
     """Every arm and column on the prompt `index`, by turns, each time from another one on."""
     llm.use_library(experiment.library)
     read_afresh(llm, prompt.token_ids)
-    route = answer(llm, prompt.token_ids, experiment.arms["knn"].speculative, 1, Run())
-    chosen = llm.last_route
+    params = SamplingParams(
+        temperature=0, max_tokens=1, speculative=experiment.arms["knn"].speculative
+    )
+    first = llm.generate([prompt.token_ids], params)[0]
+    route, chosen = first.stats, first.route
     assert chosen is not None
     arms, same = arms_of_prompt(experiment, experiment.drawn[index], route.plan, route.is_rejected)
     runs = {name: Run() for name in arms}

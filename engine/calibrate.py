@@ -7,30 +7,45 @@ failed, 2 wrong arguments or files, 130 Ctrl-C.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from engine.interrupts import handle_interrupts, leave_at_once
+
+    handle_interrupts(leave_at_once)
+
 import argparse
+import io
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.conversation import check_text
-from engine.terminal import note, report_error
+from engine.interrupts import EXIT_INTERRUPTED, noted_interrupts
+from engine.terminal import Parser, note, report_error, run_program
+from models.messages import cause_of, quoted
+from models.model_files import read_bounded
 
 if TYPE_CHECKING:
     from engine.calibration import Report
     from router.library import RouterLibrary
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 STATE_SUFFIX = ".calibration"
+MAX_PROMPTS = 256 << 20  # bytes of a domain's file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; argparse leaves through SystemExit."""
+    return run_program(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if (args.prompts is None) == (args.import_knn_ssd is None):
@@ -38,8 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.path.isdir(args.out):
         parser.error(f"--out: got {args.out}, which is a folder; expected a file to write")
     try:
-        library = _import(args) if args.import_knn_ssd else _calibrate(args)
-        library.save(args.out)
+        with noted_interrupts() as is_interrupted:
+
+            def check(*_: object) -> None:
+                if is_interrupted():
+                    raise KeyboardInterrupt
+
+            library = (_import if args.import_knn_ssd else _calibrate)(args, check)
     except KeyboardInterrupt:
         note("stopped; the same command goes on from here")
         return EXIT_INTERRUPTED
@@ -49,8 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError, MemoryError) as error:
         report_error(error)
         return EXIT_FAILED
-    if args.prompts:
-        _state_path(args.out).unlink(missing_ok=True)
     print(json.dumps(_summary(library) | {"out": str(args.out)}))
     return EXIT_OK
 
@@ -71,9 +89,9 @@ def read_prompts(directory: Path, domains: Sequence[str] | None) -> dict[str, li
 def _read_domain(path: Path) -> list[str]:
     try:
         # Not splitlines: JSON strings may hold other characters at which that splits.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        lines = read_bounded(path, MAX_PROMPTS).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read: {cause_of(error)}") from error
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -82,7 +100,7 @@ def _read_domain(path: Path) -> list[str]:
             prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f'{path}, line {number}: got {line!r:.60}, expected an object with "prompt"'
+                f'{path}, line {number}: got {quoted(line)}, expected an object with "prompt"'
             ) from error
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{path}, line {number}: the prompt is empty or no text")
@@ -96,7 +114,7 @@ def _check_names(domains: set[str]) -> None:
     """Refuse now what a library, with plans named after its domains, would refuse at the end."""
     for name in sorted(domains):
         if not name.strip() or not name.isprintable():
-            raise ValueError(f"domain {name!r:.80}: is blank or not printable; rename its file")
+            raise ValueError(f"domain {quoted(name)}: is blank or not printable; rename its file")
         if f"{name}-int8" in domains:
             raise ValueError(
                 f"domain '{name}-int8': its plans would have the names of the int8 plans of "
@@ -104,7 +122,8 @@ def _check_names(domains: set[str]) -> None:
             )
 
 
-def _calibrate(args: argparse.Namespace) -> RouterLibrary:
+def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLibrary:
+    """check: raises KeyboardInterrupt where there was one; called between steps."""
     # Here and not above: torch takes longer to import than --help may.
     from engine.calibration import MIX, Calibration, Settings
     from engine.calibration_state import CalibrationState
@@ -122,36 +141,39 @@ def _calibrate(args: argparse.Namespace) -> RouterLibrary:
         num_anchors=args.anchors, trace_tokens=args.trace_tokens, method=args.method,
         iterations=args.iterations, seed=args.seed, max_minutes=args.max_minutes,
     )  # fmt: skip
-    llm = LLM(args.model, device=args.device, speculative="auto", router="none")
+    check()
+    llm = LLM(args.model, device=args.device, speculative="auto", router="none", on_progress=check)
     fixed = {
         "fingerprint": fingerprint(llm.model),
         "prompts": sha256(json.dumps(prompts).encode()).hexdigest(),
         "trace_tokens": args.trace_tokens,
     }
-    state = CalibrationState(_state_path(args.out), fixed)
-    if state.num_values:
-        note(f"going on with {state.num_values} measurements from {state.path}")
-    try:
-        with _progress() as report:
-            return Calibration(llm, prompts, settings, state, report).run()
-    finally:
-        state.close()
+    with closing(CalibrationState(_state_path(args.out), fixed)) as state:
+        if state.num_values:
+            note(f"going on with {state.num_values} measurements from {state.path}")
+        with _progress(check) as report:
+            library = Calibration(llm, prompts, settings, state, report).run()
+        library.save(args.out)
+        state.path.unlink(missing_ok=True)
+    return library
 
 
-def _import(args: argparse.Namespace) -> RouterLibrary:
+def _import(args: argparse.Namespace, check: Callable[..., None]) -> RouterLibrary:
     from engine.llm import LLM
     from router.fingerprint import fingerprint
     from router.knn_ssd import import_knn_ssd
 
-    llm = LLM(args.model, device=args.device, speculative="off", router="none")
+    check()
+    llm = LLM(args.model, device=args.device, speculative="off", router="none", on_progress=check)
     num_layers, hidden = llm.model.config.num_layers, llm.model.config.hidden_size
     library = import_knn_ssd(args.import_knn_ssd, fingerprint(llm.model), num_layers)
     library.check_model(library.fingerprint, num_layers, hidden)
+    library.save(args.out)
     return library
 
 
 @contextmanager
-def _progress() -> Iterator[Report]:
+def _progress(check: Callable[..., None]) -> Iterator[Report]:
     """A bar for each step on a terminal, with the time left; else a line when a step begins."""
     from rich.console import Console
     from rich.progress import (
@@ -162,19 +184,22 @@ def _progress() -> Iterator[Report]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
+    is_terminal = sys.stderr.isatty()
+    # Without a terminal nothing is drawn; into nothing, as stderr may be full.
+    console = Console(file=sys.stderr if is_terminal else io.StringIO())
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not is_terminal) as progress:
         task, current = progress.add_task("", total=None), None
 
         def report(what: str, done: int, total: int) -> None:
             nonlocal task, current
+            check()
             if what != current:
                 current = what
                 progress.remove_task(task)
                 task = progress.add_task(what, total=total or None)
-                if not console.is_terminal:
+                if not is_terminal:
                     note(what)
             progress.update(task, completed=done, total=total or None)
 
@@ -198,8 +223,8 @@ def _summary(library: RouterLibrary) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m engine.calibrate", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser = Parser(prog="python -m engine.calibrate", description=__doc__,
+                    formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--model", help="directory, .gguf file or hub id; default: the default model")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -240,4 +265,5 @@ def _seed(text: str) -> int:
 
 
 if __name__ == "__main__":
+    handle_interrupts(signal.default_int_handler)
     sys.exit(main())

@@ -123,9 +123,8 @@ class Calibration:
             temperature=0, max_tokens=self._settings.trace_tokens, speculative="auto"
         )
         output = self._llm.generate([prompt], params)[0]
-        route = self._llm.last_route
-        assert route is not None
-        feature = as_feature(route.state_sum).tolist()
+        assert output.route is not None
+        feature = as_feature(output.route.state_sum).tolist()
         return {"token_ids": output.outputs[0].token_ids, "feature": feature}
 
     def _costs(self) -> tuple[PassCosts, PlanCosts]:

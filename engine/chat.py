@@ -7,32 +7,40 @@ conversation (`engine.repl`). Only the model's text is written to stdout. Exit c
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from engine.interrupts import handle_interrupts, leave_at_once
+
+    handle_interrupts(leave_at_once)
+
 import argparse
 import io
 import json
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from engine.conversation import Conversation, ask, chat_params, check_text
+from engine.conversation import Conversation, ask, check_text, unix_text
+from engine.interrupts import EXIT_INTERRUPTED, noted_interrupts
 from engine.params import SamplingParams
 from engine.terminal import (
     AnswerWriter,
-    drop_unwritable_output,
+    Parser,
     loading_progress,
     note,
-    prepare_streams,
     print_stats,
     report_error,
+    run_program,
 )
 from engine.types import RequestStats
+from models.messages import cause_of
 
 if TYPE_CHECKING:
     from engine.llm import LLM
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 _PARAMETERS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
@@ -48,7 +56,10 @@ answering, 2 wrong arguments, model or prompt, 130 interrupted with Ctrl-C."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; argparse leaves through SystemExit."""
-    prepare_streams()
+    return run_program(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -57,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         params = SamplingParams(**{name: getattr(args, name) for name in _PARAMETERS})
         prompt = _read_prompt(args.prompt)
-        conversation = Conversation(check_text("--system", args.system or "") or None)
+        conversation = Conversation(check_text("--system", unix_text(args.system or "")) or None)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -86,14 +97,13 @@ def _run(
 
             return run_repl(Repl(llm, params, conversation, is_showing_stats=args.stats))
         conversation.add("user", prompt)
-        (_answer_json if args.json else _answer_text)(llm, params, conversation)
+        stats = (_answer_json if args.json else _answer_text)(llm, params, conversation)
         if args.stats:
-            print_stats(llm.last_stats, llm.int8_bytes)
+            print_stats(stats, llm.int8_bytes)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the answer has had enough, as `head` has: not a failure of ours.
-        drop_unwritable_output()
+        raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         return _failed(error)
     return EXIT_OK
@@ -101,11 +111,20 @@ def _run(
 
 def load_llm(args: argparse.Namespace) -> LLM:
     """Load the model that the arguments name, with a progress bar where stderr is a terminal."""
-    with loading_progress() as on_progress:
+    with noted_interrupts() as is_interrupted, loading_progress() as show:
+
+        def on_progress(done: int, total: int) -> None:
+            if is_interrupted():
+                raise KeyboardInterrupt
+            if show is not None:
+                show(done, total)
+
         # Here and not above: it imports torch, which takes longer than --help may.
         from engine.llm import LLM
         from kernels.numba_compile import is_compiled
 
+        if is_interrupted():
+            raise KeyboardInterrupt
         if not is_compiled():
             note("compiling kernels for this processor: once, about half a minute")
         return LLM(
@@ -121,29 +140,33 @@ def load_llm(args: argparse.Namespace) -> LLM:
         )
 
 
-def _answer_text(llm: LLM, params: SamplingParams, conversation: Conversation) -> None:
+def _answer_text(llm: LLM, params: SamplingParams, conversation: Conversation) -> RequestStats:
     writer = AnswerWriter(sys.stdout)
-    try:
-        ask(llm, conversation.asked(), params, writer.write)
-    except (KeyboardInterrupt, ValueError, RuntimeError, MemoryError):
-        if writer.has_started:
+    with noted_interrupts(lambda: writer.has_started) as is_stopped:
+        try:
+            answer = ask(llm, conversation.asked(), params, writer.write, is_stopped)
+        except (ValueError, RuntimeError, MemoryError):
+            if writer.has_started:
+                writer.end()
+            raise
+        if writer.has_started or not is_stopped():
             writer.end()
-        raise
-    writer.end()
+    return answer.stats
 
 
-def _answer_json(llm: LLM, params: SamplingParams, conversation: Conversation) -> None:
-    output = llm.chat(conversation.asked(), chat_params(params, llm.generation))
-    answer = output.outputs[0]
+def _answer_json(llm: LLM, params: SamplingParams, conversation: Conversation) -> RequestStats:
+    with noted_interrupts() as is_stopped:
+        answer = ask(llm, conversation.asked(), params, lambda text: None, is_stopped)
     document = {
         "model": llm.model_name,
-        "prompt_token_ids": output.prompt_token_ids,
+        "prompt_token_ids": answer.prompt_token_ids,
         "text": answer.text,
-        "token_ids": answer.token_ids,
+        "token_ids": [event.token_id for event in answer.events],
         "finish_reason": answer.finish_reason,
-        "stats": _stats_document(output.stats),
+        "stats": _stats_document(answer.stats),
     }
     print(json.dumps(document), flush=True)
+    return answer.stats
 
 
 def _stats_document(stats: RequestStats) -> dict[str, Any]:
@@ -156,7 +179,6 @@ def _stats_document(stats: RequestStats) -> dict[str, Any]:
 
 def _failed(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
     report_error(error)
-    drop_unwritable_output()
     return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
 
 
@@ -164,9 +186,9 @@ def _read_prompt(prompt: str | None) -> str | None:
     if prompt is None:
         if sys.stdin is not None and sys.stdin.isatty():
             return None
-        name, prompt = "standard input", _read_stdin().rstrip("\n")
+        name, prompt = "standard input", unix_text(_read_stdin()).rstrip("\n")
     else:
-        name = "--prompt"
+        name, prompt = "--prompt", unix_text(prompt)
     if not prompt.strip():
         raise ValueError(f"{name}: the prompt is empty")
     return check_text(name, prompt)
@@ -181,6 +203,9 @@ def _read_stdin() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input: not valid UTF-8: {error.reason}") from None
+    except OSError as error:
+        cause = error.strerror or cause_of(error)
+        raise ValueError(f"standard input: cannot be read: {cause}") from None
 
 
 def _version() -> str:
@@ -193,7 +218,7 @@ def _version() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m engine.chat",
         usage="%(prog)s [options]",
         description="Answer a prompt, or hold a conversation in the terminal.",
@@ -248,4 +273,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    handle_interrupts(signal.default_int_handler)
     sys.exit(main())

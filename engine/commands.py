@@ -6,7 +6,6 @@ Everything but the model's text goes to stderr.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from engine.conversation import (
     load_conversation,
     save_conversation,
 )
+from engine.interrupts import handled_interrupts, say
 from engine.params import SamplingParams, Speculative
 from engine.terminal import AnswerWriter, note, one_line, print_stats, report_error, visible
 from engine.types import RequestStats, TokenEvent
@@ -84,6 +84,7 @@ def answer_question(repl: Repl, question: str) -> bool:
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         report_error(error)
         return False
+    repl.last_stats, repl.last_route = answer.stats, answer.route
     if answer.finish_reason is None and not answer.text:
         note("stopped before the first word; the conversation is as it was")
         return False
@@ -101,7 +102,6 @@ def _print_answer(repl: Repl, asked: list[dict[str, str]]) -> Answer:
         with _interrupt_as_flag(repl, lambda: writer.has_started) as is_stopped:
             return ask(repl.llm, asked, repl.params, writer.write, is_stopped)
     finally:
-        repl.last_stats, repl.last_route = repl.llm.last_stats, repl.llm.last_route
         if writer.has_started:
             writer.end()
 
@@ -122,14 +122,10 @@ def _interrupt_as_flag(repl: Repl, has_started: Callable[[], bool]) -> Iterator[
             raise KeyboardInterrupt
         is_stopped = True
         if not has_started():
-            # Straight to the descriptor: the interrupted code may be inside a buffered write.
-            os.write(2, b"\nstopping once the prompt is read; Ctrl-C again leaves\n")
+            say("\nstopping once the prompt is read; Ctrl-C again leaves\n")
 
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
+    with handled_interrupts(handle):
         yield lambda: is_stopped
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def unquote(text: str) -> str:

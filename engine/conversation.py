@@ -7,23 +7,26 @@ bounds the size before anything is read.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import random
-import stat
 import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from engine.params import SamplingParams
-from engine.types import FinishReason, TokenEvent
+from engine.types import FinishReason, RequestStats, TokenEvent
+from models.messages import quoted
+from models.model_files import parse_json, read_bounded
 
 if TYPE_CHECKING:
     from engine.llm import LLM
+    from router.route import Route
 
 MAX_FILE_BYTES = 16 * 2**20
 _FORMAT = "knn-ssd-engine conversation"
@@ -63,11 +66,14 @@ class Answer:
     """A streamed answer, with what it takes to ask for the same tokens again.
 
     params: as the model got them; the seed is there unless decoding was greedy.
+    route: what the router decided, None where nothing was routed.
     """
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     events: tuple[TokenEvent, ...]
+    stats: RequestStats
+    route: Route | None
 
     @property
     def text(self) -> str:
@@ -114,7 +120,7 @@ def ask(
     events: list[TokenEvent] = []
     params = _with_seed(chat_params(params, llm.generation), llm.generation)
     prompt = tuple(llm.encode_chat(messages))
-    with closing(_stream(llm, prompt, params)) as stream:
+    with closing(llm.stream(prompt, params)) as stream:
         for event in stream:
             # Before the text: what is shown after Ctrl-C would come as a surprise.
             if is_stopped():
@@ -122,7 +128,7 @@ def ask(
             events.append(event)
             if event.text:
                 write(event.text)
-    return Answer(prompt, params, tuple(events))
+    return Answer(prompt, params, tuple(events), stream.stats, stream.route)
 
 
 def compare_with_plain(
@@ -136,7 +142,7 @@ def compare_with_plain(
     limit = len(answer.events) if answer.finish_reason is None else answer.params.max_tokens
     params = replace(answer.params, max_tokens=limit, speculative="off")
     num_same = 0
-    with closing(_stream(llm, answer.prompt_token_ids, params)) as stream:
+    with closing(llm.stream(answer.prompt_token_ids, params)) as stream:
         for answered, plain in zip_longest(answer.events, stream):
             if answered is None or plain is None or answered.token_id != plain.token_id:
                 return Comparison(num_same, True, answered, plain)
@@ -144,12 +150,6 @@ def compare_with_plain(
             if is_stopped():
                 break
     return Comparison(num_same)
-
-
-def _stream(
-    llm: LLM, prompt: tuple[int, ...], params: SamplingParams
-) -> Generator[TokenEvent, None, None]:
-    return cast("Generator[TokenEvent, None, None]", llm.stream(prompt, params))
 
 
 def _with_seed(params: SamplingParams, generation: Mapping[str, object]) -> SamplingParams:
@@ -167,6 +167,14 @@ def check_text(name: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: not valid UTF-8 at character {error.start}") from None
     return text
+
+
+def unix_text(text: str) -> str:
+    """Text from outside as files here have it: no byte-order mark, no line end but a newline.
+
+    A carriage return at the very end is what a shell leaves that cuts the newline after it.
+    """
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\r")
 
 
 def save_conversation(conversation: Conversation, model: str, path: Path) -> None:
@@ -204,46 +212,19 @@ def save_conversation(conversation: Conversation, model: str, path: Path) -> Non
 
 def load_conversation(path: Path) -> Conversation:
     """Read a saved conversation; raises ValueError naming what is wrong with the file."""
-    document = _parse(path, _read_bounded(path))
-    if not isinstance(document, dict) or set(document) != set(_FILE_KEYS):
+    document = parse_json(path, read_bounded(path, MAX_FILE_BYTES).removeprefix(codecs.BOM_UTF8))
+    if set(document) != set(_FILE_KEYS):
         raise ValueError(f"{path}: expected a JSON object with the keys {', '.join(_FILE_KEYS)}")
     if document["format"] != _FORMAT:
-        raise ValueError(f"{path}: format is {document['format']!r}, expected {_FORMAT!r}")
+        raise ValueError(f"{path}: format is {quoted(document['format'])}, expected {_FORMAT!r}")
     if type(document["version"]) is not int or document["version"] != _VERSION:
-        raise ValueError(f"{path}: version is {document['version']!r}, expected {_VERSION}")
+        raise ValueError(f"{path}: version is {quoted(document['version'])}, expected {_VERSION}")
     if not isinstance(document["model"], str):
-        raise ValueError(f"{path}: model is {document['model']!r}, expected a string")
+        raise ValueError(f"{path}: model is {quoted(document['model'])}, expected a string")
     system = document["system"]
     if system is not None:
         system = _check_content(f"{path}: system", system)
     return Conversation(system or None, _check_messages(path, document["messages"]))
-
-
-def _read_bounded(path: Path) -> bytes:
-    # A pipe or a device may block for ever or never end, hence regular files only.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path} is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
-    return data
-
-
-def _parse(path: Path, data: bytes) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a valid JSON document: {error}") from None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError("an object has the same key twice")
-    return dict(pairs)
 
 
 def _check_messages(path: Path, messages: Any) -> list[dict[str, str]]:
@@ -255,7 +236,7 @@ def _check_messages(path: Path, messages: Any) -> list[dict[str, str]]:
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             raise ValueError(f"{name}: expected an object with the keys role and content")
         if message["role"] != role:
-            raise ValueError(f"{name}: role is {message['role']!r}, expected {role!r}")
+            raise ValueError(f"{name}: role is {quoted(message['role'])}, expected {role!r}")
         content = _check_content(f"{name}: content", message["content"])
         checked.append({"role": role, "content": content})
     return checked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 
@@ -18,14 +18,14 @@ from engine.passes import Passes
 from engine.prefill import prefill
 from engine.round_buffers import MAX_END_IDS
 from engine.routing import NONE, check_router, make_router, open_router
-from engine.sequence import RunningSequence
+from engine.sequence import RunningSequence, TokenStream
 from engine.stream import TextStream
-from engine.types import RequestOutput, RequestStats, TokenEvent
+from engine.types import RequestOutput, TokenEvent
 from models.llama import Llama
 from models.plan import DraftPlan
 from models.quantise import int8_bytes
 from router.library import RouterLibrary
-from router.route import Route, Router
+from router.route import Router
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -50,7 +50,8 @@ class LLM:
         "none". None is the library that comes with the engine, where there is one for the model.
     profile: measure what passes cost on this machine, once, in about a second (longer where a
         single pass takes that long); False estimates.
-    on_progress: called with (bytes done, bytes in all) while weights load.
+    on_progress: called with (bytes done, bytes in all) while weights load, and once more after each
+        later step of the start, with all done. What it raises ends the start.
 
     Raises ValueError, in one line, for whatever is wrong with an argument or the model. Threads may
     share one LLM; a request that finds every slot held by others raises RuntimeError.
@@ -75,8 +76,19 @@ class LLM:
         check_router(router)
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
-        loaded = load(model, revision, torch_device, torch_dtype, max_length, on_progress)
-        self._start(loaded, max_sequences, seed, speculative, router, profile)
+        num_bytes = 0
+
+        def on_bytes(done: int, total: int) -> None:
+            nonlocal num_bytes
+            num_bytes = total
+            if on_progress is not None:
+                on_progress(done, total)
+
+        loaded = load(model, revision, torch_device, torch_dtype, max_length, on_bytes)
+        self._start(
+            loaded, max_sequences, seed, speculative, router, profile,
+            after_step=lambda: on_bytes(num_bytes, num_bytes),
+        )  # fmt: skip
 
     @classmethod
     def from_loaded(
@@ -103,6 +115,7 @@ class LLM:
         speculative: Speculative,
         router: str | os.PathLike[str] | None,
         profile: bool,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         if isinstance(max_sequences, bool) or not isinstance(max_sequences, int):
             raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
@@ -114,7 +127,6 @@ class LLM:
         self.device = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_length = model.cos.shape[0]
-        self.last_stats: RequestStats | None = None
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
         self._seeds = random.Random(seed)
@@ -123,13 +135,16 @@ class LLM:
             model.config, max_sequences, self.max_length, model.device, model.dtype
         )
         self._passes = Passes(model, self._cache, max_sequences)
+        after_step()
         # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
         with torch.inference_mode(), self._passes.alone():
             prefill(model, self._cache, 0, [0, 0], 0)
-        self.last_route: Route | None = None
+        after_step()
         self._router = self._open_router(router, model)
         self._drafts = Drafts(model, profile, self._passes.lock)
+        after_step()
         plans, _ = self._choose_plans(speculative)
+        after_step()
         if model.device.type == "cuda":
             with torch.inference_mode():
                 self._passes.warm_up(self.model, self._router)
@@ -148,17 +163,17 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
         sequences = [self._sequence(self._encode(prompt), params) for prompt in batch]
-        for sequence, event in self._generate(sequences):
-            if event.finish_reason is not None:
-                self.last_stats, self.last_route = sequence.stats(), sequence.route
+        for _ in self._generate(sequences):
+            pass
         return [sequence.output() for sequence in sequences]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Yield the answer token by token. Closing the iterator ends the request.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
+        """Yield the answer token by token. Closing the stream ends the request.
 
         Wrong arguments raise ValueError here, not at the first event.
         """
-        return self._run(self._sequence(self._encode(prompt), params))
+        sequence = self._sequence(self._encode(prompt), params)
+        return TokenStream(sequence, self._generate([sequence]))
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation of {"role": ..., "content": ...} messages.
@@ -167,9 +182,7 @@ class LLM:
         """
         return self.generate([self.encode_chat(messages)], params)[0]
 
-    def stream_chat(
-        self, messages: Messages, params: SamplingParams | None = None
-    ) -> Iterator[TokenEvent]:
+    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> TokenStream:
         """Yield the answer to a conversation token by token."""
         return self.stream(self.encode_chat(messages), params)
 
@@ -242,15 +255,6 @@ class LLM:
     ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
         return generate(self.model, self._passes, self._pool, self.costs, sequences)
 
-    def _run(self, sequence: RunningSequence) -> Iterator[TokenEvent]:
-        steps = self._generate([sequence])
-        try:
-            for _, event in steps:
-                yield event
-        finally:
-            steps.close()
-            self.last_stats, self.last_route = sequence.stats(), sequence.route
-
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             token_ids = self._tokenizer.encode(prompt)
@@ -292,6 +296,11 @@ class LLM:
             raise ValueError(
                 f"stop_token_ids: got {len(stop_ids)}, with the model's own end tokens "
                 f"{len(end_ids)}; expected at most {MAX_END_IDS}"
+            )
+        if params.logprobs is not None and params.logprobs > config.vocab_size:
+            raise ValueError(
+                f"logprobs: got {params.logprobs}, expected at most the {config.vocab_size} tokens "
+                "of the vocabulary"
             )
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
         wanted = params.speculative

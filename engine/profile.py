@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from engine.passes import Passes, widths
 from engine.round_buffers import MAX_WIDTH
 from kernels.numba_compile import code_digest
 from models.llama import Llama
+from models.model_files import read_json
 from models.plan import DraftPlan
 from models.quantise import without_int8
 
@@ -37,6 +37,7 @@ VERIFY_ROWS = (5, 9, 2, 16, 3, 7, 32)
 BUDGET_SECONDS = 0.7  # for the sweeps; the first goes up to 5 rows whatever it takes
 SWEEPS = 3
 DRAFT_STEPS = 4
+MAX_COST = 1e4  # in plain decode steps, and 1 / MAX_COST the least: beyond, a file is damaged
 CONTEXT = 256  # cache positions before the measured rows, where the model has so many
 
 
@@ -183,29 +184,22 @@ def _pairs(values: object) -> tuple[tuple[int, float], ...]:
 def _read(path: Path) -> dict[str, object]:
     """The stored profile, or nothing where there is none that has the form."""
     try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError):
+        stored = read_json(path)
+    except ValueError:
         return {}
-    if not isinstance(stored, dict) or not all(_is_cost(k, v) for k, v in stored.items()):
-        return {}
-    return stored
+    return stored if all(_is_cost(key, value) for key, value in stored.items()) else {}
 
 
 def _is_cost(key: str, value: object) -> bool:
     if key != "verify":
-        return _is_positive(value)
-    return (
-        isinstance(value, list)
-        and len(value) > 1
-        and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
-        and all(type(r) is int and _is_positive(c) for r, c in value)
-        and [r for r, _ in value] == sorted({r for r, _ in value})
-        and value[0][0] == 1
-    )
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value) and value > 0
+        return isinstance(value, float) and 1 / MAX_COST < value < MAX_COST
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    if not all(isinstance(pair, list) and [*map(type, pair)] == [int, float] for pair in value):
+        return False
+    rows, costs = zip(*value, strict=True)
+    is_ascending = rows == tuple(sorted(set(rows))) and costs == tuple(sorted(costs))
+    return is_ascending and (rows[0], costs[0]) == (1, 1.0) and costs[-1] < MAX_COST
 
 
 def _write(path: Path, stored: dict[str, object]) -> None:
@@ -215,3 +209,5 @@ def _write(path: Path, stored: dict[str, object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(stored))
         part.replace(path)
+    with suppress(OSError):
+        part.unlink(missing_ok=True)  # of a full disk, or of what cannot be replaced

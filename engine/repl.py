@@ -11,11 +11,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.commands import COMPLETIONS, QUOTES, Repl, answer_question, run_command, unquote
+from engine.conversation import unix_text
+from engine.interrupts import EXIT_INTERRUPTED
 from engine.terminal import note, one_line
 
-EXIT_INTERRUPTED = 130
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+
 _PROMPT = ">>> "
 _CONTINUED = "... "
 
@@ -73,7 +78,6 @@ class _LineAbandoned(Exception):
 def _terminal_reader() -> Callable[[], str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -89,9 +93,8 @@ def _terminal_reader() -> Callable[[], str]:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    path = _history_file()
     session: PromptSession[str] = PromptSession(
-        history=InMemoryHistory() if path is None else FileHistory(str(path)),
+        history=_history(),
         key_bindings=keys,
         multiline=True,
         completer=WordCompleter(COMPLETIONS, sentence=True),
@@ -112,12 +115,11 @@ def _terminal_reader() -> Callable[[], str]:
 
 def _plain_reader() -> Callable[[], str]:
     def read_line(prompt: str) -> str:
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
+        note(prompt, end="")
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.removesuffix("\n")
+        return unix_text(line).removesuffix("\n")
 
     def read() -> str:
         text = read_line(_PROMPT)
@@ -137,6 +139,25 @@ def _is_open(text: str) -> bool:
     return stripped.startswith(QUOTES) and not is_closed
 
 
+def _history() -> History:
+    """The typed lines of this chat, and of earlier ones where there is a file for them."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class KeptHistory(FileHistory):
+        is_kept = True
+
+        def store_string(self, string: str) -> None:
+            try:
+                if self.is_kept:
+                    super().store_string(string)
+            except OSError as error:  # a full disk
+                self.is_kept = False
+                note(f"the history is not kept: {one_line(error)}")
+
+    path = _history_file()
+    return InMemoryHistory() if path is None else KeptHistory(path)
+
+
 def _history_file() -> Path | None:
     if os.environ.get("ENGINE_NOHISTORY", "0") not in ("", "0"):
         return None
@@ -146,7 +167,11 @@ def _history_file() -> Path | None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
+        if not path.is_file():  # a pipe would wait for somebody to write into it
+            note(f"the history is not kept: {one_line(path)} is no regular file")
+            return None
         path.chmod(0o600)
+        path.open("a+b").close()
     except OSError as error:
         note(f"the history is not kept: {one_line(error)}")
         return None

@@ -1,8 +1,8 @@
-"""A request while it runs."""
+"""A request while it runs, and the stream that its caller reads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from engine.controller import Choice, Controller
 from engine.costs import PassCosts
@@ -125,7 +125,8 @@ class RunningSequence:
         if self.finish_reason is not None and not self.text.is_stopped:
             piece += self.text.finish()
         logprob = None if logprobs is None else logprobs[token_id]
-        return TokenEvent(token_id, piece, from_draft, logprob, self.finish_reason)
+        stats = None if self.finish_reason is None else self.stats()
+        return TokenEvent(token_id, piece, from_draft, logprob, self.finish_reason, stats)
 
     def stats(self) -> RequestStats:
         later, route = self.num_generated - 1, self.route
@@ -160,4 +161,32 @@ class RunningSequence:
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
         )
         prompt = tuple(self.token_ids[: self.num_prompt])
-        return RequestOutput(prompt, (completion,), self.stats())
+        return RequestOutput(prompt, (completion,), self.stats(), self.route)
+
+
+class TokenStream(Iterator[TokenEvent]):
+    """The answer to one request, token by token. Closing it, or dropping it, ends the request."""
+
+    def __init__(
+        self,
+        sequence: RunningSequence,
+        steps: Generator[tuple[RunningSequence, TokenEvent], None, None],
+    ):
+        self._sequence, self._steps = sequence, steps
+
+    def __next__(self) -> TokenEvent:
+        return next(self._steps)[1]
+
+    def close(self) -> None:
+        """End the request: no token follows, and its slot of the cache is free."""
+        self._steps.close()
+
+    @property
+    def stats(self) -> RequestStats:
+        """What the request has cost so far; after its end or `close`, what it cost."""
+        return self._sequence.stats()
+
+    @property
+    def route(self) -> Route | None:
+        """What the router decided: None before the first token, and where nothing is routed."""
+        return self._sequence.route

@@ -6,13 +6,15 @@ Colour and cursor control are used only on a terminal, and no colour at all wher
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from engine.interrupts import EXIT_INTERRUPTED
 from engine.types import RequestStats
 
 if TYPE_CHECKING:
@@ -60,9 +62,19 @@ class AnswerWriter:
             self.write("\n")
 
 
-def note(message: str) -> None:
-    """Print a message of the chat itself, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+class Parser(argparse.ArgumentParser):
+    """One that does not say that it has printed its help where it could not."""
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+
+def note(message: str, end: str = "\n") -> None:
+    """Print a message of the program itself on stderr, and drop it where that cannot be written."""
+    try:
+        print(message, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
 
 
 def report_error(error: BaseException) -> None:
@@ -81,7 +93,9 @@ def print_stats(stats: RequestStats | None, int8_bytes: int = 0) -> None:
             text += "\n" + drafts_line(stats, int8_bytes)
         if stats.domain:
             text += "\n" + route_line(stats)
-    _console().print(Text(text, style="dim"), soft_wrap=True)
+    drawn = io.StringIO()  # rich itself would fail where stderr does, and end the program
+    _console(drawn).print(Text(text, style="dim"), soft_wrap=True)
+    note(drawn.getvalue(), end="")
 
 
 def stats_line(stats: RequestStats) -> str:
@@ -134,35 +148,75 @@ def loading_progress() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def prepare_streams() -> None:
-    """Make sure that no character of an answer can fail to be printed."""
-    # A stream closed by the parent is None, and `print` would take stdout for such a stderr.
-    if sys.stdout is None:
-        sys.stdout = io.StringIO()
+def run_program(body: Callable[[], int]) -> int:
+    """The exit code of a program, which is that of `body`, unless its output cannot be delivered.
+
+    No character of it can fail to be encoded. A stdout that is closed or full is an error: one
+    line, and 1 instead of 0. A reader that went away, as `head` does, has had enough, and a message
+    that cannot be written to stderr is dropped: neither is a failure of ours.
+    """
+    _fill_descriptors()
     if sys.stderr is None:
-        sys.stderr = io.StringIO()
+        sys.stderr = io.StringIO()  # `print` would take stdout for it
+    if sys.stdout is None:
+        note("error: standard output is closed; open it, or redirect it to a file")
+        return 1
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    try:
+        return _flush_streams(body())
+    except KeyboardInterrupt:
+        return _flush_streams(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        return _flush_streams(0)
+    except OSError as error:
+        report_error(error)
+        return _flush_streams(1)
+    except SystemExit as leaving:
+        raise SystemExit(_flush_streams(int(leaving.code or 0))) from None
 
 
-def drop_unwritable_output() -> None:
-    """Where stdout has failed, point it at nothing, so that the flush at exit does not fail too."""
+def _fill_descriptors() -> None:
+    """Put nothing where the parent has closed a stream, or the next file would get its number."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _flush_streams(code: int) -> int:
     try:
         sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        if code == 0 and not isinstance(error, BrokenPipeError):
+            note(f"error: standard output: {error.strerror}")
+            code = 1
+    try:
+        sys.stderr.flush()
     except OSError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+        _discard(sys.stderr)
+    return code
 
 
-def _console() -> Console:
+def _discard(stream: TextIO) -> None:
+    """Point a stream that has failed at nothing, so that the flush at exit does not fail, too."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def _console(file: TextIO | None = None) -> Console:
+    """A console that draws into `file`, or onto stderr, what suits stderr."""
     from rich.console import Console
 
     # Said explicitly because rich also obeys variables that force colour into a pipe.
     is_terminal = sys.stderr.isatty()
     has_colour = is_terminal and not os.environ.get("NO_COLOR")
     return Console(
+        file=file,
         stderr=True,
         force_terminal=is_terminal,
         color_system="auto" if has_colour else None,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from router.route import Route
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,6 +28,7 @@ class TokenEvent:
     from_draft: whether the token was drafted before the model confirmed it.
     logprob: the token's natural log-probability under the unfiltered model, when asked for.
     finish_reason: None but on the last event: "stop" (end token or stop string) or "length".
+    stats: None but on the last event: what the whole request cost.
     """
 
     token_id: int
@@ -32,6 +36,7 @@ class TokenEvent:
     from_draft: bool = False
     logprob: float | None = None
     finish_reason: FinishReason | None = None
+    stats: RequestStats | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,9 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request."""
+    """A finished request. `route` is what the router decided, None where nothing was routed."""
 
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     stats: RequestStats
+    route: Route | None = None

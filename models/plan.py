@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from models.messages import cause_of
+from models.model_files import read_bounded
+
 Kind = Literal["off", "self", "ngram"]
 SKIP, INT8, FULL = 0, 8, 16  # precisions of a sub-layer
 MAX_DRAFT = 15  # a verify pass has one row more
@@ -150,7 +153,7 @@ def plans_from_skip_sets(text: str, num_layers: int) -> dict[str, DraftPlan]:
         if {key: type(value) for key, value in items} != dict.fromkeys(_BLOCKS, list):
             got = ", ".join(f"{_shown(k)}: {_shown(v)}" for k, v in items) or _shown(entry)
             expected = "lists of skipped layers under 'attention' and 'mlp'; give both and no more"
-            raise _error(f"skip set {_shown(name)}", f"{got:.200}", expected)
+            raise _error(f"skip set {_shown(name)}", f"{got:.100}", expected)
         plans[name] = DraftPlan.skipping(name, num_layers, **entry)
     return plans
 
@@ -178,8 +181,8 @@ def load_plan(path: str | Path, num_layers: int) -> DraftPlan:
     Raises ValueError, in one line that starts with the path, for a file that cannot be read, is
     over 1 MB, is in neither form, holds other than one plan, or was made for another model.
     """
+    text = read_plans(Path(path))
     try:
-        text = _read(Path(path))
         document = _parse(text)
         # A skip set may be named like a field of a plan, but no field of a plan is an object.
         if any(not isinstance(document.get(key, {}), dict) for key in _KEYS):
@@ -187,32 +190,31 @@ def load_plan(path: str | Path, num_layers: int) -> DraftPlan:
         elif len(document) == 1:
             (plan,) = plans_from_skip_sets(text, num_layers).values()
         else:
-            got = f"{len(document)} ({', '.join(map(_shown, document)) or 'none':.200})"
+            got = f"{len(document)} ({', '.join(map(_shown, document)) or 'none':.100})"
             raise _error("skip sets", got, "exactly one; copy the one to use into its own file")
         plan.check(num_layers)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return plan
 
 
-def _read(path: Path) -> str:
-    with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError("larger than 1 MB; expected a plan or skip sets, choose another file")
+def read_plans(path: Path) -> str:
+    """The text of a file of plans; ValueError, which starts with the path, where it has none."""
     try:
-        return data.decode("utf-8")
+        return read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error}); expected JSON, save it as UTF-8") from error
+        raise ValueError(
+            f"{path}: not UTF-8 text ({cause_of(error)}); expected JSON, save it as UTF-8"
+        ) from error
 
 
 def _parse(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error!s:.200}; expected a plan or skip sets") from error
+        raise ValueError(
+            f"not valid JSON: {cause_of(error)}; expected a plan or skip sets"
+        ) from error
     if not isinstance(value, dict):
         raise _error("JSON", _shown(value), "an object; give a plan or skip sets")
     return value

@@ -14,7 +14,8 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from models.plan import OFF, DraftPlan, plans_from_skip_sets
+from models.messages import quoted
+from models.plan import OFF, DraftPlan, plans_from_skip_sets, read_plans
 from router.library import MAX_FILE_BYTES, MIN_RATIO, RouterLibrary
 
 # Of numpy: a header is parsed as Python, and may promise more numbers than there is memory for.
@@ -30,9 +31,10 @@ def import_knn_ssd(directory: Path, fingerprint: str, num_layers: int) -> Router
     """
     vectors, labels = (_one(directory, f"*{kind}*.npy") for kind in ("vector", "label"))
     skip_sets = _one(directory, "*.json")
+    text = read_plans(skip_sets)
     try:
-        plans = plans_from_skip_sets(skip_sets.read_text(encoding="utf-8"), num_layers)
-    except (OSError, ValueError) as error:
+        plans = plans_from_skip_sets(text, num_layers)
+    except ValueError as error:
         raise ValueError(f"{skip_sets}: {error}") from error
     anchors, names = _array(vectors), _array(labels)
     if anchors.ndim != 2 or not anchors.size or anchors.dtype.kind != "f":
@@ -70,7 +72,7 @@ def _plan_of(label: str, plans: dict[str, DraftPlan], path: Path) -> DraftPlan:
         found = [n for n in begun if all(o.endswith(n.removeprefix(domain)) for o in plans)]
         if len(found) == 1:
             return plans[found[0]]
-    raise _error(path, f"no one skip set for the label {label!r:.60}", "one called 'LABEL_model'")
+    raise _error(path, f"no one skip set for the label {quoted(label)}", "one called 'LABEL_model'")
 
 
 def _one(directory: Path, pattern: str) -> Path:
@@ -82,6 +84,8 @@ def _one(directory: Path, pattern: str) -> Path:
 
 def _array(path: Path) -> np.ndarray:
     try:
+        if path.is_fifo():  # numpy would wait for somebody to write into it
+            raise ValueError("is a pipe")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MB")
         array: np.ndarray = np.load(path, allow_pickle=False)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from models.config import MAX_HIDDEN_SIZE
+from models.messages import MAX_QUOTED, cause_of, quoted
 from models.plan import DraftPlan
 
 FORMAT = "knn-ssd-router-1"
@@ -165,7 +166,7 @@ def _read(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except (SafetensorError, TypeError) as error:  # torch refuses sizes beyond an int64
         raise ValueError(
-            f"no whole safetensors file ({_shown(error)}); expected a router library, calibrate "
+            f"no whole safetensors file ({cause_of(error)}); expected a router library, calibrate "
             "again"
         ) from error
     if metadata.get("format") != FORMAT:
@@ -215,7 +216,8 @@ def _check_names(what: str, names: tuple[str, ...]) -> None:
 def _check_rates(rates: Mapping[str, PlanRates], domains: tuple[str, ...]) -> None:
     for domain, by_plan in rates.items():
         if domain and domain not in domains:
-            raise _error("rates", f"the domain {domain!r:.80}", f"one of {', '.join(domains)}")
+            raise _error("rates", f"the domain {quoted(domain)}",
+                         f"one of {_shown(', '.join(domains))}")  # fmt: skip
         for by_length in by_plan.values():
             for value in (v for pair in by_length.values() for v in pair):
                 if not (isinstance(value, (int, float)) and 0 <= value <= 1):
@@ -228,5 +230,5 @@ def _error(what: str, got: object, expected: object) -> ValueError:
 
 def _shown(value: object) -> str:
     """For a message: in one line, however hostile the file that it comes from."""
-    text = str(value)
-    return f"{text if text.isprintable() else repr(text):.200}"
+    is_plain = isinstance(value, str) and value.isprintable()
+    return f"{value:.{MAX_QUOTED}}" if is_plain else quoted(value)

@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,11 @@ import numba
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As a script's job in the background has it. Children would inherit that, but no handler: they
+    # get the default, and this process goes on ignoring it.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
 
 POISONED_PACKAGES = ("kernels", "engine")
 

@@ -13,14 +13,15 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import engine.chat
 from engine.params import SamplingParams, Speculative
 from engine.terminal import loading_progress
 from engine.types import CompletionOutput, RequestOutput, RequestStats, TokenEvent
-from router.route import Route, Router
+from router.route import Router
 
 Messages = Sequence[Mapping[str, str]]
 NUM_SLOW = 400
@@ -34,6 +35,22 @@ DRAFTED = RequestStats(
     drafted_by_position=(3, 3, 3),
     accepted_by_position=(3, 2, 2),
 )
+
+
+class FakeStream(Iterator[TokenEvent]):
+    """What `FakeLLM.stream` returns, as `engine.sequence.TokenStream`."""
+
+    events: Generator[TokenEvent, None, None]
+    route = None
+
+    def __init__(self, stats: RequestStats) -> None:
+        self.stats = stats
+
+    def __next__(self) -> TokenEvent:
+        return next(self.events)
+
+    def close(self) -> None:
+        self.events.close()
 
 
 class FakeLLM:
@@ -55,13 +72,11 @@ class FakeLLM:
         self.speculative = speculative
         self.int8_bytes = 0
         self.router: Router | None = None
-        self.last_route: Route | None = None
         # What resolve_plans looks at.
         self.model = SimpleNamespace(
             config=SimpleNamespace(num_layers=2),
             decode_ops=SimpleNamespace(is_row_invariant=True),
         )
-        self.last_stats: RequestStats | None = None
         self.asked: list[list[dict[str, str]]] = []
         self.params: SamplingParams | None = None
         self.num_closed = 0
@@ -74,16 +89,19 @@ class FakeLLM:
         self._messages[tuple(ids)] = messages
         return ids
 
-    def stream(
-        self, prompt: Sequence[int], params: SamplingParams | None = None
-    ) -> Iterator[TokenEvent]:
+    def stream(self, prompt: Sequence[int], params: SamplingParams | None = None) -> FakeStream:
         """`prompt` is what encode_chat has returned last for these lengths of words."""
-        params = params or SamplingParams()
+        stream = FakeStream(RequestStats(len(prompt), 2, 0, 0.25, 0.5, 6.0))
+        stream.events = self._events(prompt, params or SamplingParams(), stream)
+        return stream
+
+    def _events(
+        self, prompt: Sequence[int], params: SamplingParams, stream: FakeStream
+    ) -> Generator[TokenEvent, None, None]:
         messages = self._messages[tuple(prompt)]
         self._record(messages, params)
         how = self.speculative if params.speculative is None else params.speculative
         word = messages[-1]["content"].split()[-1]
-        num_tokens = 0
         pieces = self._pieces(word, params, how != "off")
         stop = "stop" if params.max_tokens is None or len(pieces) <= params.max_tokens else "length"
         is_slow = len(pieces) == NUM_SLOW
@@ -97,26 +115,27 @@ class FakeLLM:
                     continue
                 if is_slow:
                     time.sleep(0.05)
-                num_tokens += 1
+                stream.stats = replace(
+                    stream.stats, generated_tokens=stream.stats.generated_tokens + 1
+                )
                 is_last = index == len(pieces) - 1
+                if is_last and word == "drafted" and how != "off":
+                    stream.stats = DRAFTED
                 token_id = self._ids.setdefault(piece, len(self._ids))
                 is_drafted = how != "off" and index > 0
-                yield TokenEvent(
-                    token_id, piece, is_drafted, finish_reason=stop if is_last else None
-                )
+                end = {"finish_reason": stop, "stats": stream.stats} if is_last else {}
+                yield TokenEvent(token_id, piece, is_drafted, **end)
         finally:
             self.num_closed += 1
-            self.last_stats = RequestStats(len(prompt), 2, num_tokens, 0.25, 0.5, 6.0)
-            if word == "drafted" and how != "off":
-                self.last_stats = DRAFTED
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
         prompt = tuple(self.encode_chat(messages))
         events = list(self.stream(prompt, params))
-        assert self.last_stats is not None
+        stats = events[-1].stats
+        assert stats is not None
         text = "".join(event.text for event in events)
         answer = CompletionOutput(text, tuple(event.token_id for event in events), "stop")
-        return RequestOutput(prompt, (answer,), self.last_stats)
+        return RequestOutput(prompt, (answer,), stats)
 
     def _record(self, messages: Messages, params: SamplingParams | None) -> None:
         self.asked.append([dict(message) for message in messages])

@@ -43,3 +43,10 @@ def random_plan(num_layers: int, seed: int) -> DraftPlan:
     weights = (seed % 3, 1 + seed % 2, 3)
     sublayers = generator.choices((0, 8, 16), weights, k=2 * num_layers)
     return DraftPlan(f"random-{seed}", "self", tuple(sublayers))
+
+
+def record_streams(llm, monkeypatch):
+    """The streams of the requests that `llm` gets from now on."""
+    streams, stream = [], llm.stream
+    monkeypatch.setattr(llm, "stream", lambda *asked: streams.append(stream(*asked)) or streams[-1])
+    return streams

@@ -186,8 +186,8 @@ def test_the_library_routes_the_prompts_that_it_was_made_of(model, prompts, out)
         for text in texts:
             messages = [{"role": "user", "content": text}]
             answer = llm.chat(messages, params)
-            assert llm.last_route.domain == domain
-            assert llm.last_route.similarity == pytest.approx(1)  # every prompt is an anchor
+            assert answer.route.domain == domain
+            assert answer.route.similarity == pytest.approx(1)  # every prompt is an anchor
             assert answer.outputs == plain.chat(messages, params).outputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def refused(capsys, directory, out, *options):
 def test_prompts_are_read_by_domain(tmp_path):
     """Whatever else may end a line of text is a part of a prompt; empty lines are none."""
     text = '{"prompt": "a\\nb\u2028c\u0085"}\r\n\n {"prompt": " d ", "id": 5} \n\t\n{"prompt": "e"}'
-    directory = write_prompts(tmp_path, b=GOOD, a=text)
+    directory = write_prompts(tmp_path, b=f"\ufeff{GOOD}", a=text)
     (tmp_path / "other.json").write_text("{")
     assert read_prompts(directory, None) == {"a": ["a\nb\u2028c\u0085", " d ", "e"], "b": ["x"]}
     assert list(read_prompts(directory, None)) == ["a", "b"]
@@ -70,6 +71,9 @@ def test_folders_without_prompts_are_refused(tmp_path, out, capsys):
     assert "c.jsonl: cannot be read" in refused(capsys, directory, out, "--domains", "a,c")
     (directory / "b.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     assert "b.jsonl: cannot be read" in refused(capsys, directory, out)
+    (directory / "b.jsonl").unlink()
+    os.mkfifo(directory / "b.jsonl")
+    assert "b.jsonl: is no regular file" in refused(capsys, directory, out)
 
 
 @pytest.mark.parametrize("names", [["mix"], ["mix-int8"], ["a", "a-int8"], [" "], ["\x1b[31m"]])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import resource
+import subprocess
+import sys
+import zlib
 from contextlib import contextmanager
 
 import pytest
@@ -66,6 +70,11 @@ def written(path):
     fill(state)
     state.close()
     return path.read_bytes()
+
+
+def record(text):
+    """A line as the state writes it."""
+    return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def refused(path, settings=None):
@@ -128,7 +137,7 @@ def test_a_value_is_on_disk_before_the_next_one_is_made(path, synced):
     state = CalibrationState(path, SETTINGS)
 
     def on_disk():
-        return [json.loads(line).get("name") for line in path.read_bytes().splitlines()]
+        return [json.loads(line[9:]).get("name") for line in path.read_bytes().splitlines()]
 
     state.get("a", lambda: 1)
     assert state.get("b", on_disk) == [None, "a"]
@@ -170,7 +179,7 @@ def test_what_is_left_of_a_cut_line_is_gone_at_once(path):
     state = CalibrationState(path, SETTINGS)
     assert path.read_bytes() == data
     state.get("short", lambda: 1)
-    assert path.read_bytes() == data + b'{"name": "short", "value": 1}\n'
+    assert path.read_bytes() == data + record(b'{"name": "short", "value": 1}')
 
 
 def test_other_settings_are_refused_by_name(path):
@@ -219,6 +228,71 @@ def test_a_line_that_is_no_record_is_refused_by_its_number(path, line, at):
     assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize("is_whole", [True, False], ids=["bare", "with a checksum"])
+def test_what_is_no_record_is_refused_with_a_right_checksum_too(path, is_whole):
+    for text in (b"", b"{", b"[1]", b'{"name": "a"}', b"[" * 100_000):
+        path.write_bytes(written(path) + (text + b"\n" if is_whole else record(text)))
+        assert "is not of a calibration" in refused(path)
+        path.unlink()
+
+
+def test_a_changed_byte_is_noticed(path):
+    """A text where a number was, or another number: nobody can tell later."""
+    data = written(path)
+    for old, new in ((b"1.25", b'"25"'), (b"1.25", b"7.25"), (b'"0110"', b'"0100"'), (b"5", b"x")):
+        assert old in data
+        path.write_bytes(data.replace(old, new))
+        assert "damaged; delete the file" in refused(path)
+    for at in range(len(data)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        if at < len(data) - 1:  # the last newline: a line that was cut
+            refused(path)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from engine.calibration_state import CalibrationState
+state = CalibrationState(Path(sys.argv[1]), {"fingerprint": "f00"})
+state.get("a", lambda: 1)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_calibration_is_told_who_has_the_file(path):
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        data = path.read_bytes()
+        for settings in ({"fingerprint": "f00"}, SETTINGS):
+            message = refused(path, settings)
+            assert f"another calibration (process {holder.pid}) is at work" in message
+            assert path.read_bytes() == data
+        holder.kill()  # the lock goes with its process, however that ends
+        holder.wait()
+        state = CalibrationState(path, {"fingerprint": "f00"})
+        assert state.get("a", never) == 1
+        state.close()
+
+
+def test_a_file_that_was_removed_meanwhile_is_made_anew(path, monkeypatch):
+    """By the calibration that had it, between the moments of opening and of locking."""
+    lock, gone = fcntl.lockf, []
+
+    def late(file, how):
+        if not gone:
+            path.unlink()
+            gone.append(file)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    state = CalibrationState(path, SETTINGS)
+    state.get("a", lambda: 1)
+    state.close()
+    assert gone and CalibrationState(path, SETTINGS).get("a", never) == 1
+
+
 def test_settings_stand_in_the_first_line_only(path):
     header = written(path).splitlines(keepends=True)[0]
     path.write_bytes(header * 2)
@@ -227,22 +301,22 @@ def test_settings_stand_in_the_first_line_only(path):
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
-    assert "cannot be read: Is a directory" in refused(tmp_path / "folder")
+    assert "cannot be written: Is a directory" in refused(tmp_path / "folder")
     assert "cannot be written: No such file" in refused(tmp_path / "none" / "x.calibration")
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in refused(tmp_path / "pipe")
     (tmp_path / "file").write_text("")
     assert "cannot be written: Not a directory" in refused(tmp_path / "file" / "x.calibration")
 
 
 def test_a_file_that_may_not_be_written_is_named(path, monkeypatch):
     """By a patch, as the file modes do not bind root."""
-    data = written(path)
+    written(path)
 
-    def forbidden(self, mode):
+    def forbidden(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(type(path), "open", forbidden)
-    # What is only read stays as it was.
-    monkeypatch.setattr(type(path), "read_bytes", lambda self: data)
+    monkeypatch.setattr(os, "open", forbidden)
     assert "cannot be written: Permission denied" in refused(path)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from chat_process import FAKE, ROOT, asked, chat_env, run
 from fake_llm import FakeLLM
 from tiny import tiny_llm
 
@@ -31,37 +32,12 @@ from engine.repl import handle_input
 from engine.terminal import one_line, visible
 from models.plan import DraftPlan
 
-ROOT = Path(__file__).parent.parent
-FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]
-REAL = [sys.executable, "-m", "engine.chat"]
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
-    """The environment of a chat: its own state folder, no colour settings of the machine."""
-    kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    chosen = {
-        "PYTHONPATH": str(ROOT),
-        "XDG_STATE_HOME": str(tmp_path / "state"),
-        "FAKE_LOG": str(tmp_path / "asked.jsonl"),
-        "TERM": "xterm-256color",
-        "LANG": "C.UTF-8",
-        "PROMPT_TOOLKIT_NO_CPR": "1",
-    }
-    return {**kept, **chosen}
-
-
-def run(
-    command: list[str], env: dict[str, str], text: bytes = b""
-) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(command, input=text, env=env, cwd=ROOT, capture_output=True, timeout=60)
-
-
-def asked(env: dict[str, str]) -> list[list[str]]:
-    """The contents of the messages of each request so far."""
-    lines = Path(env["FAKE_LOG"]).read_text().splitlines()
-    return [[message["content"] for message in json.loads(line)] for line in lines]
+    return chat_env(tmp_path)
 
 
 @pytest.fixture
@@ -320,10 +296,14 @@ def test_saved_conversation_is_loaded_again(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     talk = Conversation("be brief")
     for content in ("first", "second"):
-        talk.add("user", content + " é\u4e2d\n")
+        talk.add("user", content + " é\u4e2d\r\n")  # what was said is kept as it was
         talk.add("assistant", "")
         save_conversation(talk, "fake", path)
         assert load_conversation(path) == talk
+        marked = tmp_path / "marked.json"
+        marked.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+        assert load_conversation(marked) == talk
+        marked.unlink()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [entry.name for entry in tmp_path.iterdir()] == ["talk.json"]
 

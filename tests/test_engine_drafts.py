@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -154,6 +156,17 @@ def test_costs_are_measured_once_and_kept_on_disk(profiles):
         '{"verify": [[1, NaN], [5, 1.0]]}',
         '{"x": -1.0}',
         '{"verify": [[2, 1.0], [5, 1.5]]}',
+        '{"verify": [[1, 1e-300], [5, 1e-300]]}',
+        '{"verify": [[1, 1.0], [5, 0.5]]}',
+        '{"verify": [[1, 1.0], [5, 1e300]]}',
+        '{"verify": [[1, 1.0], ["5", 1.5]]}',
+        '{"x": 1e-300}',
+        '{"x": 1e300}',
+        pytest.param("[" * 200_000, id="deep"),
+        pytest.param('{"x": ' + "[" * 200_000, id="deep value"),
+        pytest.param('{"x": 1' + "0" * 5000 + "}", id="long"),
+        "\ufeff{}",
+        "\x00",
     ],
 )
 def test_a_damaged_profile_is_measured_again(profiles, text):
@@ -168,6 +181,40 @@ def test_a_folder_that_cannot_be_written_is_no_error(profiles, tmp_path):
     path, measured = profiles
     path.parent.write_text("a file where the folder should be")
     assert tiny_llm(profile=True, speculative="ngram").costs.of_verify(1) == 1.0
+    assert measured
+
+
+def test_a_draft_that_costs_nothing_is_measured_again(profiles):
+    path, _ = profiles
+    tiny_llm(profile=True)
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {key: 1e-300 for key in stored if key != "verify"}))
+    again = tiny_llm(profile=True)
+    assert again.costs.of_draft(DraftPlan.int8(2)) > 1e-4
+    assert again.generate("x", GREEDY)[0].stats.generated_tokens == GREEDY.max_tokens
+
+
+def test_a_profile_that_cannot_be_read_is_measured_again(profiles, monkeypatch):
+    """A folder in its place, a pipe that nobody writes to, a folder of another user."""
+    path, measured = profiles
+    path.mkdir(parents=True)
+    tiny_llm(profile=True, speculative="ngram")
+    assert measured and [*path.parent.iterdir()] == [path], "a part is left"
+    path.rmdir()
+    os.mkfifo(path)
+    measured.clear()
+    tiny_llm(profile=True, speculative="ngram")
+    assert measured and path.is_file()
+    measured.clear()
+    honest = os.open
+
+    def denied(name, *how, **where):
+        if name == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return honest(name, *how, **where)
+
+    monkeypatch.setattr(os, "open", denied)
+    tiny_llm(profile=True, speculative="ngram")
     assert measured
 
 

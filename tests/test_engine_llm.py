@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from refusals import check_words, refusal
 from scipy.stats import chisquare
 from tiny import family_config, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
@@ -200,10 +201,50 @@ def test_closing_a_stream_frees_its_slot_and_keeps_the_cache_consistent():
     with pytest.raises(RuntimeError, match="max_sequences"):
         llm.generate("other", GREEDY)
     stream.close()
-    assert llm.last_stats.generated_tokens == 5
+    assert stream.stats.generated_tokens == 5
     whole = llm.generate("partial", GREEDY)[0]
     assert list(tokens(whole)[:5]) == part
     assert tokens(whole) == tokens(tiny_llm().generate("partial", GREEDY)[0])
+
+
+def test_no_more_logprobs_than_tokens_of_the_vocabulary():
+    llm = tiny_llm(family_config("llama2", vocab_size=16))
+    outputs = llm.generate([[1, 2]], SamplingParams(logprobs=16, max_tokens=2, ignore_eos=True))
+    assert all(len(found) == 16 for found in outputs[0].outputs[0].logprobs)
+    check_words(
+        refusal(llm.generate, [[1, 2]], SamplingParams(logprobs=17)),
+        "logprobs: got 17, expected at most the 16 tokens of the vocabulary",
+    )
+
+
+def test_what_a_request_cost_belongs_to_it_whatever_runs_beside_it(llm):
+    """On its last event, of its stream, and of an answer that is stopped early."""
+    alone = {p: tiny_llm().generate(p, GREEDY)[0].stats for p in PROMPTS}
+    found, barrier = {}, threading.Barrier(len(PROMPTS))
+
+    def work(prompt):
+        stream = llm.stream(prompt, GREEDY)
+        first = next(stream)
+        barrier.wait()  # every request has begun before one ends
+        *_, last = stream
+        barrier.wait()  # and all have ended before one is asked
+        stopped = llm.stream(prompt, GREEDY)
+        for _ in range(3):
+            next(stopped)
+        stopped.close()
+        found[prompt] = (first.stats, last.stats, stream.stats, stopped.stats)
+
+    threads = [threading.Thread(target=work, args=(p,)) for p in PROMPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for prompt, (early, last, whole, stopped) in found.items():
+        assert early is None and last == whole
+        counts = (whole.prompt_tokens, whole.generated_tokens, whole.reused_tokens)
+        assert counts == (alone[prompt].prompt_tokens, alone[prompt].generated_tokens, 0)
+        assert (stopped.prompt_tokens, stopped.generated_tokens) == (whole.prompt_tokens, 3)
+    assert len(found) == len(PROMPTS)
 
 
 def test_interleaved_streams_and_threads_do_not_disturb_each_other(llm):

@@ -25,10 +25,30 @@ def test_a_directory_answers_a_conversation(directory):
     done = []
     llm = LLM(directory, device="cpu", on_progress=lambda part, total: done.append((part, total)))
     assert (llm.device, llm.dtype, llm.max_length) == ("cpu", "float32", 256)
-    assert done and done[-1][0] == done[-1][1]
+    num_tensors = len({part for part, _ in done})
+    assert done[num_tensors:] == [done[num_tensors - 1]] * 4  # the later steps of the start
+    assert done[-1][0] == done[-1][1]
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     output = llm.chat([{"role": "user", "content": "hi"}], params)
     assert len(output.outputs[0].token_ids) == 8
+
+
+def test_what_the_callback_raises_ends_the_start(directory):
+    calls = []
+
+    def stop(done, total):
+        calls.append(done)
+        if len(calls) == wanted:
+            raise KeyboardInterrupt
+
+    wanted = 0
+    LLM(directory, device="cpu", profile=False, on_progress=stop)
+    num_calls = len(calls)
+    for wanted in (1, num_calls - 3, num_calls):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            LLM(directory, device="cpu", profile=False, on_progress=stop)
+        assert len(calls) == wanted
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -48,7 +48,7 @@ def say(llm, capsys):
 def test_plan_shows_the_route_and_the_runners_up(say, llm):
     assert say("/plan").startswith("no routed answer yet")
     say("Hello, world")
-    route = llm.last_route
+    route = say.repl.last_route
     lines = say("/plan").splitlines()
     assert lines[0].startswith(("routed to plan ", "rejected, default plan "))
     assert route.plan.name in lines[0] and f"distance ratio {route.ratio:.2f}" in lines[0]
@@ -138,7 +138,7 @@ def test_json_has_the_route(llm, monkeypatch, capsys):
         llm.use_library(library)
         assert engine.chat.main(["-p", "Hello", "--json", "--max-tokens", "4"]) == 0
         stats = json.loads(capsys.readouterr().out)["stats"]
-        route = llm.last_route
+        route = llm.chat([{"role": "user", "content": "Hello"}], GREEDY).route
         assert (stats["domain"], stats["similarity"]) == (route.domain, route.similarity)
         assert stats["is_rejected"] == route.is_rejected and stats["router_microseconds"] > 0
         assert stats["ratio"] == (None if math.isinf(route.ratio) else route.ratio)
@@ -147,6 +147,5 @@ def test_json_has_the_route(llm, monkeypatch, capsys):
 
 def test_a_fake_without_a_router_has_no_route_line(capsys):
     fake = FakeLLM()
-    fake.chat([{"role": "user", "content": "hello"}], GREEDY)
-    print_stats(fake.last_stats)
+    print_stats(fake.chat([{"role": "user", "content": "hello"}], GREEDY).stats)
     assert "route" not in capsys.readouterr().err

@@ -173,10 +173,12 @@ def test_an_answer_ends_at_every_offset_of_an_accepted_run(seed, monkeypatch):
 def test_events_say_which_tokens_were_drafted(monkeypatch):
     llm = small_llm()
     force_drafts(monkeypatch, lambda: 4)
-    events = list(llm.stream("from draft", replace(GREEDY, max_tokens=11, speculative=EVERYTHING)))
+    stream = llm.stream("from draft", replace(GREEDY, max_tokens=11, speculative=EVERYTHING))
+    events = list(stream)
     pattern = [False] + [True] * 4 + [False] + [True] * 4 + [False]
     assert [event.from_draft for event in events] == pattern
-    stats = llm.last_stats
+    stats = stream.stats
+    assert events[-1].stats == stats and not any(event.stats for event in events[:-1])
     assert (stats.rounds, stats.drafted, stats.accepted) == (2, 8, 8)
     assert stats.tokens_per_round == 5.0 and stats.acceptance_by_position == (1.0,) * 4
 
@@ -233,6 +235,6 @@ def test_a_stream_closed_in_mid_round_leaves_what_plain_decoding_leaves(taken, m
         stream.close()
         llm._pool._take_back()
         held.append(next(iter(llm._pool._free.values())))
-        stats.append(llm.last_stats)
+        stats.append(stream.stats)
     assert held[0] == held[1] and len(held[0]) == stats[0].prompt_tokens + taken - 1
     assert stats[0].generated_tokens == stats[1].generated_tokens == taken

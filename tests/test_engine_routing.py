@@ -41,8 +41,8 @@ def features_of(llm, prompts):
     llm.use_library(everything)
     found = []
     for prompt in prompts:
-        llm.generate(prompt, replace(GREEDY, max_tokens=1, speculative="auto"))
-        found.append(as_feature(llm.last_route.state_sum).cpu())
+        output = llm.generate(prompt, replace(GREEDY, max_tokens=1, speculative="auto"))[0]
+        found.append(as_feature(output.route.state_sum).cpu())
     llm.use_library(before.library if before else None)
     return torch.stack(found)
 
@@ -104,13 +104,14 @@ def test_each_sequence_of_a_batch_has_its_own_route(params, monkeypatch):
 def test_stats_say_what_the_router_decided(prompt):
     llm = routed_llm()
     plan = DOMAINS[prompt]
-    stats = llm.generate(prompt, GREEDY)[0].stats
+    output = llm.generate(prompt, GREEDY)[0]
+    stats = output.stats
     assert stats.domain == prompt[0] and not stats.is_rejected
     assert stats.similarity == pytest.approx(1, abs=1e-5) and stats.ratio > 1.5
     assert stats.plan == (f"{plan.name}+ngram" if plan.kind == "self" else plan.name)
     assert stats.router_microseconds > 0
     assert set(stats.rounds_by_plan) <= {"off", "ngram", plan.name}
-    assert llm.last_route.plan == plan and llm.last_stats == stats
+    assert output.route.plan == plan
 
 
 def test_the_plan_off_decodes_plainly():
@@ -164,19 +165,18 @@ def test_the_feature_does_not_depend_on_how_the_prompt_got_into_the_cache(monkey
     text = "The quick brown fox jumps over the lazy dog, twice: the quick brown fox jumps."
     params = replace(GREEDY, max_tokens=1)
     llm = routed_llm()
-    llm.generate(text, params)
-    expected = llm.last_route.state_sum
+    expected = llm.generate(text, params)[0].route.state_sum
     for chunk in (1, 7, 64):
         monkeypatch.setattr(engine.prefill, "CHUNK_TOKENS", chunk)
         other = routed_llm()
-        other.generate(text, params)
-        assert torch.equal(other.last_route.state_sum, expected), chunk
+        route = other.generate(text, params)[0].route
+        assert torch.equal(route.state_sum, expected), chunk
     for prefix in (text[:30], text[:60] + "and something else", text):
         other = routed_llm()
         other.generate(prefix, params)
-        stats = other.generate(text, params)[0].stats
-        assert stats.reused_tokens >= 30
-        assert torch.equal(other.last_route.state_sum, expected), prefix
+        output = other.generate(text, params)[0]
+        assert output.stats.reused_tokens >= 30
+        assert torch.equal(output.route.state_sum, expected), prefix
 
 
 def test_a_new_turn_is_routed_anew_from_the_whole_conversation(monkeypatch):
@@ -184,23 +184,23 @@ def test_a_new_turn_is_routed_anew_from_the_whole_conversation(monkeypatch):
     llm = routed_llm()
     force_drafts(monkeypatch, lambda: 3)
     first = llm.generate("abcabcabcab", GREEDY)[0]
-    before = llm.last_route
     ids = [*first.prompt_token_ids, *tokens(first), *byte_tokenizer().encode("z" * 90)]
     second = llm.generate([ids], GREEDY)[0]
     assert second.stats.reused_tokens >= len(first.prompt_token_ids) + len(tokens(first)) - 1
-    assert first.stats.drafted > 0 and llm.last_route != before
+    assert first.stats.drafted > 0 and second.route != first.route
     fresh = routed_llm()
-    assert fresh.generate([ids], GREEDY)[0].outputs == second.outputs
-    assert torch.equal(fresh.last_route.state_sum, llm.last_route.state_sum)
-    assert fresh.last_route == llm.last_route
+    third = fresh.generate([ids], GREEDY)[0]
+    assert third.outputs == second.outputs and third.route == second.route
+    assert torch.equal(third.route.state_sum, second.route.state_sum)
 
 
 @pytest.mark.parametrize("how", ["off", "ngram", "int8", SKIP], ids=str)
 def test_only_auto_is_routed(how):
     llm = routed_llm()
     llm.generate(PROMPTS[0], GREEDY)
-    stats = llm.generate(PROMPTS[0], replace(GREEDY, speculative=how))[0].stats
-    assert stats.domain == "" and stats.router_microseconds == 0 and llm.last_route is None
+    output = llm.generate(PROMPTS[0], replace(GREEDY, speculative=how))[0]
+    stats = output.stats
+    assert stats.domain == "" and stats.router_microseconds == 0 and output.route is None
     other = tiny_llm(speculative=how)
     other.use_library(llm.router.library)
     assert other.generate(PROMPTS[0], GREEDY)[0].stats.domain == ""

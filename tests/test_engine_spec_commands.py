@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from fake_llm import DRAFTED, FakeLLM
-from forced import force_drafts
+from fake_llm import FakeLLM
+from forced import force_drafts, record_streams
 from test_engine_repl import PROMPT, Chat
 from tiny import tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE
@@ -24,8 +24,6 @@ from engine.conversation import Comparison, Conversation, ask, compare_with_plai
 from engine.llm import LLM
 from engine.params import SamplingParams, Speculative
 from engine.repl import handle_input
-from engine.terminal import drafts_line, print_stats
-from engine.types import RequestStats
 from models.chat_template import ChatTemplate
 from models.plan import DraftPlan
 
@@ -313,10 +311,12 @@ def test_verify_with_a_real_engine(
         num_tokens = repl.last_stats.generated_tokens
         assert repl.last_stats.plan == "int8" and repl.last_stats.accepted > 0
         capsys.readouterr()
+        streams = record_streams(llm, monkeypatch)
         run_command(repl, "/verify")
         err = capsys.readouterr().err
         assert err.endswith(f"\nidentical ({num_tokens} tokens)\n"), err
-        assert llm.last_stats.drafted == 0 and llm.last_stats.generated_tokens == num_tokens
+        (plain,) = (stream.stats for stream in streams)
+        assert plain.drafted == 0 and plain.generated_tokens == num_tokens
 
 
 def test_verify_finds_what_a_lying_engine_says(
@@ -329,12 +329,13 @@ def test_verify_finds_what_a_lying_engine_says(
     wrong = next(i for i, event in enumerate(answer.events) if i and not event.from_draft)
     token_id = answer.events[wrong].token_id
     capsys.readouterr()
+    streams = record_streams(liar, monkeypatch)
     run_command(repl, "/verify")
     err = capsys.readouterr().err
     place = f"different at token {wrong + 1} of {len(answer.events)}: "
     assert place in err and f"(id {token_id}) in the answer, " in err, err
     assert f"(id {token_id ^ 1}) without drafts\n" in err
-    assert liar.last_stats.generated_tokens == wrong + 1, "it stops at the difference"
+    assert streams[0].stats.generated_tokens == wrong + 1, "it stops at the difference"
 
 
 def test_comparison_ends_with_a_part_of_an_answer(
@@ -344,43 +345,13 @@ def test_comparison_ends_with_a_part_of_an_answer(
     checks: Iterator[bool] = iter([False] * 5 + [True])
     answer = ask(llm, QUESTION, replace(SAMPLED, seed=1), lambda text: None, lambda: next(checks))
     assert (len(answer.events), answer.finish_reason) == (5, None)
+    streams = record_streams(llm, monkeypatch)
     assert compare_with_plain(llm, answer) == Comparison(5)
-    assert llm.last_stats.generated_tokens == 5
     assert compare_with_plain(llm, answer, lambda: True) == Comparison(1)
-    assert llm.last_stats.generated_tokens == 1
+    assert [stream.stats.generated_tokens for stream in streams] == [5, 1]
     other = replace(answer.events[0], token_id=answer.events[0].token_id ^ 1)
     comparison = compare_with_plain(llm, replace(answer, events=(other, *answer.events[1:])))
     assert (comparison.num_same, comparison.is_different) == (0, True), "by id, not by text"
-
-
-def test_drafts_line() -> None:
-    line = "drafts int8+ngram: 77% of 9 accepted, 2.75 tokens/round; by position 1.0 .66 .66"
-    assert drafts_line(DRAFTED) == line
-    assert drafts_line(DRAFTED, 310_400_000) == f"{line}, int8 310 MB"
-    long = replace(
-        DRAFTED,
-        plan="p\u202e" * 40,
-        generated_tokens=2001,
-        rounds=200,
-        drafted=16_000,
-        accepted=15_999,
-        drafted_by_position=(1000,) * 16,
-        accepted_by_position=(1000, 999, *range(13, 0, -1), 0),
-    )
-    shown = drafts_line(long, 12_000_000_000)
-    assert "99% of 16000" in shown and "1.0 .99 .01 .01 .01.., int8 12000 MB" in shown
-    assert len(shown) <= 120
-    assert len(drafts_line(replace(long, plan="int8+ngram"))) <= 100
-
-
-def test_statistics_take_a_second_line_only_for_drafts(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = RequestStats(5, 2, 12, 0.25, 0.5, 22.0, plan="ngram", rounds=11)
-    for stats, num_lines in ((DRAFTED, 2), (plain, 1), (replace(DRAFTED, drafted=0), 1), (None, 1)):
-        print_stats(stats, 1_000_000)
-        err = capsys.readouterr().err
-        assert err.count("\n") == num_lines, err
-        assert ("int8 1 MB" in err) == (num_lines == 2)
-        assert all(len(line) <= 105 for line in err.splitlines())
 
 
 def test_json_has_the_statistics_of_drafts(
@@ -389,7 +360,9 @@ def test_json_has_the_statistics_of_drafts(
     force_drafts(monkeypatch, lambda: 3)
     monkeypatch.setattr(engine.chat, "load_llm", lambda args: llm)
     assert engine.chat.main(["-p", "abcabc", "--json", "--max-tokens", "12"]) == 0
-    stats, known = json.loads(capsys.readouterr().out)["stats"], llm.last_stats
+    stats = json.loads(capsys.readouterr().out)["stats"]
+    question = [{"role": "user", "content": "abcabc"}]
+    known = llm.chat(question, SamplingParams(temperature=0, max_tokens=12)).stats
     assert stats["plan"] == "int8" and stats["rounds"] == known.rounds > 0
     assert stats["drafted"] == sum(stats["drafted_by_position"]) > 0
     assert stats["accepted"] == sum(stats["accepted_by_position"]) == known.accepted > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,8 @@ def test_load_plan_reads_both_forms(convert: Callable[[Path], Any], tmp_path: Pa
         assert load_plan(convert(path), 3) == plan
     path.write_text(GSM8K)
     assert load_plan(convert(path), 30).skipped_mlp == (2, 5)
+    path.write_bytes(b"\xef\xbb\xbf" + GSM8K.replace(" ", " \r\n").encode())
+    assert load_plan(convert(path), 30).skipped_mlp == (2, 5)
     path.write_text('{"kind": {"attention": [1], "mlp": []}}')  # a domain of that name
     assert load_plan(convert(path), 2) == DraftPlan("kind", "self", (16, 16, 0, 16))
 
@@ -342,7 +345,7 @@ TWO = json.dumps({"gsm8k": {"attention": [], "mlp": []}, "wmt": {"attention": []
         (b'{"gsm8k": [1]}', ("skip set 'gsm8k'", "got a list")),
         (b'{"name": "x", "knd": "off"}', ("the key 'knd'", "name, kind")),
         (b'{"name": "x", "kind": "off", "sublayers": {}}', ("sublayers", "got a dict")),
-        (NGRAM.to_json().encode().ljust(MAX_FILE_BYTES + 1), ("larger than 1 MB",)),
+        (NGRAM.to_json().encode().ljust(MAX_FILE_BYTES + 1), ("has over", "expected at most")),
     ],
 )
 def test_load_plan_refuses_in_one_line_with_the_path(
@@ -365,3 +368,5 @@ def test_load_plan_names_a_path_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "missing.json"
     for path, cause in ((missing, "No such file"), (tmp_path, "directory")):
         check_words(refusal(load_plan, path, 2), str(path), "cannot be read", cause)
+    os.mkfifo(tmp_path / "pipe")  # nobody ever writes into it
+    check_words(refusal(load_plan, tmp_path / "pipe", 2), "is no regular file")
