@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from router.library import RouterLibrary
 from router.route import Router
 
 Prompt = str | Sequence[int]
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 MAX_SEED = 2**63 - 1
 
 
@@ -189,17 +190,14 @@ class LLM:
     def encode_chat(self, messages: Messages) -> list[int]:
         """The conversation as the model's chat template writes it, in token ids.
 
-        Raises ValueError for a model without a template, or messages it refuses.
+        Raises ValueError for a model without a template, one that cannot be used, or messages
+        that it refuses.
         """
         if self._chat_template is None:
             raise ValueError(
                 f"{self.model_name} has no chat template; use generate() with a plain prompt"
             )
-        text = self._chat_template.render(
-            messages,
-            bos_token=self._tokenizer.bos_token,
-            eos_token=self._tokenizer.eos_token,
-        )
+        text = self._chat_template.render(messages)
         # The template writes the special tokens itself.
         return self._tokenizer.encode(text, add_special_tokens=False)
 

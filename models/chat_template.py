@@ -6,100 +6,117 @@ the sandbox of `template_sandbox`, on a budget that grows only with the messages
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
+from models.chat_messages import plain_messages
+from models.messages import cause_of, quoted
+from models.model_files import find_file, read_bounded, read_json
+from models.special_tokens import special_tokens
 from models.template_meter import CHARS_PER_UNIT, METER, Meter
-from models.template_sandbox import TemplateSandbox, add_meters
+from models.template_sandbox import TemplateSandbox
+from models.template_tree import add_meters, check_size
 
-# Characters. Published templates have up to about 30,000; compiling takes seconds per million.
+# Characters. Published templates have up to about 30,000.
 MAX_SOURCE = 1 << 16
-MAX_CONTENT = 1 << 24  # characters of all messages together
+_MAX_FILE = 1 << 20  # bytes
+_NAMED_TEMPLATES = "additional_chat_templates"  # a folder
 
 _BASE_UNITS = 300_000
 # What a template may do with the text it is given: so many passes over all of it.
 _PASSES = 64
 
+_REMEDY = "use another template or a plain prompt"
+
 # What template code can raise; Jinja does not wrap Python's own errors.
 _TEMPLATE_FAILURES = (
     TemplateError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
+    ImportError,
     LookupError,
     MemoryError,
+    NameError,
+    OSError,
     RuntimeError,
+    StopIteration,
     SyntaxError,
+    SystemError,
     TypeError,
     ValueError,
 )
 
 
 class ChatTemplate:
-    """One model's chat template, compiled. Rendering is safe from several threads."""
+    """One model's chat template. Rendering is safe from several threads."""
 
-    def __init__(self, text: str, source: str) -> None:
-        """`source` names the template in errors. Raises ValueError when it cannot be compiled."""
-        self.text = text
+    def __init__(
+        self, template: object, source: str, named_tokens: Mapping[str, str] | None = None
+    ) -> None:
+        """A template as a model's files give it; no more is asked of it before it is rendered.
+
+        template: its text, the bytes of its file, or several by name, of which the one named
+            "default" is taken: a dictionary, or a list of {"name", "template"}.
+        source: names the template in errors.
+        named_tokens: what the template finds under names such as "bos_token".
+        """
         self.source = source
-        if len(text) > MAX_SOURCE:
-            raise ValueError(
-                f"{source}: the chat template has {len(text)} characters, expected at most "
-                f"{MAX_SOURCE}"
-            )
-        environment = TemplateSandbox()
-        try:
-            tree = environment.parse(text)
-            self._num_nodes = add_meters(tree, environment)
-            self._template: Template = environment.from_string(tree)
-        except _TEMPLATE_FAILURES as error:
-            raise ValueError(
-                f"{source}: the chat template cannot be read: {_cause(error)}"
-            ) from error
+        self._given = template
+        self._named_tokens = dict(named_tokens or {})
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        add_generation_prompt: bool = True,
-        bos_token: str = "",
-        eos_token: str = "",
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> str:
         """The prompt for `messages`, each with "role" and "content".
 
         `add_generation_prompt` ends it with the header of the assistant's answer. Raises ValueError
-        for malformed messages, and when the template fails, refuses the messages, touches
-        something forbidden or runs out of its budget.
+        for malformed messages, and when the template cannot be compiled, fails, refuses the
+        messages, touches something forbidden or runs out of its budget.
         """
-        plain = _plain_messages(messages)
-        size = sum(len(text) for message in plain for text in message.values())
-        if size > MAX_CONTENT:
-            raise ValueError(f"the messages have {size} characters, expected at most {MAX_CONTENT}")
-        per_call = 4 + self._num_nodes // 2
+        plain, size = plain_messages(messages)
+        template, num_nodes = self._compiled
+        per_call = 4 + num_nodes // 2
         # A giant template earns no more from a message than a published one does.
         per_message = min(per_call, 1000)
         units = _BASE_UNITS + _PASSES * (size // CHARS_PER_UNIT + len(plain) * per_message)
         values = {
+            **self._named_tokens,
             "messages": plain,
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            "bos_token": bos_token,
-            "eos_token": eos_token,
         }
         try:
-            return copy_context().run(self._run, Meter(units, per_call), values)
+            return copy_context().run(_run, template, Meter(units, per_call), values)
         except _TEMPLATE_FAILURES as error:
             raise ValueError(f"{self.source}: the chat template failed: {_cause(error)}") from error
 
-    def _run(self, meter: Meter, values: Mapping[str, Any]) -> str:
-        METER.set(meter)
-        return self._template.render(values)
+    @cached_property
+    def _compiled(self) -> tuple[Template, int]:
+        """The template, and how many nodes it has."""
+        text = _text_of(self._given, self.source)
+        if len(text) > MAX_SOURCE:
+            raise ValueError(
+                f"{self.source}: the chat template has {len(text)} characters, expected at most "
+                f"{MAX_SOURCE}; {_REMEDY}"
+            )
+        environment = TemplateSandbox()
+        try:
+            tree = environment.parse(text)
+            check_size(tree)
+            num_nodes = add_meters(tree, environment)
+            return environment.from_string(tree), num_nodes
+        except _TEMPLATE_FAILURES as error:
+            raise ValueError(
+                f"{self.source}: the chat template cannot be read: {_cause(error)}; {_REMEDY}"
+            ) from error
 
 
 def load_chat_template(
@@ -107,78 +124,72 @@ def load_chat_template(
 ) -> ChatTemplate | None:
     """The chat template of a model directory or a GGUF file; None when it has none.
 
-    Looked for in chat_template.jinja, then in tokenizer_config.json (of several the one named
-    "default"), then in the GGUF metadata. Raises ValueError when what is found is no template.
+    Looked for in the order of Hugging Face: chat_template.jinja and the folder
+    additional_chat_templates, tokenizer_config.json, chat_template.json; then in the GGUF
+    metadata. Raises ValueError for a file that is not inside the model, too long or not readable;
+    what is wrong with the template itself is an error of rendering, so that the model can be used
+    without it.
     """
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8 text ({error})") from error
-    config = path / "tokenizer_config.json"
-    if config.is_file():
-        text = _configured(config)
-        if text is not None:
-            return ChatTemplate(text, str(config))
-    stored = None if gguf_metadata is None else gguf_metadata.get("tokenizer.chat_template")
-    if stored is None:
-        return None
-    if not isinstance(stored, str):
-        raise ValueError(
-            f"{path}: tokenizer.chat_template must be a string, got {type(stored).__name__}"
-        )
-    return ChatTemplate(stored, str(path))
+    found = _template_files(path)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        file = find_file(path, name) if found is None else None
+        value = None if file is None else read_json(file).get("chat_template")
+        if value is not None:
+            found = value, str(file)
+    if found is None and gguf_metadata is not None:
+        value = gguf_metadata.get("tokenizer.chat_template")
+        found = None if value is None else (value, str(path))
+    return None if found is None else ChatTemplate(*found, special_tokens(path, gguf_metadata))
 
 
-def _configured(config: Path) -> str | None:
-    """`chat_template` of tokenizer_config.json: a string, or a list of {"name", "template"}."""
-    try:
-        value = json.loads(config.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config}: not readable JSON ({error})") from error
-    value = value.get("chat_template") if isinstance(value, dict) else None
-    if isinstance(value, list):
-        named = {
-            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
+def _template_files(path: Path) -> tuple[object, str] | None:
+    """The .jinja files of a directory, by name where there are several, and what to call them."""
+    file = find_file(path, "chat_template.jinja")
+    folder = path / _NAMED_TEMPLATES
+    names = [each.stem for each in folder.glob("*.jinja")] if folder.is_dir() else []
+    if "default" in names:
+        file = find_file(path, "default.jinja", _NAMED_TEMPLATES)
+    if file is not None:
+        return read_bounded(file, _MAX_FILE), str(file)
+    return (dict.fromkeys(names), str(folder)) if names else None
+
+
+def _text_of(template: object, source: str) -> str:
+    if isinstance(template, list):
+        template = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
         }
-        if "default" not in named:
+    if isinstance(template, dict):
+        if "default" not in template:
             raise ValueError(
-                f"{config}: chat_template lists {sorted(map(str, named))}, expected one named "
-                "'default'"
+                f"{source}: has the chat templates {quoted(sorted(template))}, expected one named "
+                f"'default'; {_REMEDY}"
             )
-        value = named["default"]
-    if value is not None and not isinstance(value, str):
+        template = template["default"]
+    if isinstance(template, bytes):
+        try:
+            return template.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source}: is not UTF-8 text: {cause_of(error)}") from error
+    if not isinstance(template, str):
         raise ValueError(
-            f"{config}: chat_template must be a string or a list of named templates, got "
-            f"{type(value).__name__}"
+            f"{source}: chat_template must be a string or a list of named templates, got "
+            f"{quoted(template)}; {_REMEDY}"
         )
-    return value
+    return template
 
 
-def _plain_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Copies made of plain strings: a template must not meet objects with methods of their own."""
-    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(
-            f"messages must be a non-empty list of role and content, got {str(messages)[:80]!r}"
-        )
-    plain = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ValueError(
-                f"messages[{index}] must be a mapping with role and content, got "
-                f"{type(message).__name__}"
-            )
-        for key in ("role", "content", *message):
-            if not isinstance(key, str) or not isinstance(message.get(key), str):
-                raise ValueError(
-                    f"messages[{index}][{key!r}] must be a string, got "
-                    f"{type(message.get(key)).__name__}"
-                )
-        plain.append({str(key): str(value) for key, value in message.items()})
-    return plain
+def _run(template: Template, meter: Meter, values: Mapping[str, Any]) -> str:
+    METER.set(meter)
+    return template.render(values)
 
 
 def _cause(error: BaseException) -> str:
-    place = getattr(error, "lineno", None)
-    return f"{type(error).__name__}: {error}" + (f" (line {place})" if place else "")
+    """The error's type, what it says, and where in the template that is."""
+    message = getattr(error, "message", None)  # Jinja's, without the place, which str() appends
+    said = cause_of(error if message is None else TemplateError(message))
+    place = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+    kind = type(error).__name__
+    return (kind if said == kind else f"{kind}: {said}") + place

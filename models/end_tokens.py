@@ -40,12 +40,7 @@ def _end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
         {"role": "assistant", "content": _ANSWER},
     ]
     try:
-        text = template.render(
-            messages,
-            add_generation_prompt=False,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-        )
+        text = template.render(messages, add_generation_prompt=False)
         _, answer, rest = text.rpartition(_ANSWER)
         token_ids = tokenizer.encode(rest if answer else "", add_special_tokens=False)
     except ValueError:  # a template may refuse these messages: then it has nothing to say here

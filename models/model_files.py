@@ -20,8 +20,8 @@ MAX_JSON = 64 << 20  # bytes of an index, a configuration, a tokenizer.json
 _MAX_NAME = 255  # bytes, what Linux allows
 
 
-def file_inside(directory: Path, name: str) -> Path:
-    """`directory / name`, if `name` is a bare file name and its file lies inside the model.
+def file_inside(directory: Path, name: str, folder: str = "") -> Path:
+    """`directory / folder / name`, if `name` is a bare file name whose file is inside the model.
 
     Inside means the directory itself; for a snapshot in the hub's cache, whose files are links to
     `../../blobs`, that repository's cache folder; and for a folder that the hub's older downloader
@@ -36,7 +36,7 @@ def file_inside(directory: Path, name: str) -> Path:
     root = directory.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         root = root.parent.parent
-    path = directory / name
+    path = directory / folder / name
     target = Path(os.path.realpath(path))  # unlike resolve, it does not raise for a loop of links
     if not target.is_relative_to(root) and not _is_model_in_hub_cache(target):
         raise ValueError(
@@ -63,9 +63,10 @@ def hub_cache() -> str:
     return os.path.expandvars(os.path.expanduser(os.environ.get("HF_HUB_CACHE", old)))
 
 
-def find_file(directory: Path, name: str) -> Path | None:
-    """`file_inside`, or None where the directory has nothing of that name."""
-    return file_inside(directory, name) if os.path.lexists(directory / name) else None
+def find_file(directory: Path, name: str, folder: str = "") -> Path | None:
+    """`file_inside`, or None where the folder has nothing of that name."""
+    is_there = os.path.lexists(directory / folder / name)
+    return file_inside(directory, name, folder) if is_there else None
 
 
 @contextmanager

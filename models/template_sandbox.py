@@ -1,136 +1,115 @@
 """A Jinja environment for templates of strangers: no code to reach, and a budget to run on.
 
-Jinja's sandbox keeps a template away from Python's internals; it is no limit on time or memory
-('a' * 10**9 fills a gigabyte). So every operation that costs more than a constant pays for itself
-out of a budget before it runs: loops for each turn, strings for their length, lists for what is
-in them. A chat template needs a small part of the budget, a bomb ends within a second.
-What no chat template needs (`center`, `lipsum`, `ljust`, ...) is not there at all.
+A template finds what it finds in Hugging Face's environment, which is Jinja's sandbox. That keeps
+it away from Python's internals; it is no limit on time or memory ('a' * 10**9 fills a gigabyte).
+So every operation that costs more than a constant pays for itself out of a budget before it runs:
+loops for each turn, strings for their length, lists for what is in them, and by `template_prices`
+what costs more than that. A chat template needs a small part of the budget, a bomb ends within a
+second.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from functools import wraps
+from functools import update_wrapper, wraps
 from typing import Any, NoReturn, cast
 
-from jinja2 import Environment, nodes
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context, LoopContext, Macro, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
+from jinja2.sandbox import (
+    ImmutableSandboxedEnvironment,
+    SandboxedEscapeFormatter,
+    SandboxedFormatter,
+    modifies_known_mutable,
+)
+from jinja2.utils import Namespace, generate_lorem_ipsum
+from markupsafe import Markup
 
+from models import template_prices
 from models.template_meter import CHARS_PER_UNIT, METER, pay, pay_outside, steps
-
-_MAX_INT_BITS = 1 << 14
-_MAX_LAYOUT = 16  # numbers and strings that say how wide something is printed
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_FILTERS = _words(
-    "abs attr capitalize count d default dictsort e escape first float format indent int items "
-    "join last length list lower map max min reject rejectattr replace reverse round safe select "
-    "selectattr sort string title trim unique upper wordcount"
-)
 # These look at no more than the outside of their arguments; all others pay for everything inside.
-_SHALLOW_FILTERS = _words(
-    "attr count d default first items last length list map reject rejectattr reverse safe select "
-    "selectattr"
+_SHALLOW = _words(
+    "attr batch count d default first items last length list map random reject rejectattr reverse "
+    "safe select selectattr slice"
 )
-_ITERATING_FILTERS = _words("list map max min reject rejectattr select selectattr sort unique join")
+_ITERATING = _words(
+    "batch groupby join list map max min reject rejectattr select selectattr slice sort sum unique "
+    "urlencode"
+)
 _METERED_TESTS = _words(
-    "in == eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le lower upper"
+    "in == eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le lower upper even odd "
+    "divisibleby"
 )
-_METHODS = {
-    str: _words(
-        "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal "
-        "isdigit islower isnumeric isspace istitle isupper join lower lstrip partition "
-        "removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines "
-        "startswith strip swapcase title upper"
-    ),
-    dict: _words("copy get items keys values"),
-    list: _words("copy count index"),
-    tuple: _words("count index"),
-}
-_CLOSED_TYPES = (int, float, complex, bytes, bytearray, set, frozenset, type)
+# Methods that take the same time however large their owner is, and those that read all in it.
+_CONSTANT = _words("get items keys values")
+_READING = _words("count index")
 
-_WIDE_PERCENT = re.compile(r"%[^%a-zA-Z]*(\*|\d{3})")
-_WIDE_BRACES = re.compile(r"\d{3}|\{[^{}]+\{")
+_AROUND = _words("_loop_vars _block_vars")
+
 _WIDE_STRFTIME = re.compile(r"%[^a-zA-Z%]*\d")
-
-
-def _refuse(what: str) -> NoReturn:
-    raise SecurityError(f"the template uses {what}, which is not allowed")
-
-
-def _check_layout(values: Iterable[Any]) -> None:
-    """Refuses widths and fillings that make text long out of nothing."""
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            _check_layout(value)
-        size = len(value) if isinstance(value, str) else value
-        if isinstance(size, (int, float)) and not -_MAX_LAYOUT <= size <= _MAX_LAYOUT:
-            _refuse(f"a width or an indentation over {_MAX_LAYOUT}")
 
 
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter or test of Jinja that pays first. Jinja marks those that take its context first."""
     at = 1 if hasattr(function, "jinja_pass_arg") else 0
+    price = template_prices.FILTERS.get(name)
 
     @wraps(function)
     def paying(*args: Any, **kwargs: Any) -> Any:
         meter = METER.get()
         given = [*args]
-        value = given[at]
-        if name in _ITERATING_FILTERS and not isinstance(value, (str, Undefined)):
-            value = steps(value)
-            # Joining repeats the separator, sorting and the like keep what they have seen.
-            given[at] = value if name in _SHALLOW_FILTERS else list(value)
+        if name in _ITERATING:
+            given[at] = _paid_items(name, given[at], (*given[at + 1 :], *kwargs.values()))
         for argument in (*given[at:], *kwargs.values()):
-            if name in _SHALLOW_FILTERS:
+            if name in _SHALLOW:
                 pay_outside(argument)
             else:
-                meter.spend(meter.cost(argument))
-        _check_filter(name, given[at:], kwargs)
+                pay(argument)
+        if price is not None:
+            meter.spend(price(*given[at:], **kwargs))
         return pay_outside(function(*given, **kwargs))
 
     return paying
 
 
-def _check_filter(name: str, args: list[Any], kwargs: Mapping[str, Any]) -> None:
-    rest = [*args[1:], *kwargs.values()]
-    if name in ("indent", "round", "tojson"):
-        _check_layout(rest)
-    elif name == "format":
-        _check_percent(str(args[0]), rest)
-    elif name == "replace":
-        _pay_replacing(str(args[0]), rest)
-    elif name == "join":
-        METER.get().spend(len(args[0]) * METER.get().cost(*rest) if rest else 0)
+def _paid_items(name: str, value: Any, options: Iterable[Any]) -> Any:
+    """What an iterating filter goes through: `value`, where each item is paid for."""
+    if isinstance(value, (str, Undefined)) or not isinstance(value, Iterable):
+        return value
+    if name == "urlencode" and isinstance(value, dict):
+        return value
+    # An attribute such as "a.b.0,c" is looked up step by step, in every item.
+    paths = [option for option in options if isinstance(option, str)]
+    items = steps(value, 1 + sum(path.count(".") + path.count(",") for path in paths))
+    return items if name in _SHALLOW else list(items)
 
 
-def _pay_replacing(text: str, args: list[Any]) -> None:
-    """Replacing is paid for at its worst: every place found, or every gap between characters."""
-    words = [value for value in args if isinstance(value, str)]
-    if len(words) != 2:
-        _refuse("replace without two strings")
-    places = text.count(words[0]) if words[0] else len(text) + 1
-    METER.get().spend(places * len(words[1]) // CHARS_PER_UNIT)
+class _PayingFormatter(SandboxedFormatter):
+    """`str.format`, where each field pays for its value and its width."""
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        return super().convert_field(value if conversion is None else pay(value), conversion)
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        widths = sum(int(width) for width in re.findall(r"\d+", format_spec))
+        METER.get().spend(widths // CHARS_PER_UNIT)
+        return super().format_field(pay(value), pay(format_spec))
 
 
-def _check_percent(text: str, args: Iterable[Any]) -> None:
-    """`'%5d' % x`: named fields can print an argument many times over."""
-    if _WIDE_PERCENT.search(text):
-        _refuse("a width of three digits in a format")
-    meter = METER.get()
-    meter.spend((1 + text.count("%")) * meter.cost(*args))
+class _PayingEscapeFormatter(_PayingFormatter, SandboxedEscapeFormatter):
+    """The same for text that is marked as safe in HTML."""
 
 
 class _NamedValues(Namespace):
@@ -152,7 +131,17 @@ class _NamedValues(Namespace):
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or name.startswith("_"):
-        _refuse(f"the name {name!r} in a namespace")
+        template_prices.refuse("a name in a namespace that is no text or begins with _")
+
+
+class _Dict:
+    """`dict` with no more to it than making dictionaries, as in Hugging Face."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 class _GenerationTag(Extension):
@@ -179,15 +168,14 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             optimized=False,
             extensions=["jinja2.ext.loopcontrols", _GenerationTag],
         )
-        kept = {name: call for name, call in self.filters.items() if name in _FILTERS}
-        kept["tojson"] = _to_json
-        self.filters = {name: _metered(name, call) for name, call in kept.items()}
+        self.filters["tojson"] = _to_json
+        self.filters = {name: _metered(name, call) for name, call in self.filters.items()}
         self.filters.update({"_pay": pay, "_pay_outside": pay_outside, "_steps": steps})
         for name in _METERED_TESTS:
             self.tests[name] = _metered(name, cast(Callable[..., Any], self.tests[name]))
-        del self.globals["lipsum"]
         self.globals.update(
-            dict=_make_dict,
+            dict=_Dict(),
+            lipsum=_lipsum,
             namespace=_NamedValues,
             raise_exception=_raise_exception,
             strftime_now=_strftime_now,
@@ -196,121 +184,84 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if type(obj) is _NamedValues:  # what it holds is the template's own
             return not attr.startswith("_")
-        for kind, methods in _METHODS.items():
-            if isinstance(obj, kind):
-                return attr in methods
-        return not isinstance(obj, _CLOSED_TYPES) and super().is_safe_attribute(obj, attr, value)
+        return not isinstance(obj, type) and super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        _refuse(f"{attribute!r} of {type(obj).__name__!r}")
+        if modifies_known_mutable(obj, attribute):  # a template may ask whether it is defined
+            return super().unsafe_undefined(obj, attribute)
+        template_prices.refuse(f"{attribute!r} of {type(obj).__name__!r}")
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         # Looking a nested tuple up in a dictionary hashes all of it.
         return super().getitem(obj, pay(argument) if isinstance(argument, tuple) else argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        formatted = super().wrap_str_format(value)
-        if formatted is None:
+        if super().wrap_str_format(value) is None:
             return None
-        text = str(value.__self__)
+        text = value.__self__
+        formatter = (
+            _PayingEscapeFormatter(self, escape=text.escape)
+            if isinstance(text, Markup)
+            else _PayingFormatter(self)
+        )
 
-        @wraps(formatted)
-        def paying(*args: Any, **kwargs: Any) -> str:
-            if _WIDE_BRACES.search(text):
-                _refuse("a width of three digits, or one that is itself a field, in a format")
-            meter = METER.get()
-            meter.spend((1 + text.count("{")) * meter.cost(text, args, kwargs))
-            result: str = formatted(*args, **kwargs)
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            if value.__name__ == "format_map":
+                (kwargs,), args = args, ()
+            result: str = type(text)(formatter.vformat(pay(text), args, kwargs))
             return result
 
-        return paying
+        return update_wrapper(formatted, value)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        meter = METER.get()
+        # Subtracting sets hashes what is in them.
+        is_deep = operator == "-"
+        for side in (left, right):
+            pay(side) if is_deep else pay_outside(side)
         bits = [abs(side).bit_length() for side in (left, right) if isinstance(side, int)]
-        if operator == "%" and isinstance(left, str):
-            _check_percent(left, [right])
+        if operator == "%" and isinstance(left, (str, bytes)):
+            meter.spend(template_prices.percent(left, right))
         elif operator == "*" and len(bits) == 2:
-            _check_bits(sum(bits))
+            template_prices.check_bits(sum(bits))
         elif operator == "*" and bits:
             times, value = (left, right) if isinstance(left, int) else (right, left)
-            if isinstance(value, (str, list, tuple)):
-                METER.get().spend(1 + max(times, 0) * (1 + len(value)) // CHARS_PER_UNIT)
+            if isinstance(value, (str, bytes, list, tuple)):
+                meter.spend(times * (1 + len(value)) // CHARS_PER_UNIT)
         elif operator == "**" and len(bits) == 2:
-            _check_bits(bits[0] * abs(right))
-        pay_outside(left)
-        return pay_outside(super().call_binop(context, operator, left, pay_outside(right)))
+            template_prices.check_bits(bits[0] * abs(right))
+        return pay_outside(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls pay for their arguments; a macro's are only names, but its body is long."""
         meter = METER.get()
-        owner = getattr(__obj, "__self__", None)
-        if isinstance(__obj, Macro):
-            meter.spend(meter.unit_per_call)
+        if isinstance(__obj, (Macro, BlockReference)):
+            meter.spend(meter.unit_per_call + len(args) + len(kwargs))
         elif isinstance(__obj, LoopContext):
             args = tuple(steps(arg, meter.unit_per_call) for arg in args)
-        elif isinstance(owner, (str, list, tuple, dict)):
-            args = _pay_method(__obj.__name__, owner, args)
         else:
-            meter.spend(4 + meter.cost(args, kwargs))
+            # What a function takes from a generator is paid for as well: it may keep or hash it.
+            args = tuple(list(steps(arg)) if isinstance(arg, Iterator) else arg for arg in args)
+            # Compiled code adds the variables of loops and blocks around the call.
+            given = {name: arg for name, arg in kwargs.items() if name not in _AROUND}
+            meter.spend(4 + meter.cost(args, given))
+            _pay_method(__obj, args, given)
         return pay_outside(super().call(__context, __obj, *args, **kwargs))
 
 
-def _pay_method(name: str, owner: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pays for a method of a string, list or dictionary. Returns the arguments to call it with."""
-    meter = METER.get()
-    if isinstance(owner, str) and name == "join" and args:
-        items = list(steps(args[0]))
-        meter.spend(meter.cost(items) + len(items) * meter.cost(owner))
-        return (items, *args[1:])
-    meter.spend(4 + meter.cost(args))
-    if name in ("count", "index") and isinstance(owner, (list, tuple)):
+def _pay_method(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pays for what a method of a value does with its owner."""
+    owner = getattr(method, "__self__", None)
+    name = getattr(method, "__name__", None)
+    if owner is None or isinstance(owner, type) or name in _CONSTANT:
+        return
+    if name in _READING:
         pay(owner)
-    elif isinstance(owner, str):
+    else:
         pay_outside(owner)
-        if name == "replace":
-            _pay_replacing(owner, list(args))
-    elif name == "copy":
-        pay_outside(owner)
-    return args
-
-
-def _check_bits(bits: int) -> None:
-    if bits > _MAX_INT_BITS:
-        _refuse(f"a number of over {_MAX_INT_BITS} bits")
-
-
-def add_meters(tree: nodes.Template, environment: Environment) -> int:
-    """Puts the payments for loops, output, comparisons and slices into a parsed template.
-
-    Returns the number of nodes, a measure of what running all of it once costs.
-    """
-
-    def paid(node: nodes.Node, name: str = "_pay", units: int | None = None) -> nodes.Expr:
-        args = [] if units is None else [nodes.Const(units, lineno=node.lineno)]
-        call = nodes.Filter(cast(nodes.Expr, node), name, args, [], None, None, lineno=node.lineno)
-        call.set_environment(environment)
-        return call
-
-    for output in list(tree.find_all(nodes.Output)):
-        output.nodes = [paid(child) for child in output.nodes]
-    for concat in list(tree.find_all(nodes.Concat)):
-        concat.nodes = [paid(child) for child in concat.nodes]
-    for compare in list(tree.find_all(nodes.Compare)):
-        compare.expr = paid(compare.expr)
-        for operand in compare.ops:
-            operand.expr = paid(operand.expr)
-    for item in list(tree.find_all(nodes.Getitem)):
-        if isinstance(item.arg, nodes.Slice):
-            item.node = paid(item.node, "_pay_outside")
-    for pair in list(tree.find_all(nodes.Pair)):
-        pair.key = paid(pair.key)
-    for loop in list(tree.find_all(nodes.For)):
-        loop.iter = paid(loop.iter, "_steps", 1 + _num_nodes(loop) // 2)
-    return _num_nodes(tree)
-
-
-def _num_nodes(tree: nodes.Node) -> int:
-    return sum(1 for _ in tree.find_all(nodes.Node))
+    price = template_prices.METHODS.get(name or "")
+    if price is not None and isinstance(owner, (str, bytes, int)):
+        METER.get().spend(price(owner, *args, **kwargs))
 
 
 def _to_json(
@@ -330,8 +281,9 @@ def _to_json(
     )
 
 
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
+def _lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
+    METER.get().spend(4 * n * max)
+    return generate_lorem_ipsum(n, html, min, max)
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -340,5 +292,5 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(layout: str) -> str:
     if len(layout) > 100 or _WIDE_STRFTIME.search(layout):
-        _refuse("a date format that is long or has widths")
+        raise SecurityError("the template uses a date format that is long or has widths")
     return datetime.now().strftime(layout)

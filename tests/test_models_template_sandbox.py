@@ -37,7 +37,7 @@ FORBIDDEN = {
     "open": "{{ open('/etc/passwd').read() }}",
     "import function": "{{ __import__('os').system('id') }}",
     "lipsum": "{{ lipsum.__globals__.os }}",
-    "dict": "{{ dict.__base__ }}{{ dict.fromkeys('ab') }}",
+    "dict": "{{ dict.__class__ }}",
     "bytes": "{{ 'a'.encode().__class__ }}",
     "type of int": "{{ (5).to_bytes(10**9, 'big') }}",
 }
