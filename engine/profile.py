@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numba
-import platformdirs
 import torch
 import triton
 from llvmlite.binding import get_host_cpu_name
@@ -26,6 +25,7 @@ from engine.costs import PassCosts
 from engine.kv_cache import make_kv_cache
 from engine.passes import Passes, widths
 from engine.round_buffers import MAX_WIDTH
+from kernels.numba_cache import cache_path, own_folder
 from kernels.numba_compile import code_digest
 from models.llama import Llama
 from models.model_files import read_json
@@ -145,7 +145,7 @@ def profile_path(model: Llama) -> Path:
         numba.get_num_threads(), torch.__version__, triton.__version__,
     )  # fmt: skip
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    return platformdirs.user_cache_path("knn-ssd-engine") / f"profile-{digest}.json"
+    return cache_path() / f"profile-{digest}.json"
 
 
 def measured_costs(
@@ -206,7 +206,7 @@ def _write(path: Path, stored: dict[str, object]) -> None:
     """Replace the file in one step, so that no reader sees half of it."""
     part = path.with_suffix(f".{os.getpid()}.part")
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        own_folder(path.parent)
         part.write_text(json.dumps(stored))
         part.replace(path)
     with suppress(OSError):
