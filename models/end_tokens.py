@@ -22,12 +22,12 @@ def end_token_ids(
     """The tokens that end an answer, in chat and completion alike.
 
     They are those of the configuration (config.json and generation_config.json, or a GGUF file's
-    eos, eot and eom), the tokenizer's end of sequence, every special token whose text is one of
-    END_TEXTS, as in llama.cpp, and the special token that the chat template writes right after an
-    answer. Ids that the model has no row for are left out.
+    eos, eot and eom), the tokenizer's end of sequence, every token whose text is one of END_TEXTS,
+    as in llama.cpp, and the special token that the chat template writes right after an answer. Ids
+    of the tokenizer that the model has no row for are left out.
     """
     found = [*config.eos_token_ids, tokenizer.eos_token_id]
-    found += [tokenizer.special_id(text) for text in END_TEXTS]
+    found += [tokenizer.token_id(text) for text in END_TEXTS]
     if template is not None:
         found.append(_end_of_turn(tokenizer, template))
     return tuple(dict.fromkeys(i for i in found if i is not None and i < config.vocab_size))

@@ -9,7 +9,7 @@ def quoted(value: object) -> str:
     """`repr(value)`, cut after 100 characters, and the name of its type where it has no repr."""
     try:
         text = repr(value)
-    except RecursionError:  # lists in lists, as deep as a JSON parser just allows
+    except (RecursionError, ValueError):  # lists in lists in lists; an integer of 5,000 digits
         text = type(value).__name__
     return _cut(text)
 

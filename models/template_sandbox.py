@@ -282,7 +282,7 @@ def _to_json(
 
 
 def _lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
-    METER.get().spend(4 * n * max)
+    METER.get().spend(n * (8 + 4 * (max if max > 0 else 0)))
     return generate_lorem_ipsum(n, html, min, max)
 
 

@@ -93,6 +93,13 @@ class Tokenizer:
         text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
         return text.removeprefix(" ") if self.is_leading_space_dropped else text
 
+    def token_id(self, text: str) -> int | None:
+        """The token that is written `text`, a special one before others; None without any."""
+        content = text.encode("utf-8", "surrogatepass")
+        found = self._ids_of_special.get(content)
+        contents = self._codec.contents
+        return contents.index(content) if found is None and content in contents else found
+
     def special_id(self, text: str) -> int | None:
         """The special token that is written `text`; None where there is none."""
         return self._ids_of_special.get(text.encode("utf-8", "surrogatepass"))
@@ -118,7 +125,13 @@ def load_tokenizer(path: Path, gguf_metadata: Mapping[str, object] | None = None
     if path.suffix == ".gguf" and not path.is_dir():
         raise ValueError(f"{path}: the tokenizer of a GGUF file needs its metadata, got none")
     config = _read_json(path, "tokenizer_config.json")
-    named = {**_read_json(path, "special_tokens_map.json"), **config}
+    named = _read_json(path, "special_tokens_map.json")
+    # The map is the older way, and has the last word where there is no newer one, as in
+    # transformers; null names nothing.
+    is_newer = "added_tokens_decoder" in config
+    named |= {
+        key: v for key, v in config.items() if v is not None and (is_newer or key not in named)
+    }
     added = _added_tokens(config, path)
     json_path, spm_path = find_file(path, "tokenizer.json"), find_file(path, "tokenizer.model")
     if json_path is not None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -335,6 +336,7 @@ def test_answers_of_one_token(model, prompts, out, tmp_path, capsys):
 def test_a_terminal_shows_bars_and_stdout_has_the_summary_alone(
     model, prompts, out, monkeypatch, capsys
 ):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda self: True))
     assert calibrate(model, prompts, out, "--method", "none") == 0
     captured = capsys.readouterr()

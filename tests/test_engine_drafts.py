@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ def test_a_profile_that_cannot_be_read_is_measured_again(profiles, monkeypatch):
     honest = os.open
 
     def denied(name, *how, **where):
-        if name == path:
+        if Path(name) == path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return honest(name, *how, **where)
 

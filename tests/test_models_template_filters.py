@@ -266,6 +266,8 @@ BOMBS = {
     "zfill": "'a'.zfill(10**9)|length",
     "zfill of bytes": "'a'.encode().zfill(10**9)|length",
     "lipsum": "lipsum(10**6)|length",
+    "lipsum, empty": "lipsum(10**9, true, -1, 0)|length",
+    "lipsum, paid back": "lipsum(10**9, true, -10**9, -10**8)|length",
     "lipsum, long": "lipsum(1, false, 10**8, 10**8 + 1)|length",
     "large numbers": "(16**3000) * (16**3000)",
     "large numbers, tested": "(('f' * 900000)|int(base=16)) is divisibleby(7)",
