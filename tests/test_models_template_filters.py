@@ -55,8 +55,8 @@ m|map(attribute='role')|list / [1,2]|map('string')|list / m|map(attribute='x', d
 [7]|random / []|random is defined
 [1, 2, 3]|reject('odd')|list / m|rejectattr('tags')|list|length
 m|rejectattr('role', 'equalto', 'user')|map(attribute='content')|list
-'aaa'|replace('a', 'b') / 'aaa'|replace('a', 'b', 2) / 'a1'|replace(1, 2) / 'ab'|replace(new='x', old='a')
-'ab'.encode()|replace('b', 1)
+'aaa'|replace('a', 'b') / 'aaa'|replace('a', 'b', 2) / 'a1'|replace(1, 2)
+'ab'|replace(new='x', old='a') / 'ab'.encode()|replace('b', 1)
 'abc'|reverse / [1,2]|reverse|list / range(3)|reverse|list
 42.55|round / 42.55|round(1, 'floor') / 42|round(-1) / 1250|round(-2, 'ceil') / 2.5|round|int
 '<b>'|safe ~ '<c>' / ('<b>'|safe) + '<c>'
