@@ -37,12 +37,12 @@ def _plain(copier: _Copier, index: int, message: Mapping[str, Any]) -> dict[str,
         raise ValueError(
             f"{name} must be a mapping with role and content, got {type(message).__name__}"
         )
-    plain = {}
+    plain: dict[str, Any] = {}
     for key, value in message.items():
         if not isinstance(key, str):
             raise ValueError(f"{name} has the key {quoted(key)}, expected strings as keys")
         if value is not None:
-            plain[str(key)] = copier.copy(value, f"{name}[{quoted(key)}]", 0)
+            plain[copier.copy(key, name, 0)] = copier.copy(value, f"{name}[{quoted(key)}]", 0)
     if not isinstance(plain.get("role"), str):
         raise ValueError(f"{name}['role'] must be a string, got {quoted(plain.get('role'))}")
     if len(plain) == 1:

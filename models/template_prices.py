@@ -91,10 +91,12 @@ def _pprint(value: Any) -> Any:
     return 16 * METER.get().cost(value)
 
 
+def _replace_in(s: Any, old: Any, new: Any, count: Any = None) -> Any:
+    return _replace(str(s), str(old), str(new))
+
+
 def _replace(owner: Any, old: Any, new: Any, count: Any = -1) -> Any:
     """At its worst: every place found, or every gap between characters."""
-    if not isinstance(owner, bytes):
-        owner, old, new = str(owner), str(old), str(new)
     places = owner.count(old) if old else len(owner) + 1
     return places * len(new) // CHARS_PER_UNIT
 
@@ -188,7 +190,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "join": _join,
     "odd": _remainder,
     "pprint": _pprint,
-    "replace": _replace,
+    "replace": _replace_in,
     "round": _round,
     "slice": _slice,
     "striptags": _striptags,

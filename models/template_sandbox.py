@@ -55,8 +55,8 @@ _METERED_TESTS = _words(
 # Methods that take the same time however large their owner is, and those that read all in it.
 _CONSTANT = _words("get items keys values")
 _READING = _words("count index")
-
-_AROUND = _words("_loop_vars _block_vars")
+# What Jinja adds to the arguments of every call in a loop or a block.
+_JINJAS_OWN = _words("_loop_vars _block_vars")
 
 _WIDE_STRFTIME = re.compile(r"%[^a-zA-Z%]*\d")
 
@@ -242,10 +242,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         else:
             # What a function takes from a generator is paid for as well: it may keep or hash it.
             args = tuple(list(steps(arg)) if isinstance(arg, Iterator) else arg for arg in args)
-            # Compiled code adds the variables of loops and blocks around the call.
-            given = {name: arg for name, arg in kwargs.items() if name not in _AROUND}
-            meter.spend(4 + meter.cost(args, given))
-            _pay_method(__obj, args, given)
+            named = {key: value for key, value in kwargs.items() if key not in _JINJAS_OWN}
+            meter.spend(4 + meter.cost(args, named))
+            _pay_method(__obj, args, named)
         return pay_outside(super().call(__context, __obj, *args, **kwargs))
 
 

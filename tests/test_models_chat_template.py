@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 from refusals import check_words, refusal
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from models.chat_template import ChatTemplate, load_chat_template
+from models.chat_template import MAX_SOURCE, ChatTemplate
 
 LLAMA2 = """\
 {% if messages[0]['role'] == 'system' %}
@@ -200,10 +197,13 @@ CONVERSATIONS = {
 }
 
 
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
 @pytest.fixture(scope="module")
 def reference() -> PreTrainedTokenizerFast:
     backend = Backend(BPE(vocab={"<s>": 0, "</s>": 1}, merges=[]))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **TOKENS)
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -211,13 +211,10 @@ def reference() -> PreTrainedTokenizerFast:
 def test_renders_as_hugging_face(
     reference: PreTrainedTokenizerFast, family: str, conversation: str
 ) -> None:
-    template = ChatTemplate(TEMPLATES[family], family, {"bos_token": "<s>", "eos_token": "</s>"})
+    template = ChatTemplate(TEMPLATES[family], family, TOKENS)
     messages = CONVERSATIONS[conversation]
     for add_generation_prompt in (True, False):
-        got = template.render(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-        )
+        got = template.render(messages, add_generation_prompt=add_generation_prompt)
         assert got == reference.apply_chat_template(
             messages,
             chat_template=TEMPLATES[family],
@@ -229,102 +226,70 @@ def test_renders_as_hugging_face(
 @pytest.mark.parametrize("family", [name for name in TEMPLATES if name != "features"])
 def test_long_conversations_stay_within_the_budget(family: str) -> None:
     turns = [USER, ANSWER] * 2000
-    template = ChatTemplate(TEMPLATES[family], family, {"bos_token": "<s>", "eos_token": "</s>"})
-    text = template.render(turns)
+    text = ChatTemplate(TEMPLATES[family], family, TOKENS).render(turns)
     assert text.count("Hello!") >= 2000
     long = [{"role": "user", "content": "word " * 400_000}]
-    assert len(template.render(long)) > 1_900_000
+    assert len(ChatTemplate(TEMPLATES[family], family, TOKENS).render(long)) > 1_900_000
 
 
-@pytest.mark.parametrize(
-    ("text", "cause"),
-    [
-        ("{% if %}", "TemplateSyntaxError.*line 1"),
-        ("{{ nothing() }}", "'nothing' is undefined"),
-        ("{{ raise_exception('only users here') }}", "only users here"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError"),
-        ("{{ messages[0].content + 1 }}", "TypeError"),
-        ("{{ '' | frobnicate }}", "frobnicate"),
-        ("{{ 9999999999 | int | tojson(bad=1) }}", "TypeError"),
-    ],
-)
-def test_errors_name_the_source_and_the_cause(text: str, cause: str) -> None:
-    with pytest.raises(ValueError, match=rf"(?s)my-model: the chat template.*{cause}"):
-        ChatTemplate(text, "my-model").render([USER])
+DEEP_IF = "{% if 1 %}" * 95 + "{% endif %}" * 95
+FAILURES = {
+    "{% if %}": ("TemplateSyntaxError", "line 1"),
+    "\n\n{% nonsense %}": ("Encountered unknown tag 'nonsense'", "(line 3)"),
+    "{{ nothing() }}": ("'nothing' is undefined",),
+    "{{ raise_exception('only users here') }}": ("only users here",),
+    "{{ raise_exception('two\nlines \x1b[31m ' ~ 'long ' * 99) }}": ("two lines \ufffd[31m long",),
+    "{{ 1 // 0 }}": ("ZeroDivisionError",),
+    "{{ messages[0].content + 1 }}": ("TypeError",),
+    "{{ '' | frobnicate }}": ("frobnicate", "line 1"),
+    "{{ 9999999999 | int | tojson(bad=1) }}": ("TypeError",),
+    "{{ 'abc' | truncate(1) }}": ("AssertionError", "expected length >= 3"),
+    "{{ 2.0 ** 99999 }}": ("OverflowError",),
+    "{{ range(10**9) }}": ("OverflowError",),
+    "{{ 'a' % 1 }}": ("TypeError",),
+    "{{ '\ud800'.encode() }}": ("UnicodeEncodeError",),
+    "{{ '\\ud800' | urlencode }}": ("UnicodeEncodeError",),
+    "{{ 'a'.encode('klingon') }}": ("an encoding other than UTF-8",),
+    "{{ strftime_now('%99Y') }}": ("a date format that is long or has widths",),
+    "{{ (messages | select).throw(1) }}": ("TypeError",),
+    "{{ [].__iter__().__next__() }}": ("'__iter__' of 'list'",),
+    "{% include 'x' %}": ("no loader",),
+    "{% set a, b = 1 %}": ("TypeError",),
+    "{{ " + "1" * 5000 + " }}": ("ValueError", "4300 digits"),
+    "{{ 0x" + "f" * 5000 + " }}": ("ValueError", "4300 digits"),
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": ("RecursionError",),
+    "{{ " + "not " * 9000 + "1 }}": ("RecursionError",),
+    "{{ 1" + " + 1" * 150 + " }}": ("nests over 100 deep",),
+    "{{ a" + ".a" * 30_000 + " }}": ("nests over 100 deep",),
+    "{% if a %}" * 3000 + "{% endif %}" * 3000: ("RecursionError",),
+    "{% for a in b %}" * 60 + "{% endfor %}" * 60: ("SyntaxError", "nested"),
+    "{% if 1 %}" + "{% elif 1 %}" * 5400 + "{% endif %}": ("Error",),
+    "{{ [" + "1, " * 21_000 + "] }}": ("over 20000 parts",),
+    "{% for a in b %}" * 19 + "{{ a }}" * 3000 + "{% endfor %}" * 19: ("over 20000 parts",),
+    "{% macro m() %}" * 40 + "{{ a }}" * 3000 + "{% endmacro %}" * 40: ("over 20000 parts",),
+    "x" * (MAX_SOURCE + 1): (f"{MAX_SOURCE + 1} characters, expected at most {MAX_SOURCE}",),
+    "{{ 1 }}{% block x %}{{ self.x() }}{% endblock %}": ("Error",),
+}
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        "hello",
-        {"role": "user", "content": "x"},
-        ["hello"],
-        [{"role": "user"}],
-        [{"content": "x"}],
-        [{"role": "user", "content": None}],
-        [{"role": 1, "content": "x"}],
-        [USER, {"role": "user", "content": [object()]}],
-        [USER, {"role": "user", "content": {3: "x"}}],
-        [{"role": "user", "content": "x", "extra": object()}],
-        [{"role": "user", "content": "x", 3: "x"}],
-    ],
-    ids=str,
-)
-def test_malformed_messages_are_refused(messages: object) -> None:
-    with pytest.raises(ValueError, match="messages"):
-        ChatTemplate(SMOLLM2, "t").render(messages)  # type: ignore[arg-type]
+@pytest.mark.parametrize("text", FAILURES, ids=lambda text: repr(text[:40]))
+def test_errors_are_one_line_that_names_the_source_and_the_cause(text: str) -> None:
+    message = refusal(ChatTemplate(text, "my-model").render, [USER])
+    check_words(message, "my-model: the chat template", *FAILURES[text])
+
+
+@pytest.mark.parametrize("text", [DEEP_IF, "{{ 1" + " + 1" * 40 + " }}", "{{ m.a }}" * 1500])
+def test_large_templates_are_taken(text: str) -> None:
+    ChatTemplate(text.replace("m.a", "messages"), "t").render([USER])
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_templates_of_thirty_thousand_characters_are_taken(family: str) -> None:
+    text = TEMPLATES[family]
+    again = "{% if add_generation_prompt %}" + text + "{% endif %}"
+    ChatTemplate(again * (30_000 // len(again) + 1), "t", TOKENS).render([SYSTEM, USER])
 
 
 def test_a_template_cannot_change_the_next_rendering() -> None:
     template = ChatTemplate("{% set x = 1 if x is defined else 2 %}{{ x }}", "t")
     assert template.render([USER]) == template.render([USER]) == "2"
-
-
-def test_sources_in_order(tmp_path: Path) -> None:
-    metadata = {"tokenizer.chat_template": "gguf"}
-
-    def rendered(gguf_metadata: dict[str, object] | None = None) -> str | None:
-        template = load_chat_template(tmp_path, gguf_metadata)
-        return None if template is None else template.render([USER])
-
-    assert rendered() is None
-    assert rendered({"general.architecture": "llama"}) is None
-    assert rendered(dict(metadata)) == "gguf"
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"chat_template": "config"}))
-    assert rendered(dict(metadata)) == "config"
-    several = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "list"}]
-    config.write_text(json.dumps({"chat_template": several}))
-    assert rendered(dict(metadata)) == "list"
-    (tmp_path / "chat_template.jinja").write_text("file")
-    assert rendered(dict(metadata)) == "file"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[" * 100_000,
-        json.dumps({"chat_template": 3}),
-        json.dumps({"chat_template": [{"name": "rag", "template": "x"}]}),
-        json.dumps({"chat_template": [{"name": "default", "template": 3}]}),
-    ],
-    ids=["cut", "deep", "number", "no default", "default no string"],
-)
-def test_malformed_files_are_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(content)
-    check_words(refusal(render_loaded, tmp_path), "tokenizer_config.json")
-
-
-def test_other_malformed_sources_are_named(tmp_path: Path) -> None:
-    message = refusal(render_loaded, tmp_path / "model.gguf", {"tokenizer.chat_template": 3})
-    check_words(message, "must be a string", "got 3")
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    check_words(refusal(render_loaded, tmp_path), "chat_template.jinja", "UTF-8")
-
-
-def render_loaded(path: Path, gguf_metadata: dict[str, object] | None = None) -> str:
-    template = load_chat_template(path, gguf_metadata)
-    assert template is not None
-    return template.render([USER])

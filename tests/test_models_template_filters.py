@@ -56,7 +56,7 @@ m|map(attribute='role')|list / [1,2]|map('string')|list / m|map(attribute='x', d
 [1, 2, 3]|reject('odd')|list / m|rejectattr('tags')|list|length
 m|rejectattr('role', 'equalto', 'user')|map(attribute='content')|list
 'aaa'|replace('a', 'b') / 'aaa'|replace('a', 'b', 2) / 'a1'|replace(1, 2)
-'ab'|replace(new='x', old='a')
+'ab'|replace(new='x', old='a') / 'ab'.encode()|replace('b', 1)
 'abc'|reverse / [1,2]|reverse|list / range(3)|reverse|list
 42.55|round / 42.55|round(1, 'floor') / 42|round(-1) / 1250|round(-2, 'ceil') / 2.5|round|int
 '<b>'|safe ~ '<c>' / ('<b>'|safe) + '<c>'
@@ -155,9 +155,11 @@ def lines(table: str) -> list[str]:
 @pytest.mark.parametrize("line", lines(FILTERS + METHODS + TESTS + VALUES))
 def test_expressions_give_what_hugging_face_gives(line: str) -> None:
     for expression in line.split(" / "):
-        source = "{% set m = messages %}{% set value = " + expression + " %}{{ value }}"
-        if "1e" in expression:  # which only a folded constant survives there
-            source = "{% set m = messages %}{{ " + expression + " }}"
+        set_value = "{% set value = " + expression + " %}{{ value }}"
+        if "1e" in expression:  # which there only a folded constant survives
+            set_value = "{{ " + expression + " }}"
+        in_loop = "{% for i in [1] %}{% set x = i %}" + set_value + "{% endfor %}"
+        source = "{% set m = messages %}" + set_value + in_loop
         wanted = _compile_jinja_template(source).render(messages=MESSAGES)
         assert ChatTemplate(source, expression).render(MESSAGES) == wanted, expression
 
@@ -183,7 +185,7 @@ BOMBS = {
     "batch, paid back": "[[]|batch(-10**18, 'x')|list, A * 10**6]|length",
     "center": "'a'|center(10**9)|length",
     "center by name": "'a'|center(width=10**9)|length",
-    "filesizeformat": "('9' * 10**9)|filesizeformat",
+    "filesizeformat": "([A] * 10**6)|map('filesizeformat')|list",
     "forceescape": "([A] * 10**6)|forceescape",
     "groupby": "R|batch(1)|groupby('0' ~ '.0' * 20000)|length",
     "indent": "('a\\n' * 5000)|indent(10**6)|length",
@@ -191,7 +193,7 @@ BOMBS = {
     "indent, odd lines": "('a\\u2028' * 5000)|indent(A)|length",
     "int": "(('f' * 900000)|int(base=16)) // (('e' * 400000)|int(base=16))",
     "map, long path": "R|map('string')|map(attribute='0.' * 20000 ~ '0')|list|length",
-    "pprint": "[R, R, R, R]|pprint|length",
+    "pprint": "[" * 40 + "R * 16" + "]" * 40 + "|pprint|length",
     "random": "([R] * 10**6)|map('random')|list",
     "replace by name": "A|replace(new=A, old='a')|length",
     "round": "5|round(-10**9)",
@@ -199,7 +201,7 @@ BOMBS = {
     "slice": "[1]|slice(10**9)|list|length",
     "slice, searched": "5 in ([1]|slice(10**9))",
     "sort, long path": "R|map('string')|sort(attribute='0' ~ '.0' * 20000)|length",
-    "striptags": "('<a>' * 300000)|striptags|length",
+    "striptags": "('<a>' * 50000)|striptags|length",
     "sum of lists": "R|batch(1)|sum(start=[])|length",
     "sum of large lists": "([R] * 1000)|sum(start=R)|length",
     "sum, long path": "R|map('string')|sum('0' ~ '.0' * 20000, [])",
@@ -215,9 +217,9 @@ BOMBS = {
     "wordwrap by a string": "(A)|wordwrap(1, wrapstring=A)|length",
     "xmlattr": "([{'a': A}] * 10**5)|map('xmlattr')|list|length",
     "center, method": "'a'.center(10**9)|length",
-    "decode": "('a' * 900000).encode().decode('punycode')",
-    "encode": "('é' * 900000).encode('idna')",
-    "encode, errors": "('é' * 900000).encode('ascii', 'namereplace')|length",
+    "decode": "('b-' ~ 'a' * 9999).encode().decode('punycode')|length",
+    "encode": "('é' * 9999).encode('punycode')|length",
+    "encode, errors": "('é' * 400000).encode('ascii', 'namereplace')|length",
     "expandtabs": "'\\t'.expandtabs(10**9)|length",
     "expandtabs by name": "('\\t' * 9999).expandtabs(tabsize=10**6)|length",
     "expandtabs of bytes": "'\\t'.encode().expandtabs(10**9)|length",
@@ -233,7 +235,7 @@ BOMBS = {
     "format_map": "'{a:>1000000000}'.format_map({'a': 1})|length",
     "format of safe text": "('{:>1000000000}'|safe).format(1)|length",
     "isdisjoint": "{}.keys().isdisjoint([D])",
-    "join of bytes": "A.encode().join(['a'.encode()] * 99999)|length",
+    "join of bytes": "A.encode().join(['a'.encode()] * 20000)|length",
     "ljust": "'a'.ljust(10**9)|length",
     "ljust of bytes": "'a'.encode().ljust(10**9)|length",
     "mapping": "[D, {}.keys().mapping.get(D)]",
@@ -254,12 +256,13 @@ BOMBS = {
     "rfind": "(A * 3).rfind('ab' ~ A)",
     "rindex": "(A * 3).rindex('ab' ~ A)",
     "rjust": "'a'.rjust(10**9)|length",
-    "rpartition": "(A * 3).rpartition('ab' ~ A)",
-    "rsplit": "(A * 3).rsplit('ab' ~ A)",
-    "strip": "(A * 3).strip('b' * 99999 ~ 'a')",
-    "lstrip": "(A * 3).lstrip('b' * 99999 ~ 'a')",
-    "trim": "(A * 3)|trim('b' * 99999 ~ 'a')",
-    "striptags, method": "('<a>' * 300000)|safe|attr('striptags')",
+    "rpartition": "(A * 3).rpartition('ab' ~ A)|length",
+    "rsplit": "(A * 3).rsplit('ab' ~ A)|length",
+    "strip": "A.strip('b' * 99999 ~ 'a')|length",
+    "rstrip": "A.rstrip('b' * 99999 ~ 'a')|length",
+    "lstrip": "A.lstrip('b' * 99999 ~ 'a')|length",
+    "trim": "A|trim('b' * 99999 ~ 'a')|length",
+    "striptags, method": "(('<a>' * 50000)|safe).striptags()|length",
     "to_bytes": "(5).to_bytes(10**9, 'big')|length",
     "translate": "A.translate({97: A})|length",
     "translate by a list": "A.translate([A] * 98)|length",
@@ -267,7 +270,6 @@ BOMBS = {
     "zfill of bytes": "'a'.encode().zfill(10**9)|length",
     "lipsum": "lipsum(10**6)|length",
     "lipsum, empty": "lipsum(10**9, true, -1, 0)|length",
-    "lipsum, paid back": "lipsum(10**9, true, -10**9, -10**8)|length",
     "lipsum, long": "lipsum(1, false, 10**8, 10**8 + 1)|length",
     "large numbers": "(16**3000) * (16**3000)",
     "large numbers, tested": "(('f' * 900000)|int(base=16)) is divisibleby(7)",
