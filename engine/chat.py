@@ -50,8 +50,9 @@ instruction before a file: (echo "Summarise this:"; cat FILE) | python -m engine
 With neither, on a terminal, the conversation is interactive; /help lists its commands.
 
 Environment: NO_COLOR=1 turns colour off, ENGINE_NOHISTORY=1 the history of the typed lines.
-Exit codes: 0 answered (or whoever read the answer went away), 1 a failure while loading or
-answering, 2 wrong arguments, model or prompt, 130 interrupted with Ctrl-C."""
+Ctrl-C ends the program at the next step of loading or the next token, a second one at once.
+Exit codes: 0 answered (or whoever read the answer went away), 1 a failure while loading, answering
+or writing the answer, 2 wrong arguments, model or prompt, 130 interrupted with Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
