@@ -260,9 +260,11 @@ def run_layers(
     assert_plain(torch.float32, x, cos, sin, k_cache, v_cache)
     assert_plain(torch.int32, positions, num_tokens, slots)
     assert_plain(torch.uint8, plan)
-    _check_vector(first.q_norm, head_dim)
-    for weight in (first.qkv, first.down):
-        _check_forms(weight, plan, slice(0, -1))
+    # That a layer is of one dtype, and all of its weights have the same forms, likewise.
+    assert first.qkv.full.dtype == torch.float32, first.qkv.full.dtype
+    for norm in (first.q_norm, first.k_norm):
+        _check_vector(norm, head_dim)
+    _check_forms(first.qkv, plan, slice(0, -1))
     fits = numba_layers.run_layers(
         table.ctypes.data, num_layers, x.data_ptr(), eps, cos.data_ptr(), sin.data_ptr(),
         positions.data_ptr(), num_tokens.data_ptr(), slots.data_ptr(), k_cache.data_ptr(),

@@ -57,16 +57,23 @@ def _check_layer(layer: LayerWeights, first: LayerWeights) -> None:
     shapes = ((num_qkv, hidden), (hidden, num_o), (2 * ffn, hidden), (hidden, ffn))
     weights = (layer.qkv, layer.attn_out, layer.gate_up, layer.down)
     for weight, shape in zip(weights, shapes, strict=True):
-        assert weight.full.shape == shape, (weight.full.shape, shape)
-        assert weight.int8 is None or weight.int8.shape == shape, (weight.int8.shape, shape)
-        assert weight.scale is None or weight.scale.shape == shape[:1], (weight.scale.shape, shape)
+        full, int8, scale = weight
+        assert full.shape == shape, (full.shape, shape)
+        assert (int8 is None) == (scale is None) == (first.qkv.int8 is None), "half of a form"
+        if int8 is not None and scale is not None:
+            assert int8.shape == shape and scale.shape == shape[:1], (int8.shape, scale.shape)
+            assert (int8.dtype, scale.dtype) == (torch.int8, torch.float32), (int8.dtype, scale)
     assert layer.attn_norm.shape == layer.mlp_norm.shape == (hidden,), layer.attn_norm.shape
     assert layer.qkv_bias is None or layer.qkv_bias.shape == (num_qkv,), layer.qkv_bias.shape
     for tensor, other in zip(_tensors(layer), _tensors(first), strict=True):
         assert (tensor is None) == (other is None), "layers of different forms"
         if tensor is not None and other is not None:
-            assert tensor.shape == other.shape and tensor.dtype == other.dtype, tensor.shape
+            assert tensor.shape == other.shape, (tensor.shape, other.shape)
             assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
+    norms = (layer.attn_norm, layer.qkv_bias, layer.q_norm, layer.k_norm, layer.mlp_norm)
+    for tensor in (*norms, *(weight.full for weight in weights)):
+        assert tensor is None or tensor.dtype == first.qkv.full.dtype, tensor.dtype
+    assert (layer.q_norm is None) == (layer.k_norm is None), "the norm of queries or keys only"
 
 
 def _tensors(layer: LayerWeights) -> list[torch.Tensor | None]:

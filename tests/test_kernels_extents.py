@@ -82,8 +82,16 @@ def head_operands() -> dict[str, Any]:
             "lm_head": Weight(torch.randn(V, C)), "plan": plan(), "sublayer": 2 * L}  # fmt: skip
 
 
-def layers_operands() -> dict[str, Any]:
-    layers = [layer() for _ in range(L)]
+def layer_of(dtype: torch.dtype) -> LayerWeights:
+    tensors = layer()._asdict()
+    return LayerWeights(**{
+        name: Weight(t.full.to(dtype)) if isinstance(t, Weight) else t.to(dtype)
+        for name, t in tensors.items()
+    })  # fmt: skip
+
+
+def layers_operands(**changes: Any) -> dict[str, Any]:
+    layers = [layer(**changes) for _ in range(L)]
     return {"x": torch.randn(B * T, C), "layers": layers, "table": layer_table(layers),
             "eps": 1e-5, **angles(), **rows(), **cache(L), "plan": plan()}  # fmt: skip
 
@@ -153,6 +161,9 @@ BEYOND: dict[str, list[dict[str, Any]]] = {
         {"layers": [layer()]}, {"table": layer_table([layer()])}, {"x": torch.randn(B * T + B, C)},
         {"x": torch.randn(B * T, C + 1)}, {"x": torch.randn(C, B * T).T},
         {"cos": torch.ones(S - 1, D // 2), "sin": torch.ones(S - 1, D // 2)},
+        *({name: layers_operands(**changes)[name] for name in ("layers", "table")}
+          for changes in ({"k_norm": torch.ones(D - 1)}, {"q_norm": torch.ones(D + 1)})),
+        {"layers": (halves := [layer_of(HALF) for _ in range(L)]), "table": layer_table(halves)},
         {"sin": torch.ones(S, D // 2 - 1)}, {"v_cache": cache(L + 1)["v_cache"]}, cache(L - 1),
         {"k_cache": torch.zeros(L, SLOTS, 3, S, D), "v_cache": torch.zeros(L, SLOTS, 3, S, D)},
     ],
@@ -180,6 +191,22 @@ def test_one_value_beyond_is_refused(name, i):
     # An index that torch itself looks up is refused by torch.
     with pytest.raises((AssertionError, IndexError)):
         launch(**operands() | BEYOND[name][i])
+
+
+INT8 = Weight(torch.randn(C, F), torch.zeros(C, F, dtype=torch.int8), torch.ones(C))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"down": INT8}, {"down": INT8._replace(scale=None)}, {"k_norm": None},
+        {"attn_norm": torch.ones(C, dtype=HALF)}, {"q_norm": None},
+        {"down": INT8._replace(int8=torch.zeros(C, F))},
+    ],
+)  # fmt: skip
+def test_a_layer_that_is_no_whole_is_in_no_table(changes):
+    with pytest.raises(AssertionError):
+        layer_table([layer(**changes), layer(**changes)])
 
 
 @pytest.mark.parametrize(
