@@ -61,7 +61,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
             library = (_import if args.import_knn_ssd else _calibrate)(args, check)
     except KeyboardInterrupt:
-        note("stopped; the same command goes on from here")
+        if args.prompts and _state_path(args.out).exists():
+            note("stopped; the same command goes on from here")
         return EXIT_INTERRUPTED
     except ValueError as error:
         report_error(error)
@@ -153,6 +154,7 @@ def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLi
             note(f"going on with {state.num_values} measurements from {state.path}")
         with _progress(check) as report:
             library = Calibration(llm, prompts, settings, state, report).run()
+            check()  # the last chance to be stopped and to go on: what follows ends the calibration
         library.save(args.out)
         state.path.unlink(missing_ok=True)
     return library

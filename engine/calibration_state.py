@@ -122,6 +122,12 @@ def _open_alone(path: Path) -> BinaryIO:
                 f"{path}: another calibration ({holder}) is at work on it; wait for its end, or "
                 "choose another --out"
             ) from error
+        except OSError as error:  # a file system without locks, as some of a network are
+            file.close()
+            cause = error.strerror or error
+            raise ValueError(
+                f"{path}: cannot be locked: {cause}; choose an --out on a local disk"
+            ) from error
         if os.fstat(file.fileno()).st_nlink:
             return file
         file.close()  # removed between the two lines above, by a calibration that has just ended

@@ -104,7 +104,7 @@ def _run(
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        raise
+        raise  # an OSError, but no failure: run_program knows that the reader has had enough
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         return _failed(error)
     return EXIT_OK

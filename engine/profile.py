@@ -25,7 +25,7 @@ from engine.costs import PassCosts
 from engine.kv_cache import make_kv_cache
 from engine.passes import Passes, widths
 from engine.round_buffers import MAX_WIDTH
-from kernels.numba_cache import cache_path, own_folder
+from kernels.numba_cache import cache_path, own_folder, warn_once
 from kernels.numba_compile import code_digest
 from models.llama import Llama
 from models.model_files import read_json
@@ -183,11 +183,16 @@ def _pairs(values: object) -> tuple[tuple[int, float], ...]:
 
 def _read(path: Path) -> dict[str, object]:
     """The stored profile, or nothing where there is none that has the form."""
+    if not os.path.lexists(path):
+        return {}
     try:
         stored = read_json(path)
-    except ValueError:
-        return {}
-    return stored if all(_is_cost(key, value) for key, value in stored.items()) else {}
+        if all(_is_cost(key, value) for key, value in stored.items()):
+            return stored
+        warn_once(f"{path} is damaged: measured anew")
+    except ValueError as error:
+        warn_once(f"{error}: measured anew")
+    return {}
 
 
 def _is_cost(key: str, value: object) -> bool:
@@ -205,9 +210,11 @@ def _is_cost(key: str, value: object) -> bool:
 def _write(path: Path, stored: dict[str, object]) -> None:
     """Replace the file in one step, so that no reader sees half of it."""
     part = path.with_suffix(f".{os.getpid()}.part")
-    with suppress(OSError):
+    try:
         own_folder(path.parent)
         part.write_text(json.dumps(stored))
         part.replace(path)
+    except OSError as error:
+        warn_once(f"what passes cost here is measured at every start: {error.strerror or error}")
     with suppress(OSError):
         part.unlink(missing_ok=True)  # of a full disk, or of what cannot be replaced

@@ -174,7 +174,8 @@ def run_program(body: Callable[[], int]) -> int:
         report_error(error)
         return _flush_streams(1)
     except SystemExit as leaving:
-        raise SystemExit(_flush_streams(int(leaving.code or 0))) from None
+        assert leaving.code is None or isinstance(leaving.code, int), leaving.code  # argparse's
+        raise SystemExit(_flush_streams(leaving.code or 0)) from None
 
 
 def _fill_descriptors() -> None:
@@ -183,7 +184,7 @@ def _fill_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # children need it as well
 
 
 def _flush_streams(code: int) -> int:

@@ -42,10 +42,13 @@ def own_folder(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to another user; expected a folder of your own")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        # Not mended silently: others may have put something there already.
         raise PermissionError(
-            f"{path} belongs to another user or can be written to by others; "
-            "expected a folder of your own with mode 0700"
+            f"others can write to {path}, expected mode 0700; remove it, or if you trust what is "
+            "there: chmod 700"
         )
     return path
 
@@ -71,11 +74,11 @@ class KernelCache(_Cache):  # type: ignore[misc]
         except FileNotFoundError:
             return None
         except OSError as error:
-            _warn_once(NOT_KEPT + (error.strerror or str(error)))
+            warn_once(NOT_KEPT + (error.strerror or str(error)))
             return None
         payload = data[HASH_BYTES:]
         if hashlib.sha256(payload).digest() != data[:HASH_BYTES]:
-            _warn_once(f"{path} is damaged: compiled anew")
+            warn_once(f"{path} is damaged: compiled anew")
             with suppress(OSError):
                 path.unlink()
             return None
@@ -89,7 +92,7 @@ class KernelCache(_Cache):  # type: ignore[misc]
             path = self._path(sig, data.library.codegen)
             _write_whole(path, hashlib.sha256(payload).digest() + payload)
         except OSError as error:
-            _warn_once(NOT_KEPT + (error.strerror or str(error)))
+            warn_once(NOT_KEPT + (error.strerror or str(error)))
 
     def enable(self) -> None: ...
 
@@ -114,5 +117,5 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 @cache  # a full disk is full for every kernel
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     logging.getLogger(__name__).warning(message)

@@ -7,6 +7,7 @@ part of domain cnndm. Nothing in the files is executed: no pickle.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from tokenize import TokenError
 from zipfile import BadZipFile
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from models.messages import quoted
+from models.model_files import open_regular
 from models.plan import OFF, DraftPlan, plans_from_skip_sets, read_plans
 from router.library import MAX_FILE_BYTES, MIN_RATIO, RouterLibrary
 
@@ -83,18 +85,17 @@ def _one(directory: Path, pattern: str) -> Path:
 
 
 def _array(path: Path) -> np.ndarray:
-    try:
-        if path.is_fifo():  # numpy would wait for somebody to write into it
-            raise ValueError("is a pipe")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MB")
-        array: np.ndarray = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("several arrays in one file")
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{path}: cannot be read as .npy without pickle: {error!r:.120}"
-        ) from error
+    with open_regular(path) as file:
+        try:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MB")
+            array: np.ndarray = np.load(file, allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("several arrays in one file")
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"{path}: cannot be read as .npy without pickle: {error!r:.120}"
+            ) from error
     return array
 
 

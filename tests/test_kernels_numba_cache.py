@@ -28,7 +28,7 @@ def use(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def run():
-        numba_cache._warn_once.cache_clear()
+        numba_cache.warn_once.cache_clear()
         caplog.clear()
         values, compiled = np.arange(3.0), kernel(double)
         compiled(values)
