@@ -26,4 +26,5 @@ def __getattr__(name: str) -> Any:
     # Loaded on first use: `python -m engine.chat --help` must not wait for torch.
     if name not in __all__:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    import_module("kernels")  # loads torch as it must be loaded, before others do
     return getattr(import_module(_HOME.get(name, "engine.types")), name)

@@ -126,9 +126,9 @@ def _check_names(domains: set[str]) -> None:
 def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLibrary:
     """check: raises KeyboardInterrupt where there was one; called between steps."""
     # Here and not above: torch takes longer to import than --help may.
+    from engine import LLM
     from engine.calibration import MIX, Calibration, Settings
     from engine.calibration_state import CalibrationState
-    from engine.llm import LLM
     from router.fingerprint import fingerprint
 
     prompts = read_prompts(args.prompts, args.domains.split(",") if args.domains else None)
@@ -161,7 +161,7 @@ def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLi
 
 
 def _import(args: argparse.Namespace, check: Callable[..., None]) -> RouterLibrary:
-    from engine.llm import LLM
+    from engine import LLM
     from router.fingerprint import fingerprint
     from router.knn_ssd import import_knn_ssd
 

@@ -121,7 +121,7 @@ def load_llm(args: argparse.Namespace) -> LLM:
                 show(done, total)
 
         # Here and not above: it imports torch, which takes longer than --help may.
-        from engine.llm import LLM
+        from engine import LLM
         from kernels.numba_compile import is_compiled
 
         if is_interrupted():

@@ -7,11 +7,9 @@ hash of all of them.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
@@ -21,33 +19,6 @@ import numba
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 
 from kernels.numba_cache import KernelCache, cache_path
-
-# Threads wait for each other at the end of every parallel loop, some 150 times a pass, and libgomp
-# lets them spin there for milliseconds. Where another process has the core of the thread waited
-# for, that spins its time away: beside two busy loops two cores made 1 token/s of 75. Bounded at
-# about 25 microseconds, and asleep after that, they keep half the speed and lose none when alone
-# (bench/busy.py).
-SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "1000"
-
-
-@contextmanager
-def _bounded_spinning() -> Iterator[None]:
-    """Load numba's OpenMP layer in here. What the user has set holds, and children inherit nothing.
-
-    libgomp reads the variable once, when it is loaded, which torch's own libgomp is long before.
-    Without RTLD_DEEPBIND the layer would run on that one, as torch's names come first.
-    """
-    flags = sys.getdlopenflags()
-    is_free = SPIN_VARIABLE not in os.environ and "OMP_WAIT_POLICY" not in os.environ
-    if is_free:
-        os.environ[SPIN_VARIABLE] = SPIN_COUNT
-    sys.setdlopenflags(os.RTLD_NOW | getattr(os, "RTLD_DEEPBIND", 0))
-    try:
-        yield
-    finally:
-        sys.setdlopenflags(flags)
-        if is_free:
-            del os.environ[SPIN_VARIABLE]
 
 
 def _has_threadsafe_layer() -> bool:
@@ -63,8 +34,7 @@ def _has_threadsafe_layer() -> bool:
 
 # numba's own layer is there without any library, but it aborts the process when two Python threads
 # launch kernels at once: then launches take turns.
-with _bounded_spinning():
-    IS_THREADSAFE = _has_threadsafe_layer()
+IS_THREADSAFE = _has_threadsafe_layer()
 if numba.config.THREADING_LAYER == "default":
     numba.config.THREADING_LAYER = "threadsafe" if IS_THREADSAFE else "workqueue"
 LAUNCH_LOCK = threading.Lock()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 USE = """
 import threading, torch
@@ -49,29 +51,30 @@ def test_kernels_run_where_nothing_can_be_written(tmp_path):
     assert "is not kept" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def spin_count(**environment):
-    """What libgomp says of its waiting threads as it is loaded, and what is left for children."""
-    script = "import torch, kernels.numba_compile, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+def spin_counts(script, **environment):
+    """What each libgomp says of waiting threads as it is loaded; and what is left for children."""
+    script += "; import os; print(os.environ.get('GOMP_SPINCOUNT'))"
     done = run(script, OMP_DISPLAY_ENV="verbose", **environment)
     assert done.returncode == 0, done.stderr
-    # Packages bring a libgomp of their own; numba's is the last to be loaded.
     counts = [line.split("'")[1] for line in done.stderr.splitlines() if "SPINCOUNT" in line]
-    return counts[-1], done.stdout.strip()
+    return counts, done.stdout.strip()
 
 
-def test_waiting_threads_spin_for_a_bounded_time(monkeypatch):
+@pytest.mark.parametrize("script", ["import kernels", "from engine import LLM", "import bench"])
+def test_waiting_threads_spin_for_a_bounded_time(script, monkeypatch):
+    """torch's libgomp is loaded first, and numba's threads wait in it."""
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
-    assert spin_count() == ("1000", "None")
-    assert spin_count(GOMP_SPINCOUNT="77") == ("77", "77")
-    assert spin_count(OMP_WAIT_POLICY="passive") == ("0", "None")
+    counts, left = spin_counts(script)
+    assert counts[0] == "1000" and left == "None"
+    counts, left = spin_counts(script, GOMP_SPINCOUNT="77")
+    assert counts[0] == "77" and left == "77"
+    assert spin_counts(script, OMP_WAIT_POLICY="passive")[0][0] == "0"
 
 
-def test_kernels_run_on_the_libgomp_that_was_told_so(monkeypatch):
-    """torch's names come first for a library that is loaded later, unless it is bound deeply."""
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    script = USE + "\nimport kernels.numba_compile"
-    done = run(script, LD_DEBUG="bindings", LD_BIND_NOW="")
+def test_kernels_run_on_the_libgomp_that_was_told_so():
+    """On another one they would fight with torch's own threads for the cores."""
+    done = run("import kernels.numba_compile", LD_DEBUG="bindings")
     lines = [line for line in done.stderr.splitlines() if "`GOMP_parallel'" in line]
     bound = [line for line in lines if "omppool" in line.partition(" to ")[0]]
-    assert bound and not any("/torch/" in line.partition(" to ")[2] for line in bound), bound
+    assert bound and all("/torch/" in line.partition(" to ")[2] for line in bound), bound
