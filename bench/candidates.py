@@ -2,7 +2,7 @@
 
 What is tried lies around the table's present choice: all combinations of the steps below, nearest
 first. Nothing here knows how many rows a pass has, and a class gets one set of parameters for all
-of them (kernels/launch_table.py says why); times of one row and of eight only enter its rank.
+of them (kernels/gpu/launch_table.py says why); times of one row and of eight only enter its rank.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from bench.harness import Spread
-from kernels.launch_table import (
+from kernels.gpu.launch_table import (
     DECODE,
     MATRIX,
     PREFILL,
@@ -94,9 +94,9 @@ def _weighed(times: Times) -> float:
 def present(capability: int, shape_class: ShapeClass) -> Parameters:
     """What the table has for the class now."""
     operation, name = shape_class
-    if operation == "attn_decode":
+    if operation == "attention_decode":
         return DECODE[capability][name].launch
-    if operation == "attn_prefill":
+    if operation == "attention_prefill":
         return PREFILL[capability][name].launch
     return MATRIX[capability][operation, name].launch
 
@@ -111,9 +111,9 @@ def candidates(capability: int, shape_class: ShapeClass, limit: int) -> list[Par
 
 def _all(shape_class: ShapeClass) -> list[Parameters]:
     operation, name = shape_class
-    if operation == "attn_decode":
+    if operation == "attention_decode":
         return [DecodeLaunch(*steps) for steps in product(*DECODE_STEPS)]
-    if operation == "attn_prefill":
+    if operation == "attention_prefill":
         return [PrefillLaunch(*steps) for steps in product(*PREFILL_STEPS)]
     splits = SPLITS if operation == "linear_residual" else (1,)
     # Where heads are normed, tiles hold whole ones: "heads to 128" has 128 rows or twice that.
@@ -151,7 +151,7 @@ def choose(ranked: Sequence[Trial], now: Parameters) -> Trial:
 
 
 def paste_row(shape_class: ShapeClass, launch: Parameters) -> str:
-    """The class's line of kernels/launch_table.py."""
+    """The class's line of kernels/gpu/launch_table.py."""
     operation, name = shape_class
     key = f'"{name}"' if operation.startswith("attn_") else f'("{operation}", "{name}")'
     numbers: tuple[int, ...] = launch
@@ -164,7 +164,7 @@ def paste_row(shape_class: ShapeClass, launch: Parameters) -> str:
 def paste_rows(
     chosen: Sequence[tuple[ShapeClass, Parameters]], capability: int, source: str
 ) -> list[str]:
-    """All lines for kernels/launch_table.py, under the name of the table that each belongs to."""
+    """All lines for the launch table, under the name of the table that each belongs to."""
     lines = [f'TUNED = "{source}"']
     for table in ("MATRIX", "DECODE", "PREFILL"):
         rows = [paste_row(key, launch) for key, launch in chosen if _table(key) == table]
@@ -174,4 +174,6 @@ def paste_rows(
 
 
 def _table(shape_class: ShapeClass) -> str:
-    return {"attn_decode": "DECODE", "attn_prefill": "PREFILL"}.get(shape_class.operation, "MATRIX")
+    return {"attention_decode": "DECODE", "attention_prefill": "PREFILL"}.get(
+        shape_class.operation, "MATRIX"
+    )

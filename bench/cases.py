@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.gpu_time import num_sets
-from kernels.linear_int8 import INT8_PRECISION, LEVELS
+from kernels.layer.planned_linear import INT8_PRECISION, LEVELS
 from kernels.weight import Weight
 from models.config import LlamaConfig
 
@@ -169,7 +169,7 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def activation_error(x: torch.Tensor, group: int) -> float:
-    """The relative error of x [R, K] in 8 bits, one scale a group: see kernels/triton_int8.py."""
+    """The relative error of x [R, K] in 8 bits, one scale per group: see gpu/tiles_int8.py."""
     groups = F.pad(x.double(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     scale = groups.abs().amax(2, keepdim=True) / LEVELS
     rounded = torch.where(scale > 0, groups / scale, 0.0).round() * scale

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime import jit as triton_jit
 from triton.runtime.jit import JITFunction
 
-from kernels import launch as kernels_launch
+from kernels.gpu import launch as kernels_launch
 
 # Bytes that a block may have, by capability.
 SHARED_LIMITS = {

@@ -3,7 +3,7 @@
     python -m bench.int8_acceptance [--model M] [--prompts DIR] [--domains A,B] [--per-domain N]
 
 All schemes have the engine's int8 weights, one scale a row. Activations stay float32, or become
-int8 with one scale a row, or one a group along K as in kernels/triton_int8.py. A draft token is
+int8 with one scale a row, or one a group along K as in kernels/gpu/tiles_int8.py. A draft token is
 right where its argmax is the next token of the model's own greedy answer (router/matchness.py: the
 past is the model's own, as for the first token of a draft). From that acceptance a follows
 
@@ -36,11 +36,11 @@ from bench.decode import DOMAINS
 from bench.harness import print_machine, print_result
 from engine import LLM, SamplingParams
 from engine.costs import PassCosts
-from kernels.linear_int8 import LEVELS
-from kernels.norm_qkv_rope import rope_ref
+from kernels.gpu.tiles_int8 import SMALLEST
+from kernels.layer.norm_qkv_rope import rope_ref
+from kernels.layer.planned_linear import LEVELS
+from kernels.layer.rms_norm import rms_norm_ref
 from kernels.ops import TORCH, Ops
-from kernels.rms_norm import rms_norm_ref
-from kernels.triton_int8 import SMALLEST
 from kernels.weight import Weight
 from models.llama import Llama
 from models.plan import FULL, MAX_DRAFT, DraftPlan
@@ -87,7 +87,7 @@ SCHEMES = (
 
 
 def quantised(x: torch.Tensor, group: int) -> torch.Tensor:
-    """x [R, K] float32, rounded to 8 bits as kernels/triton_int8.py does and multiplied back."""
+    """x [R, K] float32, rounded to 8 bits as kernels/gpu/tiles_int8.py does and multiplied back."""
     groups = F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     largest = groups.abs().amax(2, keepdim=True).clamp(min=SMALLEST)
     inverse = torch.full_like(largest, LEVELS) / largest

@@ -14,19 +14,19 @@ import torch
 
 from bench.candidates import Parameters, ShapeClass
 from bench.cases import Case, Setting
-from bench.layer_cases import MATRICES, attn_decode_cases, attn_prefill_cases
-from kernels.launch_table import MatrixLaunch, fit, head_class, matrix_class, qkv_class
+from bench.layer_cases import MATRICES, attention_decode_cases, attention_prefill_cases
+from kernels.gpu.launch_table import MatrixLaunch, fit, head_class, matrix_class, qkv_class
 from kernels.weight import Weight
 from models.config import LlamaConfig
 from models.plan import FULL, INT8
 
 OPERATIONS = (
     "norm_qkv_rope_append",
-    "attn_decode",
+    "attention_decode",
     "linear_residual",
     "norm_gated_mlp",
     "norm_lm_head",
-    "attn_prefill",
+    "attention_prefill",
 )
 DTYPE = torch.bfloat16
 
@@ -61,7 +61,7 @@ class Problem(NamedTuple):
             n = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
             size = qkv_class(config.head_dim, n, config.has_qk_norm)
             return ShapeClass("norm_qkv_rope_append", size)
-        if self.kind in ("attn_decode", "attn_prefill"):
+        if self.kind in ("attention_decode", "attention_prefill"):
             return ShapeClass(self.kind, head_class(config.head_dim, DTYPE))
         if self.kind in ("attn_out", "down"):
             return ShapeClass(name, matrix_class(name, c, wide if self.kind == "attn_out" else f))
@@ -76,7 +76,7 @@ def shape_classes(
     found: dict[ShapeClass, list[Problem]] = {}
     seen = set()
     for model, config in configs.items():
-        for kind in (*MATRICES, "attn_decode", "attn_prefill"):
+        for kind in (*MATRICES, "attention_decode", "attention_prefill"):
             problem = Problem(model, kind, config)
             key = (problem.shape_class, problem.sizes)
             if problem.shape_class.operation in operations and key not in seen:
@@ -87,10 +87,10 @@ def shape_classes(
 
 def case_groups(problem: Problem, setting: Setting) -> Iterator[dict[str, Case]]:
     """What is timed together: the fields of `Times`, one group for each length of an attention."""
-    if problem.kind == "attn_prefill":
-        yield from ({"one": case} for case in attn_prefill_cases(setting))
-    elif problem.kind == "attn_decode":
-        cases = attn_decode_cases(setting, (1, 8))
+    if problem.kind == "attention_prefill":
+        yield from ({"one": case} for case in attention_prefill_cases(setting))
+    elif problem.kind == "attention_decode":
+        cases = attention_decode_cases(setting, (1, 8))
         for one, eight in zip(cases, cases, strict=True):
             yield {"one": one, "eight": eight}
     else:

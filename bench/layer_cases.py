@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from bench.cases import Case, Setting, weight_bytes
-from kernels.attention import attention_ref
-from kernels.attn_decode import attn_decode
-from kernels.attn_prefill import attn_prefill
-from kernels.launch import NUM_COUNTERS, matrix_launch, qkv_launch
-from kernels.linear_int8 import INT8_PRECISION, quantise
-from kernels.linear_residual import linear_residual, linear_residual_ref
-from kernels.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
-from kernels.norm_lm_head import norm_lm_head, norm_lm_head_ref
-from kernels.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
+from kernels.gpu.launch import NUM_COUNTERS, matrix_launch, qkv_launch
+from kernels.layer.attention import attention_ref
+from kernels.layer.attention_decode import attention_decode
+from kernels.layer.attention_prefill import attention_prefill
+from kernels.layer.linear_residual import linear_residual, linear_residual_ref
+from kernels.layer.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
+from kernels.layer.norm_lm_head import norm_lm_head, norm_lm_head_ref
+from kernels.layer.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
+from kernels.layer.planned_linear import INT8_PRECISION, quantise
 from kernels.weight import Weight
 from models.plan import FULL
 from models.rope import rope_table
@@ -199,14 +199,14 @@ def _caches(setting: Setting, context: int) -> list[tuple[torch.Tensor, ...]]:
     return [first, *(tuple(tensor.clone() for tensor in first) for _ in copies)]
 
 
-def attn_decode_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
+def attention_decode_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
     """Decode attention at every context length."""
     for context in setting.contexts:
         caches = _caches(setting, context)
         for num_rows in rows:
             yield _attention_case(
-                setting, num_rows, context, caches, operation="attn_decode",
-                detail=f"context {context}", kernel=attn_decode, reference=attention_ref,
+                setting, num_rows, context, caches, operation="attention_decode",
+                detail=f"context {context}", kernel=attention_decode, reference=attention_ref,
             )  # fmt: skip
 
 
@@ -226,10 +226,10 @@ def attention_in_pieces(
     return torch.cat(pieces)
 
 
-def attn_prefill_cases(setting: Setting) -> Iterator[Case]:
+def attention_prefill_cases(setting: Setting) -> Iterator[Case]:
     """Attention of whole prompts."""
     for length in setting.prompts:
         yield _attention_case(
-            setting, length, length, _caches(setting, length), operation="attn_prefill",
-            detail="", kernel=attn_prefill, reference=attention_in_pieces,
+            setting, length, length, _caches(setting, length), operation="attention_prefill",
+            detail="", kernel=attention_prefill, reference=attention_in_pieces,
         )  # fmt: skip

@@ -92,10 +92,10 @@ def all_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
         for precision in (FULL, INT8):
             yield from cases(setting, rows, precision)
         if cases is layer_cases.qkv_cases:
-            yield from layer_cases.attn_decode_cases(setting, rows)
+            yield from layer_cases.attention_decode_cases(setting, rows)
     yield from round_cases.sample_cases(setting, rows)
     yield from round_cases.round_cases(setting, rows)
-    yield from layer_cases.attn_prefill_cases(setting)
+    yield from layer_cases.attention_prefill_cases(setting)
     yield from round_cases.router_cases(setting)
 
 

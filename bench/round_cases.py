@@ -13,13 +13,13 @@ import torch
 
 from bench.cases import Case, Setting
 from engine.round_buffers import MAX_END_IDS, MAX_WIDTH
-from kernels.accept import accept, accept_ref
-from kernels.keep_drafted import keep_drafted, keep_drafted_ref
-from kernels.keep_states import keep_states, keep_states_ref
-from kernels.nearest_anchor import nearest_anchor_ref, nearest_anchor_triton
-from kernels.pool_states import pool_states, pool_states_ref
-from kernels.round_rows import draft_rows, draft_rows_ref, verify_rows, verify_rows_ref
-from kernels.sample import sample, sample_ref
+from kernels.round.accept import accept, accept_ref
+from kernels.round.keep_drafted import keep_drafted, keep_drafted_ref
+from kernels.round.keep_states import keep_states, keep_states_ref
+from kernels.round.rows import draft_rows, draft_rows_ref, verify_rows, verify_rows_ref
+from kernels.round.sample import sample, sample_ref
+from kernels.route.nearest_anchor import nearest_anchor_ref, nearest_anchor_triton
+from kernels.route.pool_states import pool_states, pool_states_ref
 from models.plan import FULL
 
 NUM_ANCHORS, NUM_PLANS, MIN_RATIO = 128, 8, 1.5

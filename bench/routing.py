@@ -49,7 +49,7 @@ from bench.stream import (
     warm_up,
 )
 from engine import LLM
-from engine.calibrate import read_prompts
+from engine.calibrate.__main__ import read_prompts
 
 ANSWER_TOKENS = 64  # of which the router's time is given as a share
 MAX_LENGTH = 2048

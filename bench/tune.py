@@ -2,8 +2,8 @@
 
     python -m bench.tune [--shape all|NAME] [--operation all|NAME] [--limit N]
 
-For each shape class of kernels/launch_table.py that the models have, the table's present choice and
-the nearest others are launched on every weight of the class. What does not compile, needs more
+For each shape class of the launch table that the models have, the table's present choice and the
+nearest others are launched on every weight of the class. What does not compile, needs more
 shared memory than there is or gives a wrong result is out; the rest is timed as in bench.ops. The
 rank is the one-row time, to which eight rows and 8-bit weights add a tenth of theirs each; a
 candidate that takes eight rows much longer than one goes to the end. One choice serves all numbers
@@ -60,7 +60,7 @@ from bench.launch_classes import (
     with_launch,
 )
 from bench.shapes import SHAPES
-from kernels.launch import capability_of
+from kernels.gpu.launch import capability_of
 
 NO_GPU = "no CUDA device: candidates are compiled only, nothing is timed"
 ABSENT_GPUS = (80, 90)
@@ -234,7 +234,7 @@ def tune(classes: Mapping[ShapeClass, Sequence[Problem]], limit: int) -> list[di
             results.append(result)
             if choice is not None:
                 chosen.append((shape_class, choice))
-    print("\nrows for kernels/launch_table.py:")
+    print("\nrows for kernels/gpu/launch_table.py:")
     print("\n".join(paste_rows(chosen, capability, source)))
     return results
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.costs import PassCosts
-from engine.ngram import Match
+from engine.sources.ngram import Match
 from models.plan import DraftPlan
 from router.library import PlanRates, Rates
 

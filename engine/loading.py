@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.numba_ops import NUMBA
 from kernels.ops import TORCH, Ops
-from kernels.triton_ops import TRITON, TRITON_PREFILL
+from kernels.ops_cpu import NUMBA
+from kernels.ops_gpu import TRITON, TRITON_PREFILL
 from models.chat_template import ChatTemplate, load_chat_template
 from models.checkpoint import open_checkpoint
 from models.config import LlamaConfig

@@ -25,8 +25,8 @@ from engine.costs import PassCosts
 from engine.kv_cache import make_kv_cache
 from engine.passes import Passes, widths
 from engine.round_buffers import MAX_WIDTH
-from kernels.numba_cache import cache_path, own_folder, warn_once
-from kernels.numba_compile import code_digest
+from kernels.cpu.cache import cache_path, own_folder, warn_once
+from kernels.cpu.compile import code_digest
 from models.llama import Llama
 from models.model_files import read_json
 from models.plan import DraftPlan

@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterator, Sequence
 
 from engine.controller import Choice, Controller
 from engine.costs import PassCosts
-from engine.ngram import NgramIndex
 from engine.params import SamplingParams
 from engine.routing import plans_beside
+from engine.sources.ngram import NgramIndex
 from engine.stream import TextStream
 from engine.tally import Tally
 from engine.types import (

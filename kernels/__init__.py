@@ -6,7 +6,7 @@ forward pass as a value. `TORCH` is the oracle and runs everywhere.
 
 from __future__ import annotations
 
-from kernels.spinning import load_torch
+from kernels.cpu.spinning import load_torch
 
 load_torch()
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.accept import accept_ref
-from kernels.attention import attention_ref
-from kernels.keep_drafted import keep_drafted_ref
-from kernels.keep_states import keep_states_ref
-from kernels.linear_residual import linear_residual_ref
-from kernels.nearest_anchor import nearest_anchor_ref
-from kernels.norm_gated_mlp import norm_gated_mlp_ref
-from kernels.norm_lm_head import norm_lm_head_ref
-from kernels.norm_qkv_rope import norm_qkv_rope_append_ref
-from kernels.pool_states import pool_states_ref
-from kernels.round_rows import PassRows, draft_rows_ref, verify_rows_ref
-from kernels.sample import sample_ref
+from kernels.layer.attention import attention_ref
+from kernels.layer.linear_residual import linear_residual_ref
+from kernels.layer.norm_gated_mlp import norm_gated_mlp_ref
+from kernels.layer.norm_lm_head import norm_lm_head_ref
+from kernels.layer.norm_qkv_rope import norm_qkv_rope_append_ref
+from kernels.round.accept import accept_ref
+from kernels.round.keep_drafted import keep_drafted_ref
+from kernels.round.keep_states import keep_states_ref
+from kernels.round.rows import PassRows, draft_rows_ref, verify_rows_ref
+from kernels.round.sample import sample_ref
+from kernels.route.nearest_anchor import nearest_anchor_ref
+from kernels.route.pool_states import pool_states_ref
 
 
 @dataclass(frozen=True)

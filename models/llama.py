@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.launch import NUM_COUNTERS
+from kernels.gpu.launch import NUM_COUNTERS
 from kernels.ops import Ops
 from models.config import LlamaConfig
 from models.plan import FULL, DraftPlan

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from kernels.linear_int8 import quantise_into
+from kernels.layer.planned_linear import quantise_into
 from kernels.weight import Weight
 from models.llama import Llama
 from models.weights import LlamaWeights, allocate_arena

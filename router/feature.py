@@ -4,7 +4,7 @@
 
 x_t is the residual stream after the last layer: the mean of the states that the LM head reads, as
 in KNN-SSD (arXiv 2505.16162). A sum points where the mean does, so nothing is divided before the
-unit length. kernels/pool_states.py makes u; it is a function of the states alone, so a prompt read
+unit length. pool_states makes u; it is a function of the states alone, so a prompt read
 in chunks, or found in the cache from an earlier turn, has the feature of one read in one go.
 """
 

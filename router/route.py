@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.nearest_anchor import Nearest
+from kernels.route.nearest_anchor import Nearest
 from models.llama import Llama, plan_table
 from models.plan import DraftPlan
 from router.feature import as_feature
@@ -44,7 +44,7 @@ class Route:
 class PendingRoute(NamedTuple):
     """A decision in the memory of the device, which may still be at work on it."""
 
-    record: torch.Tensor  # [1, 5] float32: see kernels/nearest_anchor.py
+    record: torch.Tensor  # [1, 5] float32: see kernels/route/nearest_anchor.py
     state_sum: torch.Tensor  # [C] float32
 
 

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.compile import Launch, compile_launch, recorded_launches  # noqa: E402
-from kernels.launch import NUM_COUNTERS  # noqa: E402
-from kernels.nearest_anchor import nearest_anchor_triton  # noqa: E402
-from kernels.triton_ops import TRITON, TRITON_PREFILL  # noqa: E402
+from kernels.gpu.launch import NUM_COUNTERS  # noqa: E402
+from kernels.ops_gpu import TRITON, TRITON_PREFILL  # noqa: E402
+from kernels.route.nearest_anchor import nearest_anchor_triton  # noqa: E402
 from kernels.weight import Weight  # noqa: E402
 from models.config import MAX_HIDDEN_SIZE  # noqa: E402
 

@@ -17,9 +17,9 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
-import engine.chat
+import engine.chat.__main__
+from engine.chat.terminal import loading_progress
 from engine.params import SamplingParams, Speculative
-from engine.terminal import loading_progress
 from engine.types import CompletionOutput, RequestOutput, RequestStats, TokenEvent
 from router.route import Router
 
@@ -171,7 +171,7 @@ class FakeLLM:
 
 
 def load_fake(args: Namespace) -> FakeLLM:
-    """Stands in for `engine.chat.load_llm`, progress bar included."""
+    """Stands in for `engine.chat.__main__.load_llm`, progress bar included."""
     with loading_progress() as on_progress:
         if on_progress is not None:
             on_progress(1, 2)
@@ -181,5 +181,5 @@ def load_fake(args: Namespace) -> FakeLLM:
 
 
 if __name__ == "__main__":
-    engine.chat.load_llm = load_fake  # type: ignore[assignment]
-    sys.exit(engine.chat.main())
+    engine.chat.__main__.load_llm = load_fake  # type: ignore[assignment]
+    sys.exit(engine.chat.__main__.main())

@@ -14,7 +14,7 @@ from bench.routing import summarise, summarise_streams
 from bench.stream import Prompt, make_experiment, run_streams
 from bench.stream import measure_prompt as measure_on_stream
 from engine import LLM
-from kernels.numba_ops import NUMBA
+from kernels.ops_cpu import NUMBA
 from models.chat_template import ChatTemplate
 from models.plan import NGRAM, OFF, DraftPlan
 from router.fingerprint import fingerprint

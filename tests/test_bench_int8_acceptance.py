@@ -30,10 +30,10 @@ from bench.int8_acceptance import (
     summarise,
     with_full_head,
 )
-from kernels.linear_int8 import quantise
+from kernels.gpu.tiles_int8 import linear_int8_activations_ref
+from kernels.layer.planned_linear import quantise
+from kernels.layer.rms_norm import rms_norm_ref
 from kernels.ops import TORCH
-from kernels.rms_norm import rms_norm_ref
-from kernels.triton_int8 import linear_int8_activations_ref
 from kernels.weight import Weight
 from models.chat_template import ChatTemplate
 from models.llama import full_plan, logits

@@ -21,9 +21,9 @@ from models.plan import FULL, INT8
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = {
-    "norm_qkv_rope_append", "attn_decode", "linear_residual attn_out", "norm_gated_mlp",
+    "norm_qkv_rope_append", "attention_decode", "linear_residual attn_out", "norm_gated_mlp",
     "linear_residual down", "norm_lm_head", "sample", "accept", "verify_rows", "keep_states",
-    "draft_rows", "keep_drafted", "attn_prefill", "pool_states", "nearest_anchor",
+    "draft_rows", "keep_drafted", "attention_prefill", "pool_states", "nearest_anchor",
 }  # fmt: skip
 # The gated MLP only, 1% too large for 3 rows and not written at all for 4.
 BROKEN = """
@@ -179,7 +179,7 @@ def test_operands_of_a_timing_are_in_memory_of_their_own(device):
     assert len({weight.int8.data_ptr() for weight in weights}) == len(weights) == 8
     assert len({weight.full.data_ptr() for weight in weights}) == 1
     assert int8.num_bytes < case.num_bytes / 2
-    for attention in layer_cases.attn_decode_cases(small(device, l2_bytes=40_000), [1, 2]):
+    for attention in layer_cases.attention_decode_cases(small(device, l2_bytes=40_000), [1, 2]):
         assert len({args[1].data_ptr() for args in attention.sets}) == len(attention.sets) > 2
 
 
@@ -191,18 +191,18 @@ def test_bytes_and_operations_of_llama_2_7b():
     assert qkv.num_operations == 2 * 12288 * 4096
     (mlp,) = layer_cases.gated_mlp_cases(setting, [8], INT8)
     assert mlp.num_bytes == 22016 * 4096 + 4 * 22016 + 8 * 2 * (4096 + 11008)
-    decode = next(layer_cases.attn_decode_cases(setting, [1]))
+    decode = next(layer_cases.attention_decode_cases(setting, [1]))
     assert decode.num_bytes == 2 * 2 * 256 * 4096 + 2 * 2 * 4096
     assert decode.num_operations == 4 * 256 * 4096
-    prefill = next(layer_cases.attn_prefill_cases(setting))
+    prefill = next(layer_cases.attention_prefill_cases(setting))
     assert prefill.num_operations == 4 * 4096 * (512 * 513 // 2)
 
 
 def test_library_attention_is_the_same_attention(device):
     """What the kernels are compared with must not be cheaper work."""
     setting = small(device)
-    decode = layer_cases.attn_decode_cases(setting, [1, 5])
-    for case in (*decode, *layer_cases.attn_prefill_cases(setting)):
+    decode = layer_cases.attention_decode_cases(setting, [1, 5])
+    for case in (*decode, *layer_cases.attention_prefill_cases(setting)):
         (library,) = case.library
         rows = library()[0].transpose(0, 1).reshape(case.rows, -1)
         torch.testing.assert_close(rows, case.reference(*case.sets[0]), atol=1e-5, rtol=1e-4)

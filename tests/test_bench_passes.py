@@ -30,7 +30,7 @@ from bench.subject import (
     with_positions,
 )
 from engine.graphs import run_eagerly
-from kernels.numba_ops import NUMBA
+from kernels.ops_cpu import NUMBA
 from models.llama import Llama
 from models.plan import FULL, SKIP, DraftPlan
 from models.quantise import int8_bytes, with_int8

@@ -28,8 +28,8 @@ from bench.cases import Setting
 from bench.harness import Spread
 from bench.launch_classes import DTYPE, Problem, shape_classes
 from bench.shapes import SHAPES
-from kernels.launch import matrix_launch, qkv_launch
-from kernels.launch_table import (
+from kernels.gpu.launch import matrix_launch, qkv_launch
+from kernels.gpu.launch_table import (
     CAPABILITIES,
     DECODE,
     MATRIX,
@@ -44,8 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 A, B, C = (MatrixLaunch(block_n, 128, 4, 4) for block_n in (16, 32, 64))
 CLASSES = [
     *(ShapeClass(*key) for key in MATRIX[90]),
-    *(ShapeClass("attn_decode", name) for name in DECODE[90]),
-    *(ShapeClass("attn_prefill", name) for name in PREFILL[90]),
+    *(ShapeClass("attention_decode", name) for name in DECODE[90]),
+    *(ShapeClass("attention_prefill", name) for name in PREFILL[90]),
 ]
 # Two classes of a model, compiled ahead or launched on tensors that are somewhere; prints whether
 # triton's cache had each kernel.
@@ -62,7 +62,7 @@ from bench.shapes import SHAPES
 
 hits, small = [], {"small": SHAPES["smollm2-135m"]}
 knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-for shape_class, problems in shape_classes(small, ["attn_decode", "norm_gated_mlp"]).items():
+for shape_class, problems in shape_classes(small, ["attention_decode", "norm_gated_mlp"]).items():
     launch = present(80, shape_class)
     if sys.argv[1] == "ahead":
         tune.compile_ahead((80, 86, problems, launch))
@@ -122,9 +122,9 @@ def test_the_present_choice_stays_unless_another_is_clearly_better():
 def test_rows_to_paste():
     chosen = [
         (ShapeClass("linear_residual", "large, deep"), MatrixLaunch(64, 128, 4, 4, 2)),
-        (ShapeClass("attn_decode", "heads to 128"), DecodeLaunch(64, 256, 3, 4)),
+        (ShapeClass("attention_decode", "heads to 128"), DecodeLaunch(64, 256, 3, 4)),
         (ShapeClass("norm_lm_head", "vocabulary"), MatrixLaunch(128, 128, 4, 8)),
-        (ShapeClass("attn_prefill", "heads to 64"), PrefillLaunch(128, 64, 3, 8)),
+        (ShapeClass("attention_prefill", "heads to 64"), PrefillLaunch(128, 64, 3, 8)),
     ]
     assert paste_rows(chosen, 90, "bench.tune on one GPU") == [
         'TUNED = "bench.tune on one GPU"',
@@ -162,7 +162,7 @@ def test_classes_are_those_by_which_kernels_are_launched():
         config, cls = problem.config, problem.shape_class
         setting = Setting(config, DTYPE, device)
         if problem.kind.startswith("attn_") and problem.kind != "attn_out":
-            assert cls.name in (DECODE if cls.operation == "attn_decode" else PREFILL)[90]
+            assert cls.name in (DECODE if cls.operation == "attention_decode" else PREFILL)[90]
             continue
         case = next(layer_cases.MATRICES[problem.kind](setting, [1], 16))
         (weight,) = (arg for arg in case.sets[0] if isinstance(arg, layer_cases.Weight))
@@ -244,7 +244,7 @@ def test_our_own_errors_are_not_taken_for_a_candidates():
 def test_without_a_gpu_candidates_are_compiled():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.tune", "--shape", "llama-2-7b"]
-    command += ["--operation", "attn_decode", "--limit", "2"]
+    command += ["--operation", "attention_decode", "--limit", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
     assert tune.NO_GPU in done.stdout and done.stdout.count("\n* ") == 2
     result = json.loads(done.stdout.splitlines()[-1])
@@ -276,7 +276,9 @@ class CutOff(Exception):
 
 
 def test_a_run_that_is_cut_off_has_printed_what_it_had(monkeypatch, capsys):
-    classes = shape_classes({"small": SHAPES["smollm2-135m"]}, ["attn_decode", "linear_residual"])
+    classes = shape_classes(
+        {"small": SHAPES["smollm2-135m"]}, ["attention_decode", "linear_residual"]
+    )
     first, second, _ = classes
     done = []
 

@@ -19,8 +19,8 @@ from tiny import family_config
 from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 
 from engine import LLM, SamplingParams
-from engine.calibrate import main
-from engine.calibration import TIMED_PLANS, TIMED_PROMPTS, TIMED_RUNS
+from engine.calibrate.__main__ import main
+from engine.calibrate.calibration import TIMED_PLANS, TIMED_PROMPTS, TIMED_RUNS
 from models.plan import INT8, NGRAM, OFF, SKIP, DraftPlan
 from models.weights import random_weights
 from router.library import RouterLibrary

@@ -6,12 +6,12 @@ import pytest
 from tiny import family_config, tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE, byte_tokenizer
 
-import engine.calibration
+import engine.calibrate.calibration
 from engine import SamplingParams
-from engine.calibration import Calibration, Settings
-from engine.calibration_state import CalibrationState
+from engine.calibrate.calibration import Calibration, Settings
+from engine.calibrate.replay import ngram_rates, smoothed
+from engine.calibrate.state import CalibrationState
 from engine.controller import NGRAM_PRIORS, SELF_PRIOR
-from engine.replay import ngram_rates, smoothed
 from models.chat_template import ChatTemplate
 from models.plan import NGRAM, OFF, SKIP, DraftPlan
 from router.library import Rates
@@ -31,7 +31,7 @@ PROMPTS = {
 def llm(monkeypatch):
     config = family_config("llama2", num_layers=LAYERS, vocab_size=byte_tokenizer().vocab_size)
     monkeypatch.setattr(
-        engine.calibration, "profile_draft", lambda model, plan: sum(plan.sublayers) / 128
+        engine.calibrate.calibration, "profile_draft", lambda model, plan: sum(plan.sublayers) / 128
     )
     return tiny_llm(config, chat_template=ChatTemplate(CHAT_TEMPLATE, "test"))
 
@@ -71,8 +71,8 @@ def test_plans_are_scored_on_the_first_answers_of_a_domain_and_searched_again_on
         seen.append([trace.prompt_ids for trace in traces])
         return Matchness(model, traces)
 
-    monkeypatch.setattr(engine.calibration, "POSITIONS", 12)
-    monkeypatch.setattr(engine.calibration, "Matchness", noted)
+    monkeypatch.setattr(engine.calibrate.calibration, "POSITIONS", 12)
+    monkeypatch.setattr(engine.calibrate.calibration, "Matchness", noted)
     run(llm, tmp_path / "state", trace_tokens=12)
     chat, math = ([chat_ids(llm, text) for text in texts] for texts in PROMPTS.values())
     assert seen[:4] == [chat[:2], math[:2], [chat[0], math[0]], [chat[2], chat[1]]]
@@ -87,7 +87,7 @@ def test_the_fastest_skip_set_of_every_search_is_a_candidate(llm, tmp_path, monk
         paths[name] = greedy_growth(*args, name=name, **options)
         return paths[name]
 
-    monkeypatch.setattr(engine.calibration, "greedy_growth", growth)
+    monkeypatch.setattr(engine.calibrate.calibration, "greedy_growth", growth)
     library = run(llm, tmp_path / "state")
     best = []
     for path in paths.values():
@@ -118,7 +118,7 @@ def test_the_plan_of_a_domain_is_the_fastest_by_the_clock(llm, tmp_path, monkeyp
         return expected.get(plans[0].name if plans else "off", 9.0)
 
     monkeypatch.setattr(Calibration, "_time", time)
-    monkeypatch.setattr(engine.calibration, "replay", replay)
+    monkeypatch.setattr(engine.calibrate.calibration, "replay", replay)
     library = run(llm, tmp_path / "state")
     assert timed == [list(expected)] * 3
     plans = [library.plans[i] for i in library.anchor_plans]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from engine.calibration_state import CalibrationState
+from engine.calibrate.state import CalibrationState
 
 SETTINGS = {"fingerprint": "f00", "prompts": "beef", "trace_tokens": 128}
 VALUES = {
@@ -252,7 +252,7 @@ def test_a_changed_byte_is_noticed(path):
 HOLD = """
 import sys
 from pathlib import Path
-from engine.calibration_state import CalibrationState
+from engine.calibrate.state import CalibrationState
 state = CalibrationState(Path(sys.argv[1]), {"fingerprint": "f00"})
 state.get("a", lambda: 1)
 print("held", flush=True)

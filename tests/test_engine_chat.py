@@ -17,19 +17,19 @@ from chat_process import FAKE, ROOT, asked, chat_env, run
 from fake_llm import FakeLLM
 from tiny import tiny_llm
 
-import engine.chat
+import engine.chat.__main__
 import engine.llm
-from engine.commands import Repl
-from engine.conversation import (
+from engine.chat.commands import Repl
+from engine.chat.conversation import (
     Conversation,
     ask,
     chat_params,
     load_conversation,
     save_conversation,
 )
+from engine.chat.repl import handle_input
+from engine.chat.terminal import one_line, visible
 from engine.params import SamplingParams
-from engine.repl import handle_input
-from engine.terminal import one_line, visible
 from models.plan import DraftPlan
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -54,8 +54,8 @@ def says(repl: Repl, capsys: pytest.CaptureFixture[str], text: str) -> tuple[str
 
 def test_help_and_version_import_nothing_slow() -> None:
     script = (
-        "import sys, engine.chat\n"
-        "try:\n    engine.chat.main([sys.argv[1]])\n"
+        "import sys, engine.chat.__main__\n"
+        "try:\n    engine.chat.__main__.main([sys.argv[1]])\n"
         "except SystemExit as leaving:\n    assert not leaving.code\n"
         "slow = {'torch', 'rich', 'prompt_toolkit', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {slow}' if slow else 0)\n"
@@ -84,10 +84,10 @@ def test_help_and_version_import_nothing_slow() -> None:
 def test_usage_errors_exit_2_before_loading(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.chat, "load_llm", lambda args: pytest.fail("loaded"))
-    monkeypatch.setattr(engine.chat, "_read_stdin", lambda: "")
+    monkeypatch.setattr(engine.chat.__main__, "load_llm", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr(engine.chat.__main__, "_read_stdin", lambda: "")
     with pytest.raises(SystemExit) as raised:
-        engine.chat.main(arguments)
+        engine.chat.__main__.main(arguments)
     out, err = capsys.readouterr()
     assert raised.value.code == 2 and out == ""
     assert len(err.splitlines()) == 2 and "error: " in err
@@ -96,9 +96,9 @@ def test_usage_errors_exit_2_before_loading(
 def test_json_needs_a_prompt_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.chat, "_read_prompt", lambda prompt: None)
+    monkeypatch.setattr(engine.chat.__main__, "_read_prompt", lambda prompt: None)
     with pytest.raises(SystemExit) as raised:
-        engine.chat.main(["--json"])
+        engine.chat.__main__.main(["--json"])
     assert raised.value.code == 2 and "--json" in capsys.readouterr().err
 
 
@@ -106,10 +106,10 @@ def test_every_flag_reaches_the_model(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake, seen = FakeLLM(), []
-    monkeypatch.setattr(engine.chat, "load_llm", lambda args: seen.append(args) or fake)
+    monkeypatch.setattr(engine.chat.__main__, "load_llm", lambda args: seen.append(args) or fake)
     flags = "-m M --revision R -p hi -s be --max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4"
     more = "--min-p 0.1 --seed 7 --max-length 64 --device cpu --dtype float32 --stats"
-    assert engine.chat.main((flags + " " + more).split()) == 0
+    assert engine.chat.__main__.main((flags + " " + more).split()) == 0
     (args,) = seen
     loading = (args.model, args.revision, args.max_length, args.device, args.dtype)
     assert loading == ("M", "R", 64, "cpu", "float32")
@@ -123,7 +123,7 @@ def load(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, object]:
     """The keywords that the command line gives to LLM."""
     seen: dict[str, object] = {}
     monkeypatch.setattr(engine.llm, "LLM", lambda model, **options: seen.update(options))
-    engine.chat.load_llm(engine.chat._parser().parse_args(flags))
+    engine.chat.__main__.load_llm(engine.chat.__main__._parser().parse_args(flags))
     return seen
 
 
@@ -145,8 +145,10 @@ def test_wrong_speculative_flag_is_one_line_and_exit_2(
     if wrong in texts:
         value = str(tmp_path / "plan.json")
         Path(value).write_text(texts[wrong])
-    monkeypatch.setattr(engine.chat, "load_llm", lambda a: tiny_llm(speculative=a.speculative))
-    assert engine.chat.main(["-p", "x", "--speculative", value]) == 2
+    monkeypatch.setattr(
+        engine.chat.__main__, "load_llm", lambda a: tiny_llm(speculative=a.speculative)
+    )
+    assert engine.chat.__main__.main(["-p", "x", "--speculative", value]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
 
@@ -171,8 +173,8 @@ def test_one_answer_with_statistics(
 ) -> None:
     fake = FakeLLM()
     fake.int8_bytes = 2_000_000
-    monkeypatch.setattr(engine.chat, "load_llm", lambda args: fake)
-    assert engine.chat.main(["-p", "drafted", "--stats"]) == 0
+    monkeypatch.setattr(engine.chat.__main__, "load_llm", lambda args: fake)
+    assert engine.chat.__main__.main(["-p", "drafted", "--stats"]) == 0
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("prompt 5 tokens") and second.endswith("1.0 .66 .66, int8 2 MB")
 
@@ -223,8 +225,8 @@ def test_failure_to_load_is_one_line(
     def fail(args: object) -> FakeLLM:
         raise error
 
-    monkeypatch.setattr(engine.chat, "load_llm", fail)
-    assert engine.chat.main(["-p", "x"]) == code
+    monkeypatch.setattr(engine.chat.__main__, "load_llm", fail)
+    assert engine.chat.__main__.main(["-p", "x"]) == code
     out, err = capfd.readouterr()
     assert out == "" and err == f"error: {str(error) or 'MemoryError'}\n"
 

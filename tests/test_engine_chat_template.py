@@ -11,7 +11,7 @@ from refusals import check_words, refusal
 from tiny import family_config
 from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 
-import engine.chat
+import engine.chat.__main__
 from engine import LLM, SamplingParams
 from models.weights import random_weights
 
@@ -50,7 +50,7 @@ def test_the_chat_command_ends_with_one_line_and_exit_2(
 ) -> None:
     write_template(directory, BROKEN[name])
     arguments = ["-m", str(directory), "-p", "hi", "--device", "cpu", "--no-profile"]
-    assert engine.chat.main(arguments) == 2
+    assert engine.chat.__main__.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     assert err[:-1].isprintable()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from chat_process import FAKE, asked, chat_env, run
 
-from engine.repl import _plain_reader
+from engine.chat.repl import _plain_reader
 
 MARK = "\ufeff"  # a byte-order mark
 

@@ -9,7 +9,7 @@ import pytest
 
 from engine.controller import PLAIN, PROBE_ROUNDS, Acceptance, Controller
 from engine.costs import PassCosts, estimated_costs
-from engine.ngram import Match
+from engine.sources.ngram import Match
 from models.plan import NGRAM, DraftPlan
 
 INT8 = DraftPlan.int8(2)

@@ -15,7 +15,7 @@ from tokenizers_for_tests import byte_tokenizer
 
 from engine import SamplingParams
 from kernels.ops import TORCH
-from kernels.triton_ops import TRITON, TRITON_PREFILL
+from kernels.ops_gpu import TRITON, TRITON_PREFILL
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPTS = ["Hello, world", "a", "The quick brown fox jumps over the lazy dog", "0123456789" * 3]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.ngram import Match, NgramIndex
+from engine.sources.ngram import Match, NgramIndex
 
 
 @st.composite

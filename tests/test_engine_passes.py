@@ -18,7 +18,7 @@ from engine import SamplingParams
 from engine.costs import bucket
 from engine.graphs import _CAPTURING, GraphRunner, run_eagerly
 from engine.passes import Passes, widths
-from kernels.triton_ops import TRITON, TRITON_PREFILL
+from kernels.ops_gpu import TRITON, TRITON_PREFILL
 from models.plan import NGRAM, DraftPlan
 
 VOCAB = byte_tokenizer().vocab_size
@@ -107,7 +107,7 @@ def test_a_layer_is_five_launches(device):
     runner = RecordedRunner()
     run_through(llm, runner)
     llm._passes.warm_up(llm.model)
-    layer = ["norm_qkv_rope_append", "attn_decode", "linear_residual", "norm_gated_mlp"]
+    layer = ["norm_qkv_rope_append", "attention_decode", "linear_residual", "norm_gated_mlp"]
     layer = [*layer, "linear_residual"]
     end = ["norm_lm_head", "sample"]
     expected = {

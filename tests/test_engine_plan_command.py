@@ -12,13 +12,13 @@ from test_engine_routing import DOMAINS, GREEDY, library_for, one_plan
 from tiny import tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE
 
-import engine.chat
+import engine.chat.__main__
 import engine.llm
 from engine import SamplingParams
-from engine.commands import Repl
-from engine.conversation import Conversation
-from engine.repl import handle_input
-from engine.terminal import print_stats, route_line
+from engine.chat.commands import Repl
+from engine.chat.conversation import Conversation
+from engine.chat.repl import handle_input
+from engine.chat.terminal import print_stats, route_line
 from models.chat_template import ChatTemplate
 from models.plan import OFF
 
@@ -121,22 +121,22 @@ def test_the_command_line_hands_the_router_on(monkeypatch):
         monkeypatch.setattr(
             engine.llm, "LLM", lambda *_, asked=asked, **options: asked.update(options)
         )
-        engine.chat.load_llm(engine.chat._parser().parse_args(arguments))
+        engine.chat.__main__.load_llm(engine.chat.__main__._parser().parse_args(arguments))
         assert asked["router"] == expected
 
 
 def test_a_wrong_router_is_one_line_and_exit_code_2(capsys, tmp_path):
     for value in (str(tmp_path), "no/such.safetensors", ""):
-        assert engine.chat.main(["--router", value, "--prompt", "x"]) == 2
+        assert engine.chat.__main__.main(["--router", value, "--prompt", "x"]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: router: ") and err.count("\n") == 1
 
 
 def test_json_has_the_route(llm, monkeypatch, capsys):
-    monkeypatch.setattr(engine.chat, "load_llm", lambda args: llm)
+    monkeypatch.setattr(engine.chat.__main__, "load_llm", lambda args: llm)
     for library in (llm.router.library, one_plan(llm, OFF)):
         llm.use_library(library)
-        assert engine.chat.main(["-p", "Hello", "--json", "--max-tokens", "4"]) == 0
+        assert engine.chat.__main__.main(["-p", "Hello", "--json", "--max-tokens", "4"]) == 0
         stats = json.loads(capsys.readouterr().out)["stats"]
         route = llm.chat([{"role": "user", "content": "Hello"}], GREEDY).route
         assert (stats["domain"], stats["similarity"]) == (route.domain, route.similarity)

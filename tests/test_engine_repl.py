@@ -14,10 +14,10 @@ import pexpect
 import pytest
 from fake_llm import FakeLLM
 
-from engine.commands import COMMANDS, Repl
-from engine.conversation import Conversation
+from engine.chat.commands import COMMANDS, Repl
+from engine.chat.conversation import Conversation
+from engine.chat.repl import handle_input, run_repl
 from engine.params import SamplingParams
-from engine.repl import handle_input, run_repl
 
 ROOT = Path(__file__).parent.parent
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]
@@ -383,8 +383,8 @@ def test_the_models_own_sampling_parameters_are_named(
     def at_end() -> str:
         raise EOFError
 
-    monkeypatch.setattr("engine.repl._plain_reader", lambda: at_end)
-    monkeypatch.setattr("engine.repl._terminal_reader", lambda: at_end)
+    monkeypatch.setattr("engine.chat.repl._plain_reader", lambda: at_end)
+    monkeypatch.setattr("engine.chat.repl._terminal_reader", lambda: at_end)
     for generation, is_named in (({"temperature": 0.6, "top_k": 20}, True), ({}, False)):
         repl = Repl(FakeLLM(generation), SamplingParams(), Conversation())
         assert run_repl(repl) == 0

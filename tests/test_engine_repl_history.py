@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_engine_repl import Chat
 
-from engine.repl import _history
+from engine.chat.repl import _history
 
 
 def history_file(state: Path) -> Path:

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tiny import tiny_llm
 
 from engine import SamplingParams
+from engine.calibrate.costs_by_part import from_parts, measure_parts
+from engine.calibrate.replay import PRIOR_WEIGHT, ngram_rates, replay, smoothed
 from engine.controller import NGRAM_PRIORS, PROBE_ROUNDS, PROBE_TOKENS, Controller
 from engine.costs import PassCosts
-from engine.plan_costs import from_parts, measure_parts
-from engine.replay import PRIOR_WEIGHT, ngram_rates, replay, smoothed
 from engine.routing import plans_beside
 from models.plan import FULL, INT8, NGRAM, OFF, SKIP, DraftPlan
 from router.fingerprint import fingerprint

@@ -16,7 +16,7 @@ import engine.prefill
 from engine import SamplingParams
 from engine.controller import NGRAM_PRIORS, Controller
 from kernels.ops import TORCH
-from kernels.triton_ops import TRITON, TRITON_PREFILL
+from kernels.ops_gpu import TRITON, TRITON_PREFILL
 from models.plan import NGRAM, OFF, DraftPlan
 from router.feature import as_feature
 from router.fingerprint import fingerprint

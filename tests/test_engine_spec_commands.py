@@ -17,13 +17,13 @@ from test_engine_repl import PROMPT, Chat
 from tiny import tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE
 
-import engine.chat
+import engine.chat.__main__
 import engine.generate
-from engine.commands import Repl, run_command
-from engine.conversation import Comparison, Conversation, ask, compare_with_plain
+from engine.chat.commands import Repl, run_command
+from engine.chat.conversation import Comparison, Conversation, ask, compare_with_plain
+from engine.chat.repl import handle_input
 from engine.llm import LLM
 from engine.params import SamplingParams, Speculative
-from engine.repl import handle_input
 from models.chat_template import ChatTemplate
 from models.plan import DraftPlan
 
@@ -358,8 +358,8 @@ def test_json_has_the_statistics_of_drafts(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     force_drafts(monkeypatch, lambda: 3)
-    monkeypatch.setattr(engine.chat, "load_llm", lambda args: llm)
-    assert engine.chat.main(["-p", "abcabc", "--json", "--max-tokens", "12"]) == 0
+    monkeypatch.setattr(engine.chat.__main__, "load_llm", lambda args: llm)
+    assert engine.chat.__main__.main(["-p", "abcabc", "--json", "--max-tokens", "12"]) == 0
     stats = json.loads(capsys.readouterr().out)["stats"]
     question = [{"role": "user", "content": "abcabc"}]
     known = llm.chat(question, SamplingParams(temperature=0, max_tokens=12)).stats

@@ -14,8 +14,8 @@ import pytest
 from chat_process import FAKE, chat_env, run
 from fake_llm import DRAFTED
 
-import engine.chat
-from engine.terminal import drafts_line, print_stats
+import engine.chat.__main__
+from engine.chat.terminal import drafts_line, print_stats
 from engine.types import RequestStats
 
 
@@ -102,7 +102,7 @@ def test_output_that_cannot_be_delivered_is_an_error(arguments: str, env: dict[s
 def test_a_closed_stream_leaves_its_number_to_no_file(env: dict[str, str]) -> None:
     """Else what is meant for the terminal would be written into the next file that is opened."""
     script = (
-        "import os, sys\nfrom engine.terminal import run_program\n"
+        "import os, sys\nfrom engine.chat.terminal import run_program\n"
         "sys.exit(run_program(lambda: 7 if os.open(os.devnull, os.O_RDWR) > 2 else 8))"
     )
     for closing in ("<&-", "2>&-", "<&- 2>&-"):
@@ -122,7 +122,7 @@ def test_a_standard_input_that_cannot_be_read_is_one_line(
 
     monkeypatch.setattr(sys, "stdin", Folder())
     with pytest.raises(SystemExit) as left:
-        engine.chat.main([])
+        engine.chat.__main__.main([])
     err = capsys.readouterr().err
     assert left.value.code == 2 and err.endswith("cannot be read: Is a directory\n")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.accept import accept, accept_ref
-from kernels.numba_ops import accept as accept_on_a_cpu
+from kernels.ops_cpu import accept as accept_on_a_cpu
+from kernels.round.accept import accept, accept_ref
 
 Tensors = tuple[torch.Tensor, ...]  # target, token_ids, num_drafted
 NEWEST = 3  # column 0 of token_ids, which is no draft

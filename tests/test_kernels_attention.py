@@ -9,11 +9,11 @@ import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
 
-import kernels.attn_decode as attn_decode_module
-from kernels.attention import attention_ref
-from kernels.attn_decode import attn_decode
-from kernels.attn_prefill import attn_prefill
-from kernels.launch_table import DECODE, DecodeLaunch
+import kernels.layer.attention_decode as attention_decode_module
+from kernels.gpu.launch_table import DECODE, DecodeLaunch
+from kernels.layer.attention import attention_ref
+from kernels.layer.attention_decode import attention_decode
+from kernels.layer.attention_prefill import attention_prefill
 
 SUBLAYER = 2
 BLOCK_S = 64  # of every row of the launch table
@@ -85,7 +85,7 @@ def launch_with(num_splits: int, case: Case) -> DecodeLaunch:
 @pytest.mark.parametrize("num_splits", [1, 2, 64])
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)
 def test_decode(case, num_splits, dtype, device):
-    attention = partial(attn_decode, launch=launch_with(num_splits, case))
+    attention = partial(attention_decode, launch=launch_with(num_splits, case))
     check(attention, make(case, dtype, device))
 
 
@@ -93,7 +93,7 @@ def test_decode(case, num_splits, dtype, device):
 def test_programs_that_go_round_more_than_once(length, dtype, device):
     """32 key heads leave 8 programs each: 10 or 12 blocks are two rounds for some of them."""
     case = Case(16, 32, 1, 2, (length,), (2,), room=BLOCK_S * 13)
-    check(attn_decode, make(case, dtype, device))
+    check(attention_decode, make(case, dtype, device))
 
 
 def test_programs_depend_on_the_number_of_key_heads_alone():
@@ -114,10 +114,10 @@ PREFILL_CASES = [
 
 @pytest.mark.parametrize("case", PREFILL_CASES, ids=str)
 def test_prefill(case, dtype, device):
-    check(attn_prefill, make(case, dtype, device))
+    check(attention_prefill, make(case, dtype, device))
 
 
-@pytest.mark.parametrize("attention", [attn_decode, attn_prefill])
+@pytest.mark.parametrize("attention", [attention_decode, attention_prefill])
 def test_skipped_sequences_and_padding_are_zero(attention, device):
     args = make(Case(16, 1, 2, 5, (200, 9, 130), (4, 5, 0)), torch.float32, device)
     args[6][1, SUBLAYER] = 0
@@ -148,7 +148,7 @@ def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(
     """
     lengths = (0, BLOCK_S - 3, 3 * BLOCK_S - 8)
     case = Case(head_dim, 1, group, 16, lengths, (16, 16, 16))
-    attention = partial(attn_decode, launch=launch_with(num_splits, case))
+    attention = partial(attention_decode, launch=launch_with(num_splits, case))
     args = make(case, dtype, device)
     whole = attention(*args).view(3, 16, -1)
     for width in (1, 2, 5, 8):
@@ -172,19 +172,19 @@ def test_bits_of_a_row_do_not_depend_on_the_room_of_the_cache(dtype, device, dot
     case = Case(32, 1, 2, 3, (BLOCK_S + 5, 2), (3, 3))
     q, k, v, *rest = make(case, dtype, device)
     short = [cache[:, :, : 2 * BLOCK_S].contiguous() for cache in (k, v)]
-    assert torch.equal(attn_decode(q, *short, *rest), attn_decode(q, k, v, *rest))
+    assert torch.equal(attention_decode(q, *short, *rest), attention_decode(q, k, v, *rest))
 
 
 def test_invariance_check_notices_splits_chosen_from_the_tokens(device):
     """The check above can fail: it does when a one-token pass splits the cache differently."""
     case = Case(64, 1, 1, 8, (4 * BLOCK_S,), (8,))
     args = make(case, torch.float32, device)
-    whole, one = attn_decode(*args), rows_of_width(args, 1)
-    assert torch.equal(attn_decode(*one)[0], whole[0])
-    assert not torch.equal(attn_decode(*one, launch=launch_with(2, case))[0], whole[0])
+    whole, one = attention_decode(*args), rows_of_width(args, 1)
+    assert torch.equal(attention_decode(*one)[0], whole[0])
+    assert not torch.equal(attention_decode(*one, launch=launch_with(2, case))[0], whole[0])
 
 
-@pytest.mark.parametrize("attention", [attn_decode, attn_prefill])
+@pytest.mark.parametrize("attention", [attention_decode, attention_prefill])
 def test_slots_beyond_two_billion_elements(attention, device):
     """Offsets into a large cache need 64 bits. Of this one only the pages of a slot are touched."""
     case = Case(64, 2, 2, 3, (5,), (3,), room=BLOCK_S)
@@ -201,14 +201,14 @@ def test_slots_beyond_two_billion_elements(attention, device):
 def test_counters_are_ready_for_the_next_launch(device):
     """The last program of a tile resets its counter, so that a captured launch can be replayed."""
     args = make(Case(16, 2, 1, 2, (2 * BLOCK_S, 5), (2, 2)), torch.float32, device)
-    attn_decode(*args)
+    attention_decode(*args)
     assert not args[-1].any()
 
 
 def test_too_few_counters_are_refused(device):
     *args, counters = make(Case(16, 2, 1, 2, (2 * BLOCK_S, 5), (2, 2)), torch.float32, device)
     with pytest.raises(AssertionError):
-        attn_decode(*args, counters[:3])
+        attention_decode(*args, counters[:3])
 
 
 def test_grid_does_not_depend_on_lengths(device, monkeypatch):
@@ -220,9 +220,9 @@ def test_grid_does_not_depend_on_lengths(device, monkeypatch):
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    monkeypatch.setattr(attn_decode_module, "_attn_decode_kernel", Recorder())
+    monkeypatch.setattr(attention_decode_module, "_attention_decode_kernel", Recorder())
     for lengths in ((0, 0), (4 * BLOCK_S, 3)):
-        attn_decode(*make(Case(16, 2, 4, 5, lengths, (5, 5)), torch.float32, device))
+        attention_decode(*make(Case(16, 2, 4, 5, lengths, (5, 5)), torch.float32, device))
     assert grids[0] == grids[1]
 
 
@@ -230,12 +230,12 @@ def test_grid_does_not_depend_on_lengths(device, monkeypatch):
 def test_a_captured_launch_follows_the_positions(device):
     """One CUDA graph serves every length, because lengths are read on the device."""
     args = make(Case(128, 2, 4, 5, (4 * BLOCK_S, 9), (5, 5)), torch.bfloat16, device)
-    attn_decode(*args)  # compiles, which a capture must not
+    attention_decode(*args)  # compiles, which a capture must not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attn_decode(*args)
+        out = attention_decode(*args)
     for start in (0, BLOCK_S - 3, 4 * BLOCK_S):
         args[3][0] = torch.arange(start, start + 5)
         for _ in range(2):
             graph.replay()
-            assert torch.equal(out, attn_decode(*args))
+            assert torch.equal(out, attention_decode(*args))

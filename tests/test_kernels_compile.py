@@ -20,13 +20,13 @@ MATRIX_KERNELS = {
     "_norm_gated_mlp_kernel",
     "_norm_lm_head_kernel",
 }
-DEPENDENT_KERNELS = MATRIX_KERNELS | {"_attn_decode_kernel"}  # those of a decode pass
+DEPENDENT_KERNELS = MATRIX_KERNELS | {"_attention_decode_kernel"}  # those of a decode pass
 # They read a few token ids.
 TINY_KERNELS = {"_accept_kernel", "_draft_rows_kernel", "_verify_rows_kernel"}
 KERNELS = DEPENDENT_KERNELS | {
     "_rms_norm_kernel",
-    "_qkv_prefill_kernel",
-    "_attn_prefill_kernel",
+    "_norm_qkv_rope_prefill_kernel",
+    "_attention_prefill_kernel",
     "_sample_kernel",
     "_accept_kernel",
     "_draft_rows_kernel",

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.numba_ops import NUMBA, run_layers
-from kernels.numba_sample import sample, top_probability
+from kernels.cpu.sample import sample, top_probability
+from kernels.ops_cpu import NUMBA, run_layers
 from kernels.weight import LayerWeights, Weight, layer_table
 
 C, H, H_KV, D, F, V = 24, 4, 2, 8, 20, 37

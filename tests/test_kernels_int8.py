@@ -15,9 +15,10 @@ import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
 
-from kernels import launch, linear_residual, norm_gated_mlp, norm_lm_head, norm_qkv_rope
-from kernels.linear_int8 import quantise
-from kernels.triton_int8 import linear_int8_activations_ref
+from kernels.gpu import launch
+from kernels.gpu.tiles_int8 import linear_int8_activations_ref
+from kernels.layer import linear_residual, norm_gated_mlp, norm_lm_head, norm_qkv_rope
+from kernels.layer.planned_linear import quantise
 from kernels.weight import Weight
 
 SUBLAYER, EPS = 2, 1e-5

@@ -8,8 +8,8 @@ import pytest
 import torch
 import triton
 
-from kernels import launch, launch_table
-from kernels.launch_table import DECODE, MATRIX, MEASURED, PREFILL, MatrixLaunch, fit
+from kernels.gpu import launch, launch_table
+from kernels.gpu.launch_table import DECODE, MATRIX, MEASURED, PREFILL, MatrixLaunch, fit
 
 META = torch.device("meta")
 SIZES = (64, 576, 1536, 2048, 4096, 13824)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
 
-from kernels.launch_table import MatrixLaunch
-from kernels.linear_residual import linear_residual, linear_residual_ref
-from kernels.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
-from kernels.norm_lm_head import norm_lm_head, norm_lm_head_ref
+from kernels.gpu.launch_table import MatrixLaunch
+from kernels.layer.linear_residual import linear_residual, linear_residual_ref
+from kernels.layer.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
+from kernels.layer.norm_lm_head import norm_lm_head, norm_lm_head_ref
 from kernels.weight import Weight
 
 EPS = 1e-5

@@ -10,8 +10,8 @@ import pytest
 import torch
 from budget import assert_within_budget, promote
 
-import kernels.nearest_anchor as nearest_module
-from kernels.nearest_anchor import Nearest, nearest_anchor_ref, nearest_anchor_triton
+import kernels.route.nearest_anchor as nearest_module
+from kernels.route.nearest_anchor import Nearest, nearest_anchor_ref, nearest_anchor_triton
 
 # Numpy, which interprets the kernels on a CPU, warns of what the bad totals are there to test.
 BAD_TOTALS = pytest.mark.filterwarnings("ignore::RuntimeWarning")

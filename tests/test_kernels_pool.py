@@ -10,12 +10,12 @@ import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
 
-import kernels.pool_states as pool_module
-from kernels.numba_ops import NUMBA
+import kernels.route.pool_states as pool_module
+from kernels.layer.rms_norm import rms_norm_ref
 from kernels.ops import TORCH
-from kernels.pool_states import BLOCK_CHANNELS, POOL_TOKENS, pool_states, pool_states_ref
-from kernels.rms_norm import rms_norm_ref
-from kernels.triton_ops import TRITON, TRITON_PREFILL
+from kernels.ops_cpu import NUMBA
+from kernels.ops_gpu import TRITON, TRITON_PREFILL
+from kernels.route.pool_states import BLOCK_CHANNELS, POOL_TOKENS, pool_states, pool_states_ref
 
 # Numpy, which interprets the kernels on a CPU, warns of what the bad states are there to test.
 BAD_STATES = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -28,20 +28,20 @@ from tiny import FAMILIES, family_config, rows_of, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.linear_int8 import quantise
-from kernels.linear_residual import linear_residual_ref
-from kernels.norm_gated_mlp import norm_gated_mlp_ref
-from kernels.norm_lm_head import norm_lm_head_ref
-from kernels.norm_qkv_rope import norm_qkv_rope_append_ref
-from kernels.ops import TORCH, Ops
-from kernels.prefill_linear import (
+from kernels.layer.linear_prefill import (
     linear_residual_prefill,
     norm_gated_mlp_prefill,
     norm_lm_head_prefill,
 )
-from kernels.qkv_prefill import qkv_prefill
-from kernels.rms_norm import rms_norm, rms_norm_ref
-from kernels.triton_ops import TRITON_PREFILL
+from kernels.layer.linear_residual import linear_residual_ref
+from kernels.layer.norm_gated_mlp import norm_gated_mlp_ref
+from kernels.layer.norm_lm_head import norm_lm_head_ref
+from kernels.layer.norm_qkv_rope import norm_qkv_rope_append_ref
+from kernels.layer.norm_qkv_rope_prefill import norm_qkv_rope_prefill
+from kernels.layer.planned_linear import quantise
+from kernels.layer.rms_norm import rms_norm, rms_norm_ref
+from kernels.ops import TORCH, Ops
+from kernels.ops_gpu import TRITON_PREFILL
 from kernels.weight import Weight
 from models.llama import Llama, Rows, forward, logits
 from models.llama import full_plan as model_plan
@@ -68,7 +68,7 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_}
 @EACH_DTYPE
 @pytest.mark.parametrize("case", PREFILL_CASES, ids=str)
 def test_qkv_against_reference(case, dtype, device):
-    check(make(case, dtype, device), qkv_prefill)
+    check(make(case, dtype, device), norm_qkv_rope_prefill)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -76,7 +76,7 @@ def test_qkv_against_reference(case, dtype, device):
 def test_qkv_rounds_where_the_reference_does(case, dtype, device):
     """Sums in another order move few values across a rounding, one left out moves a quarter."""
     args = make(case, dtype, device)
-    rows, (q, *caches) = used_rows(args), run(qkv_prefill, args)
+    rows, (q, *caches) = used_rows(args), run(norm_qkv_rope_prefill, args)
     low_q, *low_caches = run(norm_qkv_rope_append_ref, args)
     pairs = [(q[rows], low_q[rows]), *zip(caches, low_caches, strict=True)]
     for got, want in pairs:
@@ -92,9 +92,9 @@ def test_qkv_of_sequences_that_skip(device):
     args[PLAN][:, SUBLAYER] = torch.tensor([16, 0, 16, 0, 16], dtype=torch.uint8)
     args[0][4:8] = float("nan")
     args[0][12:16] = float("inf")
-    check(args, qkv_prefill)
+    check(args, norm_qkv_rope_prefill)
     args[PLAN][:, SUBLAYER] = 0
-    _, k_cache, v_cache = run(qkv_prefill, args)
+    _, k_cache, v_cache = run(norm_qkv_rope_prefill, args)
     assert (k_cache == CANARY).all() and (v_cache == CANARY).all()
 
 
@@ -103,12 +103,12 @@ def test_qkv_padding_rows_are_not_looked_up(case, device):
     """Positions of padding, and slots of sequences without a token, may be anything."""
     args = make(case, torch.float32, device)
     args[10][-1] = 0
-    clean, rows = run(qkv_prefill, args), used_rows(args)
+    clean, rows = run(norm_qkv_rope_prefill, args), used_rows(args)
     args[9].view(-1)[~rows] = 2**30
     args[9][-1, ::2] = -(2**30)
     args[11][-1] = 2**30
     args[0][~rows] = float("nan")
-    dirty = run(qkv_prefill, args)
+    dirty = run(norm_qkv_rope_prefill, args)
     assert torch.equal(clean[0][rows], dirty[0][rows])
     assert torch.equal(clean[1], dirty[1]) and torch.equal(clean[2], dirty[2])
 
@@ -119,7 +119,7 @@ def test_qkv_writes_infinite_values_as_they_are(device):
     args[3].full[-5:] = 0
     args[4] = torch.zeros(4 * 64, device=device)
     args[4][-5] = float("inf")
-    _, _, v_cache = run(qkv_prefill, args)
+    _, _, v_cache = run(norm_qkv_rope_prefill, args)
     _, _, expected = run(norm_qkv_rope_append_ref, args)
     assert torch.isinf(v_cache).sum() == 2 and torch.equal(v_cache.isinf(), expected.isinf())
     assert not v_cache.isnan().any()
@@ -133,10 +133,10 @@ def test_qkv_of_slots_beyond_two_billion_elements(device):
     # The caches share a memory, the values one slot further on.
     memory = torch.empty(slot + 2, *shape, dtype=torch.float16, device=device)
     memory[slot:] = CANARY
-    far, (q, *caches) = list(args), run(qkv_prefill, args)
+    far, (q, *caches) = list(args), run(norm_qkv_rope_prefill, args)
     far[K_CACHE], far[V_CACHE] = memory[:-1], memory[1:]
     far[11] = torch.full_like(args[11], slot)
-    assert torch.equal(qkv_prefill(*far), q)
+    assert torch.equal(norm_qkv_rope_prefill(*far), q)
     for written, cache in zip(memory[slot:], caches, strict=True):
         assert torch.equal(written, cache[args[11][0]])
 
@@ -193,7 +193,9 @@ def test_eight_bit_forms_are_not_looked_at(device, counters):
     """A model that drafts in 8 bits has them, and its prompts are read at full precision."""
     args = make(CASES[1], torch.float32, device)
     with_int8 = [quantise(arg) if isinstance(arg, Weight) else arg for arg in args]
-    for got, want in zip(run(qkv_prefill, with_int8), run(qkv_prefill, args), strict=True):
+    for got, want in zip(
+        run(norm_qkv_rope_prefill, with_int8), run(norm_qkv_rope_prefill, args), strict=True
+    ):
         assert torch.equal(got, want)
     weight, plan = make_weight(16, 60, torch.float32, device), full_plan(1, device)
     x, out, want = (torch.randn(3, n, device=device) for n in (60, 16, 16))

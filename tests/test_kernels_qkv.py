@@ -8,7 +8,7 @@ import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
 
-from kernels.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
+from kernels.layer.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
 from kernels.weight import Weight
 
 SUBLAYER, EPS, ROOM, CANARY = 2, 1e-5, 40, 7.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.keep_drafted import keep_drafted, keep_drafted_ref
-from kernels.keep_states import keep_states, keep_states_ref
-from kernels.numba_ops import keep_drafted as keep_drafted_on_a_cpu
-from kernels.round_rows import draft_rows, draft_rows_ref, verify_rows, verify_rows_ref
+from kernels.ops_cpu import keep_drafted as keep_drafted_on_a_cpu
+from kernels.round.keep_drafted import keep_drafted, keep_drafted_ref
+from kernels.round.keep_states import keep_states, keep_states_ref
+from kernels.round.rows import draft_rows, draft_rows_ref, verify_rows, verify_rows_ref
 
 COLUMNS, NUM_PRECISIONS, POSITIONS = 9, 11, 40
 CANARY = 777.0

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from scipy.stats import chisquare
 
-import kernels.sample as sample_module
-from kernels.noise import gumbel, gumbel_ref, philox, philox_ref
-from kernels.numba_sample import sample as sample_on_a_cpu
-from kernels.sample import (
+import kernels.round.sample as sample_module
+from kernels.cpu.sample import sample as sample_on_a_cpu
+from kernels.round.noise import gumbel, gumbel_ref, philox, philox_ref
+from kernels.round.sample import (
     _filter_key,
     _ordered_key,
     filter_threshold_ref,

@@ -18,7 +18,7 @@ from engine import LLM, SamplingParams
 from engine.generate import _round
 from engine.sequence import RunningSequence
 from kernels.ops import TORCH
-from kernels.triton_ops import TRITON, TRITON_PREFILL
+from kernels.ops_gpu import TRITON, TRITON_PREFILL
 from models.llama import Rows, forward, full_plan, logits
 from models.plan import NGRAM, DraftPlan
 

@@ -11,8 +11,8 @@ from checkpoints import hf_config
 from tiny import FAMILIES, family_config, rows_of, tiny_llama
 
 from engine.kv_cache import make_kv_cache
-from kernels.numba_ops import NUMBA
 from kernels.ops import TORCH
+from kernels.ops_cpu import NUMBA
 from models.llama import forward, full_plan, logits
 from models.weights import to_hf_state_dict
 

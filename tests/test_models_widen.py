@@ -17,8 +17,8 @@ from tiny import FAMILIES, family_config, rows_of, tiny_llama, to_device
 from engine import LLM, SamplingParams
 from engine.kv_cache import make_kv_cache
 from engine.loading import load
-from kernels.numba_ops import NUMBA
 from kernels.ops import TORCH
+from kernels.ops_cpu import NUMBA
 from models.llama import Llama, forward, full_plan, logits, make_llama
 from models.weights import LlamaWeights, random_weights
 from models.widen import WIDENINGS, widened, widened_model

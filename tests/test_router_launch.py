@@ -8,11 +8,11 @@ from routers import EARLY, INT8, LATE, LAYERS, make_router, on_a_line
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels.nearest_anchor as nearest_module
-import kernels.pool_states as pool_module
-from kernels.nearest_anchor import Nearest
+import kernels.route.nearest_anchor as nearest_module
+import kernels.route.pool_states as pool_module
 from kernels.ops import TORCH
-from kernels.triton_ops import TRITON
+from kernels.ops_gpu import TRITON
+from kernels.route.nearest_anchor import Nearest
 from models.llama import plan_table
 
 BOTH = pytest.mark.parametrize("ops", [TRITON, TORCH], ids=lambda ops: ops.name)

@@ -11,9 +11,9 @@ from make_golden import GOLDEN
 from tiny import family_config, rows_of, tiny_llama
 
 from engine.loading import load
-from kernels.numba_ops import NUMBA
 from kernels.ops import TORCH
-from kernels.triton_ops import TRITON, TRITON_PREFILL
+from kernels.ops_cpu import NUMBA
+from kernels.ops_gpu import TRITON, TRITON_PREFILL
 from models.llama import Rows, forward, full_plan, logits, plan_table
 from models.plan import NGRAM, DraftPlan
 from models.quantise import with_int8

@@ -15,10 +15,10 @@ from routers import EARLY, EPS, INT8, LATE, PLANS, make_router, model_of, on_a_l
 from tiny import family_config, rows_of, tiny_llama
 
 from engine.kv_cache import make_kv_cache
-from kernels.numba_ops import NUMBA
 from kernels.ops import TORCH
-from kernels.pool_states import pool_states_ref
-from kernels.triton_ops import TRITON
+from kernels.ops_cpu import NUMBA
+from kernels.ops_gpu import TRITON
+from kernels.route.pool_states import pool_states_ref
 from models.config import MAX_HIDDEN_SIZE
 from models.llama import forward, full_plan
 from models.plan import NGRAM, OFF, plans_from_skip_sets

@@ -10,8 +10,8 @@ from tokenizers_for_tests import byte_tokenizer
 
 from engine import LLM
 from engine.loading import Loaded
-from kernels.numba_ops import NUMBA
 from kernels.ops import Ops
+from kernels.ops_cpu import NUMBA
 from kernels.weight import LayerWeights, Weight
 from models.config import LlamaConfig, RopeScaling
 from models.llama import Llama, Rows, make_llama

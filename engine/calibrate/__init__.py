@@ -1,0 +1,1 @@
+"""The command `python -m engine.calibrate`: a router library from prompts of known domains."""

@@ -1,0 +1,1 @@
+"""The command `python -m engine.chat`: one answer, or a conversation."""

@@ -1,0 +1,1 @@
+"""The machinery of the CPU: numba kernels, how they are compiled and kept, how threads wait."""

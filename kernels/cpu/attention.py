@@ -1,0 +1,159 @@
+"""Attention over the cache on a CPU: float32, the contract of attention.py.
+
+Up to four consecutive tokens of a sequence share each pass over its keys and values. Scores,
+exponentials and sums of a row follow the positions in order whatever shares the tile, so prefill,
+decode and verification of a token give the same bits.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels.cpu.compile import device, kernel
+from kernels.cpu.product import matmul
+from kernels.cpu.scalars import F, bytes_at, exp, floats_at, ints_at, keep_alive, rows_fit
+from kernels.cpu.tiles import LANES, fma, make_weighted_sum_tile
+
+TILE_ROWS = 4
+sum_1x4 = make_weighted_sum_tile(1, 4)
+sum_1x1 = make_weighted_sum_tile(1, 1)
+sum_4x2 = make_weighted_sum_tile(4, 2)
+sum_4x1 = make_weighted_sum_tile(4, 1)
+
+
+@device
+def _exponentials(scores, scale, length, padded):
+    """scores <- exp(scale * (scores - max)) over `length` positions, then 0 up to `padded`."""
+    xs = floats_at(scores, padded)
+    # Four maxima at a time: each waits for itself alone.
+    a, b, c, d = xs[0], xs[0], xs[0], xs[0]
+    for s in range(0, length // 4 * 4, 4):
+        a, b, c, d = max(a, xs[s]), max(b, xs[s + 1]), max(c, xs[s + 2]), max(d, xs[s + 3])
+    for s in range(length // 4 * 4, length):
+        a = max(a, xs[s])
+    top = max(max(a, b), max(c, d))
+    for s in range(length):
+        xs[s] = exp((xs[s] - top) * scale)
+    for s in range(length, padded):
+        xs[s] = F(0.0)
+
+
+@device
+def _weighted_sum(p, p_stride, rows, v, head_dim, length, out, out_stride, total):
+    """out[r] = sum_s p[r, s] v[s], total[r] = sum_s p[r, s], for 1 or TILE_ROWS rows."""
+    v_stride, d = head_dim * 4, 0
+    if rows == TILE_ROWS:
+        while d + 2 * LANES <= head_dim:
+            sum_4x2(p, p_stride, v + d * 4, v_stride, length, out + d * 4, out_stride, total)
+            d += 2 * LANES
+        while d + LANES <= head_dim:
+            sum_4x1(p, p_stride, v + d * 4, v_stride, length, out + d * 4, out_stride, total)
+            d += LANES
+    else:
+        while d + 4 * LANES <= head_dim:
+            sum_1x4(p, p_stride, v + d * 4, v_stride, length, out + d * 4, out_stride, total)
+            d += 4 * LANES
+        while d + LANES <= head_dim:
+            sum_1x1(p, p_stride, v + d * 4, v_stride, length, out + d * 4, out_stride, total)
+            d += LANES
+    if d < head_dim or head_dim < LANES:
+        for r in range(rows):
+            _weighted_tail(p + r * p_stride, v, head_dim, d, length, out + r * out_stride)
+            if head_dim < LANES:
+                _total(p + r * p_stride, length, total + r * 4)
+
+
+@device
+def _weighted_tail(p, v, head_dim, first, length, out):
+    ps, vs, ys = floats_at(p, length), floats_at(v, length * head_dim), floats_at(out, head_dim)
+    for d in range(first, head_dim):
+        acc = F(0.0)
+        for s in range(length):
+            acc = fma(ps[s], vs[s * head_dim + d], acc)
+        ys[d] = acc
+
+
+@device
+def _total(p, length, total):
+    ps, acc = floats_at(p, length), F(0.0)
+    for s in range(length):
+        acc += ps[s]
+    floats_at(total, 1)[0] = acc
+
+
+@device
+def _clear(out, head_dim):
+    ys = floats_at(out, head_dim)
+    for d in range(head_dim):
+        ys[d] = F(0.0)
+
+
+@device
+def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
+    """One head: rows (1 or TILE_ROWS) of q, the last at position length - 1."""
+    scores = np.empty((rows, length), np.float32)
+    total = np.empty(rows, np.float32)
+    p, p_stride = np.int64(scores.ctypes.data), length * 4
+    matmul(q, q_stride, rows, k, head_dim, length, p, p_stride, True)
+    scale = F(1.0) / np.sqrt(F(head_dim))
+    for r in range(rows):
+        _exponentials(p + r * p_stride, scale, length - rows + 1 + r, length)
+    _weighted_sum(
+        p, p_stride, rows, v, head_dim, length, out, out_stride, np.int64(total.ctypes.data)
+    )
+    for r in range(rows):
+        ys = floats_at(out + r * out_stride, head_dim)
+        for d in range(head_dim):
+            ys[d] /= total[r]
+    keep_alive(scores)
+
+
+@device
+def attend_item(
+    item, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+    batch, width, heads, kv_heads, head_dim, cache_len, out,
+):  # fmt: skip
+    """One head of one tile of one sequence, by its number among batch * heads * tiles."""
+    tiles = (width + TILE_ROWS - 1) // TILE_ROWS
+    # A core gets neighbouring items: all tiles of a head, so that none has only the wide ones.
+    # Later tiles attend to more positions: early and late by turns.
+    turn, h, b = item % tiles, item // tiles % heads, item // (tiles * heads)
+    tile = turn // 2 if turn % 2 == 0 else tiles - 1 - turn // 2
+    first = tile * TILE_ROWS
+    valid = ints_at(num_tokens, batch)[b]
+    runs = bytes_at(plan, b * plan_stride + 1)[b * plan_stride] > 0
+    slot = np.int64(ints_at(slots, batch)[b])
+    place = (slot * kv_heads + h // (heads // kv_heads)) * cache_len * head_dim * 4
+    out_stride = heads * head_dim * 4
+    t = first
+    while t < min(first + TILE_ROWS, width):
+        r = b * width + t
+        y = out + r * out_stride + h * head_dim * 4
+        x = q + r * q_stride + h * head_dim * 4
+        rows = TILE_ROWS if first + TILE_ROWS <= valid else 1
+        if runs and t < valid:
+            length = np.int64(ints_at(positions, r + 1)[r]) + rows
+            k, v = k_cache + place, v_cache + place
+            _attend(x, q_stride, rows, k, v, head_dim, length, y, out_stride)
+        else:
+            rows = 1
+            _clear(y, head_dim)
+        t += rows
+
+
+@kernel
+def attention(
+    q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+    batch, width, heads, kv_heads, head_dim, cache_len, num_slots, out,
+):  # fmt: skip
+    if not rows_fit(positions, num_tokens, slots, batch, width, cache_len, num_slots):
+        return False
+    for item in prange(batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads):
+        attend_item(
+            np.int64(item),
+            q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+            batch, width, heads, kv_heads, head_dim, cache_len, out,
+        )  # fmt: skip
+    return True

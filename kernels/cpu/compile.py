@@ -1,0 +1,86 @@
+"""How the CPU kernels are compiled, and where their machine code is kept between runs.
+
+The kernels are put together from several files, so the folder of their machine code is named by a
+hash of all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numba
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+
+from kernels.cpu.cache import KernelCache, cache_path
+
+
+def _has_threadsafe_layer() -> bool:
+    """Whether numba's OpenMP or TBB layer can be loaded; the first needs the system's libgomp."""
+    for name in ("omppool", "tbbpool"):
+        try:
+            import_module(f"numba.np.ufunc.{name}")
+        except ImportError:
+            continue
+        return True
+    return False
+
+
+# numba's own layer is there without any library, but it aborts the process when two Python threads
+# launch kernels at once: then launches take turns.
+IS_THREADSAFE = _has_threadsafe_layer()
+if numba.config.THREADING_LAYER == "default":
+    numba.config.THREADING_LAYER = "threadsafe" if IS_THREADSAFE else "workqueue"
+LAUNCH_LOCK = threading.Lock()
+
+# For functions that only kernels call: entry points for Python would take time to compile.
+device = numba.njit(
+    boundscheck=False, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
+
+
+@cache  # every kernel asks
+def code_digest() -> str:
+    """A hash of what the machine code depends on: the kernels' sources, numba, the processor."""
+    parts = (sys.implementation.cache_tag, numba.__version__, get_host_cpu_name())
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode())
+    digest.update(get_host_cpu_features().flatten().encode())
+    # Triton's sources as well: what is measured of kernels is kept under this name, too.
+    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _folder_name() -> str:
+    return f"numba-{code_digest()}"
+
+
+def is_compiled() -> bool:
+    """Whether a decode step's machine code is on disk; compiling it takes half a minute."""
+    names = {path.name.split("-")[0] for path in (cache_path() / _folder_name()).glob("*.nbc")}
+    needed = {"layers.run_layers", "matmul.norm_lm_head", "sample._sample"}
+    return needed <= names
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile for all cores on the first call; keep the machine code on disk where that can be."""
+    dispatcher: Any = numba.njit(parallel=True, boundscheck=False, error_model="numpy", nogil=True)(
+        function
+    )
+    dispatcher._cache = KernelCache(function, _folder_name())
+    return dispatcher if IS_THREADSAFE else _by_turns(dispatcher)
+
+
+def _by_turns(dispatcher: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(dispatcher)
+    def launch(*args: Any) -> Any:
+        with LAUNCH_LOCK:
+            return dispatcher(*args)
+
+    return launch

@@ -1,0 +1,99 @@
+"""All layers of a pass in one launch on a CPU.
+
+The same blocks as the kernels of cpu/matmul.py and cpu/attention.py, hence the same bits. What
+is saved is Python: five launches a layer take as long as a tenth of a small model's decode step.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels.cpu.attention import TILE_ROWS, attend_item
+from kernels.cpu.compile import kernel
+from kernels.cpu.matmul import (
+    block_cols,
+    finish_qkv_row,
+    gated_mlp_block,
+    residual_block,
+)
+from kernels.cpu.product import planned_matmul, precision_of
+from kernels.cpu.scalars import addresses_at, keep_alive, norm_rows, rows_fit
+
+# A row of the table holds the addresses of a layer's tensors in the order of LayerWeights, three
+# for each Weight (its forms), 0 for one that the model has not.
+NUM_FIELDS = 17
+QKV, ATTN_OUT, GATE_UP, DOWN = 1 * 8, 7 * 8, 11 * 8, 14 * 8  # bytes from the row's beginning
+
+
+@kernel
+def run_layers(
+    table, num_layers, x, eps, cos, sin, positions, num_tokens, slots, k_caches, v_caches,
+    layer_bytes, plan, plan_stride, batch, width, hidden, heads, kv_heads, head_dim, cache_len, ffn,
+    num_positions, num_slots,
+):  # fmt: skip
+    if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
+        return False
+    rows, num_qkv, num_o = batch * width, (heads + 2 * kv_heads) * head_dim, heads * head_dim
+    scratch = np.empty(rows * (2 * hidden + num_qkv + num_o + 2 * ffn), np.float32)
+    normed = np.int64(scratch.ctypes.data)
+    y = normed + rows * hidden * 4  # of a projection onto the residual stream
+    qkv = y + rows * hidden * 4
+    o = qkv + rows * num_qkv * 4
+    up = o + rows * num_o * 4
+    h = up + rows * ffn * 4
+    qkv_cols, out_cols = block_cols(rows, num_qkv), block_cols(rows, hidden)
+    ffn_cols, items = block_cols(rows, ffn), batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads
+    for layer in range(num_layers):
+        w = table + layer * NUM_FIELDS * 8
+        fields = addresses_at(w, NUM_FIELDS)
+        attn_norm, bias, q_norm, k_norm = fields[0], fields[4], fields[5], fields[6]
+        mlp_norm = fields[10]
+        k, v = k_caches + layer * layer_bytes, v_caches + layer * layer_bytes
+        attn_plan, mlp_plan = plan + 2 * layer, plan + 2 * layer + 1
+        precision = precision_of(attn_plan, plan_stride, batch)
+        if precision != 0:
+            norm_rows(x, attn_norm, eps, hidden, rows, normed)
+            for block in prange((num_qkv + qkv_cols - 1) // qkv_cols):
+                first = np.int64(block) * qkv_cols
+                last = min(num_qkv, first + qkv_cols)
+                planned_matmul(
+                    precision, attn_plan, plan_stride, batch, normed, hidden * 4, rows, w + QKV,
+                    hidden, first, last, qkv + first * 4, num_qkv * 4,
+                )  # fmt: skip
+            for r in prange(rows):
+                finish_qkv_row(
+                    np.int64(r),
+                    qkv, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots,
+                    k, v, attn_plan, plan_stride, batch, width, heads, kv_heads, head_dim,
+                    cache_len,
+                )  # fmt: skip
+            for item in prange(items):
+                attend_item(
+                    np.int64(item), qkv, num_qkv * 4, k, v, positions, num_tokens, slots, attn_plan,
+                    plan_stride, batch, width, heads, kv_heads, head_dim, cache_len, o,
+                )  # fmt: skip
+            for block in prange((hidden + out_cols - 1) // out_cols):
+                residual_block(
+                    np.int64(block),
+                    out_cols, o, w + ATTN_OUT, x, precision, attn_plan, plan_stride, batch,
+                    rows, num_o, hidden, y,
+                )  # fmt: skip
+        precision = precision_of(mlp_plan, plan_stride, batch)
+        if precision != 0:
+            norm_rows(x, mlp_norm, eps, hidden, rows, normed)
+            for block in prange((ffn + ffn_cols - 1) // ffn_cols):
+                gated_mlp_block(
+                    np.int64(block),
+                    ffn_cols, normed, w + GATE_UP, precision, mlp_plan, plan_stride, batch,
+                    rows, hidden, ffn, up, h,
+                )  # fmt: skip
+            for block in prange((hidden + out_cols - 1) // out_cols):
+                residual_block(
+                    np.int64(block),
+                    out_cols, h, w + DOWN, x, precision, mlp_plan, plan_stride, batch, rows,
+                    ffn, hidden, y,
+                )  # fmt: skip
+    keep_alive(scratch)
+    return True

@@ -1,0 +1,1 @@
+"""The machinery of the Triton kernels: launch parameters and matrix tiles."""

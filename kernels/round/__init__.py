@@ -1,0 +1,1 @@
+"""The operations of a round, from the rows of a pass to the tokens that were accepted."""

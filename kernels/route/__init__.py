@@ -1,0 +1,1 @@
+"""The operations of the router: the state of a prompt, and the anchor nearest to it."""
