@@ -10,7 +10,7 @@ from typing import Any
 from models.messages import quoted
 from models.plan import DraftPlan
 
-Speculative = str | PathLike[str] | DraftPlan
+Speculative = str | PathLike[str] | DraftPlan | tuple[DraftPlan, ...]
 MAX_STOPS = 16
 MIN_TEMPERATURE = 1e-5  # below, logits / temperature leaves float32's range
 MAX_LOGPROBS = 20
@@ -71,9 +71,7 @@ class SamplingParams:
             )
         for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, None)
-        if self.speculative is not None and not isinstance(
-            self.speculative, (str, PathLike, DraftPlan)
-        ):
+        if self.speculative is not None and not is_speculative(self.speculative):
             raise ValueError(
                 f"speculative: got {quoted(self.speculative)}, expected a name, a DraftPlan or a "
                 "path"
@@ -109,6 +107,14 @@ class SamplingParams:
             if getattr(self, name) is None
         }
         return replace(self, **chosen)
+
+
+def is_speculative(value: object) -> bool:
+    """Whether the value has the type of a name, a file, a plan, or several plans."""
+    plans = value if isinstance(value, tuple) else ()
+    return isinstance(value, (str, PathLike, DraftPlan, tuple)) and all(
+        isinstance(plan, DraftPlan) for plan in plans
+    )
 
 
 def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
