@@ -31,6 +31,8 @@ def test_names_values_and_files_mean_plans(tmp_path):
     assert resolve_plans("int8", model) == (DraftPlan.int8(2),)
     assert resolve_plans("auto", model) == (DraftPlan.int8(2), NGRAM)
     assert resolve_plans(SKIP, model) == (SKIP,)
+    assert resolve_plans((SKIP, NGRAM, DraftPlan("o", "off")), model) == (SKIP, NGRAM)
+    assert resolve_plans((), model) == ()
     (tmp_path / "plan.json").write_text(SKIP.to_json())
     (tmp_path / "sets.json").write_text('{"skip": {"attention": [1], "mlp": []}}')
     for name in ("plan.json", "sets.json"):
@@ -63,6 +65,8 @@ def test_int8_weights_are_made_when_a_plan_first_needs_them():
         ("./no/such/plan.json", "there is no such file"),
         ("x" * 5000, "there is no such file"),
         (DraftPlan.int8(3), "got 6 sub-layers, expected 4"),
+        ((NGRAM, DraftPlan.int8(3)), "got 6 sub-layers, expected 4"),
+        (("int8", NGRAM), "expected a name, a DraftPlan or a path"),
     ],
     ids=str,
 )
@@ -106,7 +110,7 @@ def test_drafts_that_could_change_a_token_are_refused():
     """16-bit products on a CPU give other bits for several rows than for one."""
     llm = tiny_llm(dtype=torch.bfloat16, prefill_ops=TORCH, decode_ops=TORCH)
     assert llm.generate("x", GREEDY)[0].stats.plan == "off"  # what "auto" means there
-    for value in ("int8", "ngram", SKIP):
+    for value in ("int8", "ngram", SKIP, (NGRAM, SKIP)):
         with pytest.raises(ValueError, match="use dtype='float32'"):
             llm.generate("x", replace(GREEDY, speculative=value))
 
