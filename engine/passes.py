@@ -132,7 +132,7 @@ class Passes:
         model: `self.model`, or the same with int8 forms.
         """
         batch = self.num_rows(batch)
-        key = ("draft", batch, model.weights.lm_head.int8 is not None)
+        key = ("draft", batch, model.weights.lm_head.draft is not None)
         rows = self._first_rows(batch)
         self._run(key, lambda: draft_pass(model, self.cache, rows))
 

@@ -17,8 +17,7 @@ ALIGNMENT = 64  # bytes: every matrix starts at a cache line
 
 def int8_bytes(weights: LlamaWeights) -> int:
     """Memory that the 8-bit forms take; 0 where they have not been made."""
-    forms = [form for weight in matrices(weights) for form in (weight.int8, weight.scale)]
-    return sum(form.nbytes for form in forms if form is not None)
+    return sum(w.draft.nbytes for w in matrices(weights) if w.draft is not None)
 
 
 def with_int8(model: Llama) -> Llama:
@@ -27,28 +26,22 @@ def with_int8(model: Llama) -> Llama:
     The token embedding stays as it is: a draft reads single rows of it.
     """
     weights = model.weights
-    if weights.lm_head.int8 is not None:
+    if weights.lm_head.draft is not None:
         return model
     take = _taker(weights)
 
     def quantised(weight: Weight) -> Weight:
-        int8 = take(weight.full.numel()).view(weight.full.shape)
-        scale = torch.empty(weight.full.shape[0], dtype=torch.float32, device=weight.full.device)
-        quantise_into(weight.full, int8, scale)
-        return weight._replace(int8=int8, scale=scale)
+        codes = take(weight.shape.numel()).view(weight.shape)
+        return weight._replace(draft=quantise_into(weight.own, codes))
 
     return _with_matrices(model, quantised)
 
 
 def without_int8(model: Llama) -> Llama:
     """The same model, sharing its weights, as it is before any plan asks for 8 bits."""
-    if model.weights.lm_head.int8 is None:
+    if model.weights.lm_head.draft is None:
         return model
-
-    def plain(weight: Weight) -> Weight:
-        return Weight(weight.full)
-
-    return _with_matrices(model, plain)
+    return _with_matrices(model, lambda weight: Weight(weight.own))
 
 
 def _with_matrices(model: Llama, change: Callable[[Weight], Weight]) -> Llama:
@@ -74,7 +67,7 @@ def matrices(weights: LlamaWeights) -> list[Weight]:
 
 def _taker(weights: LlamaWeights) -> Callable[[int], torch.Tensor]:
     """Hands out pieces of one arena: a draft step reads it from end to end."""
-    sizes = [weight.full.numel() for weight in matrices(weights)]
+    sizes = [weight.shape.numel() for weight in matrices(weights)]
     total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
     arena = allocate_arena(total, weights.embedding.device, torch.int8)
     used = 0

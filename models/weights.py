@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from kernels.weight import LayerWeights, Weight, layer_table
+from kernels.weight import Dense, LayerWeights, Weight, layer_table
 from models.checkpoint import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, Checkpoint
 from models.config import LlamaConfig
 from models.messages import cause_of, quoted
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LlamaWeights:
-    """A whole model. With tied embeddings `lm_head.full` is `embedding` itself, not a copy."""
+    """A whole model. With tied embeddings the LM head holds `embedding` itself, not a copy."""
 
     embedding: torch.Tensor  # [V, C]
     layers: tuple[LayerWeights, ...]
@@ -40,7 +40,7 @@ class LlamaWeights:
 
     @property
     def is_tied(self) -> bool:
-        return self.lm_head.full is self.embedding
+        return self.lm_head.own.values is self.embedding
 
     @cached_property
     def layer_table(self) -> np.ndarray:
@@ -49,12 +49,12 @@ class LlamaWeights:
 
 
 def sublayer_bytes(weights: LlamaWeights) -> tuple[int, ...]:
-    """Full-precision bytes of the matrices of the 2L sub-layers, then of the LM head."""
+    """Bytes of the own form: of the matrices of the 2L sub-layers, then of the LM head."""
     sizes = []
     for layer in weights.layers:
-        sizes += [layer.qkv.full.nbytes + layer.attn_out.full.nbytes]
-        sizes += [layer.gate_up.full.nbytes + layer.down.full.nbytes]
-    return (*sizes, weights.lm_head.full.nbytes)
+        sizes += [layer.qkv.nbytes + layer.attn_out.nbytes]
+        sizes += [layer.gate_up.nbytes + layer.down.nbytes]
+    return (*sizes, weights.lm_head.nbytes)
 
 
 def load_weights(
@@ -201,19 +201,19 @@ def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
     layers = tuple(
         LayerWeights(
             attn_norm=empty(C),
-            qkv=Weight(empty(q_rows + 2 * kv_rows, C)),
+            qkv=Weight(Dense(empty(q_rows + 2 * kv_rows, C))),
             qkv_bias=empty(q_rows + 2 * kv_rows) if config.has_qkv_bias else None,
             q_norm=empty(D) if config.has_qk_norm else None,
             k_norm=empty(D) if config.has_qk_norm else None,
-            attn_out=Weight(empty(C, q_rows)),
+            attn_out=Weight(Dense(empty(C, q_rows))),
             mlp_norm=empty(C),
-            gate_up=Weight(empty(2 * F, C)),
-            down=Weight(empty(C, F)),
+            gate_up=Weight(Dense(empty(2 * F, C))),
+            down=Weight(Dense(empty(C, F))),
         )
         for _ in range(config.num_layers)
     )
     lm_head = embedding if config.tie_embeddings else empty(config.vocab_size, C)
-    return LlamaWeights(embedding, layers, empty(C), Weight(lm_head))
+    return LlamaWeights(embedding, layers, empty(C), Weight(Dense(lm_head)))
 
 
 def allocate_arena(num_elements: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -244,14 +244,14 @@ def _targets(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tens
     for i, layer in enumerate(weights.layers):
         found = {
             "input_layernorm.weight": layer.attn_norm,
-            "self_attn.q_proj.weight": layer.qkv.full[:q_end],
-            "self_attn.k_proj.weight": layer.qkv.full[q_end:k_end],
-            "self_attn.v_proj.weight": layer.qkv.full[k_end:],
-            "self_attn.o_proj.weight": layer.attn_out.full,
+            "self_attn.q_proj.weight": layer.qkv.own.values[:q_end],
+            "self_attn.k_proj.weight": layer.qkv.own.values[q_end:k_end],
+            "self_attn.v_proj.weight": layer.qkv.own.values[k_end:],
+            "self_attn.o_proj.weight": layer.attn_out.own.values,
             "post_attention_layernorm.weight": layer.mlp_norm,
-            "mlp.gate_proj.weight": layer.gate_up.full[: config.ffn_size],
-            "mlp.up_proj.weight": layer.gate_up.full[config.ffn_size :],
-            "mlp.down_proj.weight": layer.down.full,
+            "mlp.gate_proj.weight": layer.gate_up.own.values[: config.ffn_size],
+            "mlp.up_proj.weight": layer.gate_up.own.values[config.ffn_size :],
+            "mlp.down_proj.weight": layer.down.own.values,
         }
         if layer.qkv_bias is not None:
             found["self_attn.q_proj.bias"] = layer.qkv_bias[:q_end]
@@ -263,7 +263,7 @@ def _targets(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tens
         targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in found.items()}
     targets[FINAL_NORM] = weights.final_norm
     if not config.tie_embeddings:
-        targets[LM_HEAD] = weights.lm_head.full
+        targets[LM_HEAD] = weights.lm_head.own.values
     return targets
 
 

@@ -18,6 +18,7 @@ from engine import SamplingParams
 from engine.drafts import resolve_plans
 from engine.profile import measured_costs, profile_path
 from kernels.ops import TORCH
+from kernels.weight import Weight
 from models.plan import NGRAM, DraftPlan
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -48,14 +49,15 @@ def test_int8_weights_are_made_when_a_plan_first_needs_them():
     llm.generate("x", replace(GREEDY, speculative=SKIP))
     assert llm.int8_bytes == 0
     stats = llm.generate("x", replace(GREEDY, speculative="int8"))[0].stats
-    matrices = [w for layer in llm.model.weights.layers for w in layer if hasattr(w, "full")]
+    matrices = [w for layer in llm.model.weights.layers for w in layer if isinstance(w, Weight)]
     matrices.append(llm.model.weights.lm_head)
-    assert llm.int8_bytes == sum(w.full.numel() + 4 * w.full.shape[0] for w in matrices)
+    assert llm.int8_bytes == sum(w.shape.numel() + 4 * w.shape[0] for w in matrices)
     assert stats.plan == "int8"
     for weight in matrices:
-        error = (weight.int8.float() * weight.scale[:, None] - weight.full).abs()
-        assert (error <= 0.51 * weight.scale[:, None]).all()
-        assert (weight.int8.abs().amax(dim=1) == 127).all()
+        codes, scale = weight.draft
+        error = (codes.float() * scale[:, None] - weight.own.values).abs()
+        assert (error <= 0.51 * scale[:, None]).all()
+        assert (codes.abs().amax(dim=1) == 127).all()
 
 
 @pytest.mark.parametrize(
