@@ -9,10 +9,9 @@ import torch
 
 from kernels.layer.planned_linear import quantise_into
 from kernels.weight import Weight
+from models.arena import Arena
 from models.llama import Llama
-from models.weights import LlamaWeights, allocate_arena
-
-ALIGNMENT = 64  # bytes: every matrix starts at a cache line
+from models.weights import LlamaWeights
 
 
 def int8_bytes(weights: LlamaWeights) -> int:
@@ -29,10 +28,11 @@ def with_int8(model: Llama) -> Llama:
     weights = model.weights
     if weights.lm_head.int8 is not None:
         return model
-    take = _taker(weights)
+    sizes = (weight.full.numel() for weight in matrices(weights))
+    arena = Arena(sizes, weights.embedding.device, torch.int8)
 
     def quantised(weight: Weight) -> Weight:
-        int8 = take(weight.full.numel()).view(weight.full.shape)
+        int8 = arena.take(weight.full.shape)
         scale = torch.empty(weight.full.shape[0], dtype=torch.float32, device=weight.full.device)
         quantise_into(weight.full, int8, scale)
         return weight._replace(int8=int8, scale=scale)
@@ -70,19 +70,3 @@ def matrices(weights: LlamaWeights) -> list[Weight]:
     """Every matrix that has an 8-bit form, in the order in which a pass reads them."""
     layers = [(x.qkv, x.attn_out, x.gate_up, x.down) for x in weights.layers]
     return [*(weight for layer in layers for weight in layer), weights.lm_head]
-
-
-def _taker(weights: LlamaWeights) -> Callable[[int], torch.Tensor]:
-    """Hands out pieces of one arena: a draft step reads it from end to end."""
-    sizes = [weight.full.numel() for weight in matrices(weights)]
-    total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-    arena = allocate_arena(total, weights.embedding.device, torch.int8)
-    used = 0
-
-    def take(size: int) -> torch.Tensor:
-        nonlocal used
-        start = used
-        used += -(-size // ALIGNMENT) * ALIGNMENT
-        return arena[start : start + size]
-
-    return take
