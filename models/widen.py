@@ -32,7 +32,7 @@ from kernels.ops import Ops
 from kernels.weight import LayerWeights
 from models.config import LlamaConfig
 from models.llama import Llama, make_llama
-from models.weights import LlamaWeights, empty_weights, values
+from models.weights import LlamaWeights, empty_weights
 
 
 class Widening(NamedTuple):
@@ -81,7 +81,7 @@ def widened(
         _widen_attention(config, layer, target, basis, head_replicas, generator)
         _widen_mlp(layer, target, basis, ffn_replicas, generator)
     result.final_norm.fill_(1)
-    values(result.lm_head).copy_(_reading(values(weights.lm_head), weights.final_norm, basis))
+    result.lm_head.full.copy_(_reading(weights.lm_head.full, weights.final_norm, basis))
     return larger, result
 
 
@@ -173,16 +173,16 @@ def _widen_attention(
     scale = torch.ones(sum(sizes), dtype=basis.dtype, device=basis.device)
     if config.has_qk_norm:
         scale[: sizes[0] + sizes[1]] = _norm_scale(basis)
-    qkv = _reading(values(layer.qkv), layer.attn_norm, basis)
+    qkv = _reading(layer.qkv.full, layer.attn_norm, basis)
     target.attn_norm.fill_(1)
-    _tile(qkv * scale[:, None], sizes, values(target.qkv), replicas)
+    _tile(qkv * scale[:, None], sizes, target.qkv.full, replicas)
     if layer.qkv_bias is not None and target.qkv_bias is not None:
         _tile(layer.qkv_bias.to(scale) * scale, sizes, target.qkv_bias, replicas)
     for norm, target_norm in ((layer.q_norm, target.q_norm), (layer.k_norm, target.k_norm)):
         if norm is not None and target_norm is not None:
             target_norm.copy_(norm)
     shares = _shares(replicas, config.num_heads, generator).repeat_interleave(D, dim=1)
-    values(target.attn_out).copy_(_writing(values(layer.attn_out), shares, basis))
+    target.attn_out.full.copy_(_writing(layer.attn_out.full, shares, basis))
 
 
 def _widen_mlp(
@@ -192,12 +192,12 @@ def _widen_mlp(
     replicas: int,
     generator: torch.Generator,
 ) -> None:
-    F = values(layer.down).shape[1]
+    F = layer.down.full.shape[1]
     target.mlp_norm.fill_(1)
-    gate_up = _reading(values(layer.gate_up), layer.mlp_norm, basis)
-    _tile(gate_up, (F, F), values(target.gate_up), replicas)
+    gate_up = _reading(layer.gate_up.full, layer.mlp_norm, basis)
+    _tile(gate_up, (F, F), target.gate_up.full, replicas)
     shares = _shares(replicas, F, generator)
-    values(target.down).copy_(_writing(values(layer.down), shares, basis))
+    target.down.full.copy_(_writing(layer.down.full, shares, basis))
 
 
 def _norm_scale(basis: torch.Tensor) -> float:
