@@ -89,8 +89,8 @@ def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
     plans = tuple(plan for plan in plans if plan.max_draft)
     if plans and not is_lossless(model):
         raise ValueError(
-            f"speculative: got {plans[0].name!r} with {str(model.dtype).removeprefix('torch.')} on a "
-            "CPU, where the number of rows moves the last bit and a draft could change a token; "
+            f"speculative: got {plans[0].name!r} with {str(model.dtype).removeprefix('torch.')} on "
+            "a CPU, where the number of rows moves the last bit and a draft could change a token; "
             "expected 'off' or 'auto'; use dtype='float32' to draft"
         )
     return plans

@@ -9,10 +9,9 @@ import torch
 
 from kernels.layer.planned_linear import quantise_into
 from kernels.weight import Weight
+from models.arena import Arena
 from models.llama import Llama
-from models.weights import LlamaWeights, allocate_arena
-
-ALIGNMENT = 64  # bytes: every matrix starts at a cache line
+from models.weights import LlamaWeights
 
 
 def int8_bytes(weights: LlamaWeights) -> int:
@@ -28,11 +27,11 @@ def with_int8(model: Llama) -> Llama:
     weights = model.weights
     if weights.lm_head.draft is not None:
         return model
-    take = _taker(weights)
+    sizes = (weight.shape.numel() for weight in matrices(weights))
+    arena = Arena(sizes, weights.embedding.device, torch.int8)
 
     def quantised(weight: Weight) -> Weight:
-        codes = take(weight.shape.numel()).view(weight.shape)
-        return weight._replace(draft=quantise_into(weight.own, codes))
+        return weight._replace(draft=quantise_into(weight.own, arena.take(weight.shape)))
 
     return _with_matrices(model, quantised)
 
@@ -41,7 +40,11 @@ def without_int8(model: Llama) -> Llama:
     """The same model, sharing its weights, as it is before any plan asks for 8 bits."""
     if model.weights.lm_head.draft is None:
         return model
-    return _with_matrices(model, lambda weight: Weight(weight.own))
+
+    def plain(weight: Weight) -> Weight:
+        return Weight(weight.own)
+
+    return _with_matrices(model, plain)
 
 
 def _with_matrices(model: Llama, change: Callable[[Weight], Weight]) -> Llama:
@@ -63,19 +66,3 @@ def matrices(weights: LlamaWeights) -> list[Weight]:
     """Every matrix that has an 8-bit form, in the order in which a pass reads them."""
     layers = [(x.qkv, x.attn_out, x.gate_up, x.down) for x in weights.layers]
     return [*(weight for layer in layers for weight in layer), weights.lm_head]
-
-
-def _taker(weights: LlamaWeights) -> Callable[[int], torch.Tensor]:
-    """Hands out pieces of one arena: a draft step reads it from end to end."""
-    sizes = [weight.shape.numel() for weight in matrices(weights)]
-    total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-    arena = allocate_arena(total, weights.embedding.device, torch.int8)
-    used = 0
-
-    def take(size: int) -> torch.Tensor:
-        nonlocal used
-        start = used
-        used += -(-size // ALIGNMENT) * ALIGNMENT
-        return arena[start : start + size]
-
-    return take

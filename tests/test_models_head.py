@@ -151,6 +151,6 @@ def test_a_model_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise MemoryError("Unable to allocate 8.00 EiB")
 
     checkpoint: Checkpoint = open_checkpoint(stored(tmp_path, None))
-    monkeypatch.setattr("models.weights.np.empty", full)
+    monkeypatch.setattr("models.arena.np.empty", full)
     message = refusal(load_weights, checkpoint, device="cpu", dtype=torch.float32)
     check_words(message, "the weights need 0.0 GB", "choose a smaller model")
