@@ -33,6 +33,8 @@ class RoundRow(NamedTuple):
     num_wanted: int = 0  # how far draft steps shall go
     stop_probability: float = 0.0  # a less likely token ends the draft
     sampling: Sampling = GREEDY
+    history: Sequence[int] = ()  # all tokens so far, for penalties on them
+    num_prompt: int = 0  # of these
 
 
 @dataclass(frozen=True)

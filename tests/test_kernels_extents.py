@@ -106,6 +106,8 @@ def sample_params(**changes: torch.Tensor) -> SampleParams:
     return SampleParams(
         temperature=torch.ones(B), top_k=ints(0, 0), top_p=torch.ones(B), min_p=torch.zeros(B),
         seed=ints(1, 2, dtype=torch.int64), end_ids=ints((V - 1,), (-1,)), min_position=ints(9, 9),
+        repetition_penalty=torch.ones(B), presence_penalty=torch.zeros(B),
+        frequency_penalty=torch.zeros(B),
     )._replace(**changes)  # fmt: skip
 
 
