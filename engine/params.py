@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from models.messages import quoted
 from models.plan import DraftPlan
 
-Speculative = str | PathLike[str] | DraftPlan
+Speculative = str | PathLike[str] | DraftPlan | tuple[DraftPlan, ...]
 MAX_STOPS = 16
 MAX_END_IDS = 128  # end-of-sequence and stop tokens of a request
 MIN_TEMPERATURE = 1e-5  # below, logits / temperature leaves float32's range
@@ -110,9 +110,7 @@ class SamplingParams:
             )
         for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, None)
-        if self.speculative is not None and not isinstance(
-            self.speculative, (str, PathLike, DraftPlan)
-        ):
+        if self.speculative is not None and not is_speculative(self.speculative):
             raise ValueError(
                 f"speculative: got {quoted(self.speculative)}, expected a name, a DraftPlan or a "
                 "path"
@@ -162,6 +160,14 @@ class SamplingParams:
         )  # fmt: skip
         assert None not in values, self
         return Sampling._make(values)
+
+
+def is_speculative(value: object) -> bool:
+    """Whether the value has the type of a name, a file, a plan, or several plans."""
+    plans = value if isinstance(value, tuple) else ()
+    return isinstance(value, (str, PathLike, DraftPlan, tuple)) and all(
+        isinstance(plan, DraftPlan) for plan in plans
+    )
 
 
 def _as_tuple(name: str, values: object) -> tuple[Any, ...]:

@@ -165,7 +165,7 @@ class Passes:
         model: `self.model`, or the same with int8 forms.
         """
         batch = self.num_rows(batch)
-        key = ("draft", batch, model.weights.lm_head.int8 is not None)
+        key = ("draft", batch, model.weights.lm_head.draft is not None)
         rows, seen = self._first_rows(batch), self._seen
         self._run(self._key(*key), lambda: draft_pass(model, self.cache, rows, seen))
 

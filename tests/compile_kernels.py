@@ -25,7 +25,7 @@ from kernels.gpu.launch import NUM_COUNTERS  # noqa: E402
 from kernels.ops_gpu import TRITON, TRITON_PREFILL  # noqa: E402
 from kernels.round.sample import SampleParams  # noqa: E402
 from kernels.route.nearest_anchor import nearest_anchor_triton  # noqa: E402
-from kernels.weight import Weight  # noqa: E402
+from kernels.weight import Dense, Int8, Weight  # noqa: E402
 from models.config import MAX_HIDDEN_SIZE  # noqa: E402
 
 # Whatever reads or writes the device's memory.
@@ -81,9 +81,8 @@ def launch_model(run: Run, batch: int, width: int, layers: int) -> None:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     def weight(n: int, k: int) -> Weight:
-        if not run.has_int8:
-            return Weight(meta(n, k))
-        return Weight(meta(n, k), meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32))
+        draft = Int8(meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32))
+        return Weight(Dense(meta(n, k)), draft if run.has_int8 else None)
 
     rows, positions = batch * width, 4096
     c, d, f = shape.hidden, shape.head_dim, shape.ffn
