@@ -49,10 +49,10 @@ GREEDY = Sampling(0.0, 0, 1.0, 0.0, seed=0, end_ids=-1, min_position=0)
 class SamplingParams:
     """Sampling parameters under vLLM's names.
 
-    temperature, top_p, top_k, min_p and repetition_penalty left at None take the model's
-    `generation_config.json`, and where that is silent 1.0, 1.0, 0, 0.0 and 1.0. A token is drawn
-    from softmax(logits / temperature) restricted by top-k, then top-p, then min-p, and penalties
-    change the logits before that: kernels/round/penalties.py has the formula.
+    temperature, top_p, top_k, min_p and the penalties left at None take the model's
+    `generation_config.json`, and where that is silent 1.0, 1.0, 0, 0.0 and no penalty. A token is
+    drawn from softmax(logits / temperature) restricted by top-k, then top-p, then min-p; penalties
+    change the logits before that (kernels/round/penalties.py).
 
     max_tokens: tokens to generate at most; None runs to the end of the context.
     temperature: 0 is greedy decoding, and so is anything below 1e-5.
@@ -85,8 +85,8 @@ class SamplingParams:
     logprobs: int | None = None
     speculative: Speculative | None = None
     repetition_penalty: float | None = None
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -135,15 +135,15 @@ class SamplingParams:
     def with_defaults(self, generation: Mapping[str, Any]) -> SamplingParams:
         """Fill what is None from a generation_config.json mapping, then from the neutral values.
 
-        A configuration that says `do_sample: false` asks for greedy decoding, with its penalty.
+        A configuration that says `do_sample: false` asks for greedy decoding; its penalties hold.
         """
         neutral = {
             "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
             "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         }  # fmt: skip
         if generation.get("do_sample") is False:
-            penalty = generation.get("repetition_penalty")
-            generation = {"temperature": 0.0, "repetition_penalty": penalty}
+            penalties = {name: generation[name] for name in generation if name.endswith("penalty")}
+            generation = {"temperature": 0.0, **penalties}
         chosen: dict[str, Any] = {
             name: generation[name] if generation.get(name) is not None else default
             for name, default in neutral.items()

@@ -109,13 +109,15 @@ def test_every_flag_reaches_the_model(
     monkeypatch.setattr(engine.chat.__main__, "load_llm", lambda args: seen.append(args) or fake)
     flags = "-m M --revision R -p hi -s be --max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4"
     more = "--min-p 0.1 --seed 7 --max-length 64 --device cpu --dtype float32 --stats"
+    more += " --repetition-penalty 1.2 --presence-penalty 0.5 --frequency-penalty -0.5"
     assert engine.chat.__main__.main((flags + " " + more).split()) == 0
     (args,) = seen
     loading = (args.model, args.revision, args.max_length, args.device, args.dtype)
     assert loading == ("M", "R", 64, "cpu", "float32")
     assert fake.params == SamplingParams(
-        max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=7
-    )
+        max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=7,
+        repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=-0.5,
+    )  # fmt: skip
     assert [message["role"] for message in fake.asked[0]] == ["system", "user"]
 
 

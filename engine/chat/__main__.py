@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from engine.llm import LLM
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-_PARAMETERS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+_PARAMETERS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
 end it. With --prompt, standard input is not read: a loop such as `while read line` can call this
@@ -239,6 +242,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, metavar="P", help="nucleus, in (0, 1] (default: the model's, or 1)")
     add("--top-k", type=int, metavar="K", help="most likely tokens (default: the model's, or all)")
     add("--min-p", type=float, metavar="P", help="least share of the top token, in [0, 1]")
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="in (0, 2] (default: the model's, or 1)",
+    )
+    add("--presence-penalty", type=float, metavar="P", help="in [-2, 2] (default: 0)")
+    add("--frequency-penalty", type=float, metavar="F", help="in [-2, 2] (default: 0)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--max-length", type=_positive, metavar="N", help="context in tokens, prompt and answers")
     add("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (default: auto)")

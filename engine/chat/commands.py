@@ -35,14 +35,16 @@ if TYPE_CHECKING:
 
 QUOTES = '"""'
 _INTEGERS = ("max_tokens", "top_k", "seed")
-_FLOATS = ("temperature", "top_p", "min_p")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_FLOATS = ("temperature", "top_p", "min_p", *_PENALTIES)
 _HELP = '''\
 /help, /?               this list
 /exit, /bye, /quit      leave (also Ctrl-D)
 /clear, /reset          forget the conversation, keep the system prompt
 /regen, /r              answer the last question again
-/set NAME VALUE         set max_tokens, temperature, top_p, top_k, min_p or seed (also NAME=VALUE);
-                        the value "default" unsets it
+/set NAME VALUE         set max_tokens, temperature, top_p, top_k, min_p, seed, repetition_penalty,
+                        presence_penalty or frequency_penalty (also NAME=VALUE); the value "default"
+                        unsets it
 /show                   model, context, system prompt and parameters
 /spec [HOW]             how answers are drafted; HOW is on, off, auto, ngram, int8 or a plan's file
 /plan                   how the router judged the last prompt, and the runners-up

@@ -32,7 +32,8 @@ def run_repl(repl: Repl) -> int:
         f"{one_line(llm.model_name)} on {llm.device} ({llm.dtype}), "
         f"{llm.max_length} tokens of context; /help lists the commands"
     )
-    taken = {name: llm.generation.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    taken = {name: llm.generation.get(name) for name in names}
     shown = ", ".join(f"{name} {value}" for name, value in taken.items() if value is not None)
     if shown:
         note(f"the model's own sampling parameters: {one_line(shown)}; /set changes them")
