@@ -31,6 +31,7 @@ import torch
 from kernels.ops import Ops
 from kernels.weight import LayerWeights, Weight
 from models.config import LlamaConfig
+from models.config_values import is_integer
 from models.llama import Llama, make_llama
 from models.weights import LlamaWeights, empty_weights
 
@@ -133,7 +134,7 @@ def _larger_config(
 
 
 def _check_at_least(name: str, value: object, least: int, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(
             f"{name}: got {value!r:.80}, expected an integer of at least {least}; {remedy}"
         )
