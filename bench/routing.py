@@ -31,7 +31,6 @@ from typing import Any
 from bench.arms import OWN_PROMPTS, Run
 from bench.arms import read_prompts as read_own_prompts
 from bench.harness import print_machine, print_result
-from bench.skip_sets import judge, print_skip_sets, summarise_skip_sets
 from bench.stream import (
     ROUTED,
     SINGLE,
@@ -319,9 +318,6 @@ def run(
     found = summarise_streams(streams, orders, timed, best)
     result |= found | {"identical": result["identical"] and found["identical"]}
     print_summary(result)
-    table = judge(llm, prompts, timed, experiment.library)
-    result["skip_sets"] = summarise_skip_sets(table, experiment.library)
-    print_skip_sets(table, result["skip_sets"])
     if args.plots:
         write_plots(args.plots, rows, experiment, result, args.seed)
     return result

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from engine.costs import estimated_costs
-from engine.params import Speculative
+from engine.params import Speculative, is_speculative
 from engine.profile import measured_costs, profile_path
 from models.llama import Llama
 from models.plan import NGRAM, DraftPlan, load_plan
@@ -61,7 +61,7 @@ class Drafts:
 
 def check_speculative(value: Speculative) -> None:
     """Raises ValueError for what can be seen to mean no plan before there is a model."""
-    if not isinstance(value, (str, os.PathLike, DraftPlan)):
+    if not is_speculative(value):
         raise ValueError(f"speculative: got {value!r}, expected a name, a DraftPlan or a path")
     if isinstance(value, str) and value not in NAMES and not os.path.exists(value):
         raise ValueError(
@@ -83,21 +83,21 @@ def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
         return ()
     if value == "auto":
         return DraftPlan.int8(num_layers), NGRAM
-    plan = _resolve_plan(value, num_layers)
-    if plan.kind == "off":
-        return ()
-    if not is_lossless(model):
+    plans = value if isinstance(value, tuple) else (_resolve_plan(value, num_layers),)
+    for plan in plans:
+        plan.check(num_layers)
+    plans = tuple(plan for plan in plans if plan.max_draft)
+    if plans and not is_lossless(model):
         raise ValueError(
-            f"speculative: got {plan.name!r} with {str(model.dtype).removeprefix('torch.')} on a "
-            "CPU, where the number of rows moves the last bit and a draft could change a token; "
+            f"speculative: got {plans[0].name!r} with {str(model.dtype).removeprefix('torch.')} on "
+            "a CPU, where the number of rows moves the last bit and a draft could change a token; "
             "expected 'off' or 'auto'; use dtype='float32' to draft"
         )
-    return (plan,)
+    return plans
 
 
-def _resolve_plan(value: Speculative, num_layers: int) -> DraftPlan:
+def _resolve_plan(value: str | os.PathLike[str] | DraftPlan, num_layers: int) -> DraftPlan:
     if isinstance(value, DraftPlan):
-        value.check(num_layers)
         return value
     if value == "int8":
         return DraftPlan.int8(num_layers)

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 import torch
 
 from engine.accept import accept
-from engine.choose import draw, token_logprobs
+from engine.choose import token_logprobs
 from engine.costs import PassCosts
 from engine.draft import draft
 from engine.kv_cache import SlotPool
@@ -19,8 +19,13 @@ from engine.sequence import RunningSequence
 from engine.types import TokenEvent, Verdict
 from engine.verify import verify
 from models.llama import Llama
+from router.feature import as_feature
 
 Event = tuple[RunningSequence, TokenEvent]
+BUSY = (
+    "every cache slot is held by another request: finish or close it, "
+    "or make the engine with a larger max_sequences"
+)
 
 
 def generate(
@@ -48,10 +53,7 @@ def generate(
                 yield from _deliver([(running[-1], _first_token(passes, running[-1]))])
                 _retire(running, pool)
             if waiting and not running:
-                raise RuntimeError(
-                    "every cache slot is held by another request: finish or close it, "
-                    "or make the engine with a larger max_sequences"
-                )
+                raise RuntimeError(BUSY)
             if running:
                 # A list, so that the consumer sees the tokens of a round after the round.
                 yield from _deliver(_round(model, passes, costs, running))
@@ -73,14 +75,42 @@ def _deliver(events: list[Event]) -> Generator[Event, None, None]:
 def _first_token(passes: Passes, sequence: RunningSequence) -> TokenEvent:
     started = time.perf_counter()
     with passes.alone():
-        model, cache = passes.model, passes.cache
-        logits = prefill(model, cache, sequence.slot, sequence.token_ids, sequence.num_reused)
-        sequence.num_cached = sequence.num_prompt
-        drawn = draw(logits, sequence, model.prefill_ops)
+        logits = _read_prompt(passes, sequence)
+        passes.stage([sequence.row()])
+        drawn = passes.draw(logits)
         _route(passes, sequence)
         token = int(drawn)
     sequence.prefill_seconds = time.perf_counter() - started
     return sequence.append(token, _logprobs(sequence, logits[0], token))
+
+
+def _read_prompt(passes: Passes, sequence: RunningSequence) -> torch.Tensor:
+    """Logits [1, V] after the prompt, whose keys, values and states are in the cache then."""
+    logits = prefill(
+        passes.model, passes.cache, sequence.slot, sequence.token_ids, sequence.num_reused
+    )
+    sequence.num_cached = sequence.num_prompt
+    return logits
+
+
+@torch.inference_mode()
+def prompt_feature(passes: Passes, pool: SlotPool, sequence: RunningSequence) -> torch.Tensor:
+    """The unit vector [C] float32 by which a router compares the prompt; see router/feature.py.
+
+    Raises RuntimeError when other requests hold every slot.
+    """
+    try:
+        if not pool.acquire(sequence):
+            raise RuntimeError(BUSY)
+        with passes.alone():
+            _read_prompt(passes, sequence)
+            model, states = passes.model, passes.cache.states[sequence.slot, : sequence.num_prompt]
+            total = model.decode_ops.pool_states(
+                states, model.weights.final_norm, model.config.norm_eps
+            )
+            return as_feature(total).cpu()
+    finally:
+        pool.release(sequence)
 
 
 def _route(passes: Passes, sequence: RunningSequence) -> None:

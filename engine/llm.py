@@ -11,13 +11,12 @@ import torch
 
 from engine.costs import PassCosts
 from engine.drafts import NAMES, Drafts, check_speculative, is_lossless
-from engine.generate import generate
+from engine.generate import generate, prompt_feature
 from engine.kv_cache import SlotPool, make_kv_cache
 from engine.loading import Loaded, choose_device, choose_dtype, load
-from engine.params import SamplingParams, Speculative
+from engine.params import MAX_END_IDS, SamplingParams, Speculative
 from engine.passes import Passes
 from engine.prefill import prefill
-from engine.round_buffers import MAX_END_IDS
 from engine.routing import NONE, check_router, make_router, open_router
 from engine.sequence import RunningSequence, TokenStream
 from engine.stream import TextStream
@@ -44,7 +43,8 @@ class LLM:
     seed: makes the seeds of requests that name none reproducible.
     speculative: how to draft: "auto" (what the router picks for the prompt; without a router, int8
         copies of the weights and n-grams of the text, whichever pays at the moment), "off",
-        "ngram", "int8", a DraftPlan, or the file of one. The tokens of an answer are the same
+        "ngram", "int8", a DraftPlan, the file of one, or a tuple of plans of which the one that
+        pays is used: (plan, NGRAM) is a plan beside n-grams. The tokens of an answer are the same
         whatever is chosen. "auto" and "int8" need memory for a second copy of the weights, a byte
         an element; "ngram" and "off" do not.
     router: the library by which "auto" picks plans: a file of `python -m engine.calibrate`, or
@@ -150,7 +150,7 @@ class LLM:
             with torch.inference_mode():
                 self._passes.warm_up(self.model, self._router)
         # The plan of a file and not its name: the file may change, or go.
-        is_file = not isinstance(speculative, DraftPlan) and speculative not in NAMES
+        is_file = isinstance(speculative, (str, os.PathLike)) and speculative not in NAMES
         self._speculative: Speculative = speculative
         if is_file:
             self._speculative = plans[0] if plans else "off"
@@ -200,6 +200,15 @@ class LLM:
         text = self._chat_template.render(messages)
         # The template writes the special tokens itself.
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def feature(self, prompt: Prompt) -> torch.Tensor:
+        """What a router compares of a prompt: a unit vector [C] float32, on the CPU.
+
+        Raises RuntimeError when other requests hold every slot of the cache.
+        """
+        params = SamplingParams(max_tokens=1, speculative="off")
+        sequence = self._sequence(self._encode(prompt), params)
+        return prompt_feature(self._passes, self._pool, sequence)
 
     @property
     def router(self) -> Router | None:

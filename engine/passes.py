@@ -7,7 +7,7 @@ plan, since kernels read that from device memory. Eagerly they are the same func
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,7 +16,11 @@ import torch
 from engine.costs import bucket
 from engine.graphs import GraphRunner, run_eagerly
 from engine.kv_cache import KVCache
-from engine.round_buffers import MAX_WIDTH, RoundBuffers, make_round_buffers
+from engine.round_buffers import MAX_WIDTH, RoundBuffers, RoundRow, make_round_buffers
+from engine.token_counts import TokenCounts
+from kernels.ops import Ops
+from kernels.round.penalties import SeenTokens, penalise
+from kernels.round.rows import PassRows
 from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
 from models.plan import DraftPlan
 from router.route import Router
@@ -34,46 +38,60 @@ class Verified(NamedTuple):
     result: torch.Tensor  # [B, T + 2] int64
 
 
-def draft_pass(model: Llama, cache: KVCache, buffers: RoundBuffers) -> None:
+def draft_pass(
+    model: Llama, cache: KVCache, buffers: RoundBuffers, seen: SeenTokens | None
+) -> None:
     """One more token for every sequence that wants one, by the plan of its slot."""
     ops = model.decode_ops
-    (token_ids, positions, num_tokens, next_position), plan = ops.draft_rows(
+    pass_rows, plan = ops.draft_rows(
         buffers.token_ids, buffers.first, buffers.num_drafted, buffers.num_wanted, buffers.slots,
         buffers.slot_plans,
     )  # fmt: skip
-    rows = Rows(token_ids, positions, num_tokens, buffers.slots)
+    rows = Rows(*pass_rows[:3], buffers.slots)
     scores = logits(model, forward(model, rows, cache.k, cache.v, plan, ops), plan, ops)
-    drawn = _draw(model, scores, next_position, buffers)
+    drawn = _draw(ops, scores, pass_rows, buffers, seen)
     ops.keep_drafted(
-        scores, drawn, buffers.token_ids, buffers.num_drafted, buffers.num_wanted, buffers.end_ids,
-        buffers.stop_probability,
+        scores, drawn, buffers.token_ids, buffers.num_drafted, buffers.num_wanted,
+        buffers.sampling.end_ids, buffers.stop_probability,
     )  # fmt: skip
 
 
 def verify_pass(
-    model: Llama, cache: KVCache, buffers: RoundBuffers, width: int, plan: torch.Tensor
+    model: Llama,
+    cache: KVCache,
+    buffers: RoundBuffers,
+    width: int,
+    plan: torch.Tensor,
+    seen: SeenTokens | None,
 ) -> Verified:
     """The model itself over the newest token and the draft; `plan` [B, 2L + 1] is all of it."""
     ops, batch = model.decode_ops, buffers.first.shape[0]
-    token_ids, positions, num_tokens, next_position = ops.verify_rows(
+    pass_rows = ops.verify_rows(
         buffers.token_ids, buffers.first, buffers.num_drafted, width, cache.k.shape[3]
     )
-    rows = Rows(token_ids, positions, num_tokens, buffers.slots)
+    rows = Rows(*pass_rows[:3], buffers.slots)
     x = forward(model, rows, cache.k, cache.v, plan, ops)
-    ops.keep_states(x, positions, buffers.slots, cache.states)
+    ops.keep_states(x, rows.positions, buffers.slots, cache.states)
     scores = logits(model, x, plan, ops)
-    target = _draw(model, scores, next_position, buffers).view(batch, width)
+    target = _draw(ops, scores, pass_rows, buffers, seen).view(batch, width)
     result = ops.accept(target, buffers.token_ids, buffers.num_drafted)
     return Verified(scores.view(batch, width, -1), result)
 
 
 def _draw(
-    model: Llama, scores: torch.Tensor, next_position: torch.Tensor, buffers: RoundBuffers
+    ops: Ops,
+    scores: torch.Tensor,  # [R, V] float32
+    rows: PassRows,
+    buffers: RoundBuffers,
+    seen: SeenTokens | None,
 ) -> torch.Tensor:
-    return model.decode_ops.sample(
-        scores, buffers.temperature, buffers.top_k, buffers.top_p, buffers.min_p, buffers.seed,
-        next_position, buffers.end_ids, buffers.min_position,
-    )  # fmt: skip
+    """The token [R] int64 after each row. seen: for penalties; None where no row has any."""
+    if seen is not None:
+        num_before = rows.positions - buffers.first[:, None]
+        scores = penalise(
+            scores, buffers.sampling, seen, buffers.slots, buffers.token_ids, num_before
+        )
+    return ops.sample(scores, rows.next_position, buffers.sampling)
 
 
 class Passes:
@@ -90,7 +108,9 @@ class Passes:
         self.model = model
         self.cache = cache
         self.lock = threading.RLock()
-        self.buffers, self.staging = make_round_buffers(model.config, max_sequences, model.device)
+        self.buffers, self.staging = make_round_buffers(
+            model.config, max_sequences, cache.k.shape[3], model.device
+        )
         self.is_padded = run is not None or model.device.type == "cuda"
         is_cuda = run is None and model.device.type == "cuda"
         self._run: Runner = run or (GraphRunner(self.staging.device) if is_cuda else run_eagerly)
@@ -98,6 +118,8 @@ class Passes:
         self._full_plan = full_plan(model.config, max_sequences, model.device)
         self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_plans holds
         self._rows: dict[int, RoundBuffers] = {}  # views, which take a while to make
+        self._counts = TokenCounts(max_sequences, model.config.vocab_size, model.device)
+        self._seen: SeenTokens | None = None  # what the passes over the staged rows read of it
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -124,15 +146,28 @@ class Passes:
             self.plan_row(slot).copy_(plan_table([plan], self.model.device))
             self._plans[slot] = plan
 
+    def stage(self, rows: Sequence[RoundRow]) -> None:
+        """Write a round's inputs, padded to a bucket, and start their copy to the device."""
+        self.staging.fill(rows, self.num_rows(len(rows)))
+        self._seen = self._counts.update(rows)
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """The token [1] int64 after a prompt: logits [1, V] float32, and the staged row."""
+        ops, buffers = self.model.prefill_ops, self._first_rows(1)
+        rows = ops.verify_rows(
+            buffers.token_ids, buffers.first, buffers.num_drafted, 1, self.cache.k.shape[3]
+        )
+        return _draw(ops, logits, rows, buffers, self._seen)
+
     def draft_step(self, model: Llama, batch: int) -> None:
         """Run `draft_pass` over the first `batch` rows of the buffers.
 
         model: `self.model`, or the same with int8 forms.
         """
         batch = self.num_rows(batch)
-        key = ("draft", batch, model.weights.lm_head.int8 is not None)
-        rows = self._first_rows(batch)
-        self._run(key, lambda: draft_pass(model, self.cache, rows))
+        key = ("draft", batch, model.weights.lm_head.draft is not None)
+        rows, seen = self._first_rows(batch), self._seen
+        self._run(self._key(*key), lambda: draft_pass(model, self.cache, rows, seen))
 
     def verify(self, batch: int, width: int) -> Verified:
         """Run `verify_pass` over the first `batch` rows and `width` columns of the buffers.
@@ -140,21 +175,17 @@ class Passes:
         The result has `batch` rows, and on CUDA as many columns as the width's bucket.
         """
         padded, width = self.num_rows(batch), self._width_bucket(width)
-        rows, plan = self._first_rows(padded), self._full_plan[:padded]
+        rows, plan, seen = self._first_rows(padded), self._full_plan[:padded], self._seen
         verified = self._run(
-            ("verify", padded, width),
-            lambda: verify_pass(self.model, self.cache, rows, width, plan),
+            self._key("verify", padded, width),
+            lambda: verify_pass(self.model, self.cache, rows, width, plan, seen),
         )
         return Verified(verified.logits[:batch], verified.result[:batch])
 
     def warm_up(self, model: Llama, router: Router | None = None) -> None:
         """Run every pass of one sequence once over padding: what is to be captured is, now."""
         with self.alone():
-            inputs = self.staging.begin()
-            inputs["num_drafted"].fill(-1)
-            inputs["num_wanted"].fill(-1)
-            inputs["first"].fill(self.cache.k.shape[3] - 1)
-            self.staging.copy_over()
+            self.staging.fill([], 1)
             for width in widths():
                 self.verify(1, width)
             self.draft_step(model, 1)
@@ -166,6 +197,9 @@ class Passes:
         """How many rows of the buffers a pass over `batch` sequences reads: those of its bucket."""
         assert 0 < batch <= self._max_sequences, (batch, self._max_sequences)
         return min(bucket(batch), self._max_sequences) if self.is_padded else batch
+
+    def _key(self, *parts: Hashable) -> Hashable:
+        return parts if self._seen is None else (*parts, "penalties")
 
     def _first_rows(self, batch: int) -> RoundBuffers:
         if batch not in self._rows:

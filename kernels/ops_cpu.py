@@ -15,13 +15,13 @@ from kernels.cpu import attention as cpu_attention
 from kernels.cpu import layers as cpu_layers
 from kernels.cpu import matmul
 from kernels.cpu.sample import sample, top_probability
-from kernels.gpu.launch import assert_plain, assert_qkv_operands, assert_weight
+from kernels.gpu.launch import assert_plain, assert_qkv_operands
 from kernels.ops import Ops
 from kernels.round.keep_states import keep_states_ref
 from kernels.round.rows import draft_rows_ref, verify_rows_ref
 from kernels.route.nearest_anchor import nearest_anchor_ref
 from kernels.route.pool_states import pool_states_ref
-from kernels.weight import LayerWeights, Weight, form_addresses
+from kernels.weight import INT8, LayerWeights, Weight, addresses
 
 OUTSIDE = "slots or positions outside the cache, or tokens that are not in a row"
 
@@ -29,7 +29,7 @@ OUTSIDE = "slots or positions outside the cache, or tokens that are not in a row
 def _check(x: torch.Tensor, weight: Weight, shape: tuple[int, int], plan: torch.Tensor) -> None:
     """x [R, K] and a weight [N, K] of this shape are plain float32; so many rows a sequence."""
     assert_plain(torch.float32, x)
-    assert_weight(weight, shape, torch.float32)
+    weight.check(shape, torch.float32)
     assert_plain(torch.uint8, plan)
     assert x.shape[1] == shape[1] and x.shape[0] % plan.shape[0] == 0, (x.shape, shape, plan.shape)
 
@@ -39,20 +39,20 @@ def _check_vector(vector: torch.Tensor | None, size: int) -> None:
     assert_plain(torch.float32, vector)
 
 
+def _forms(weight: Weight) -> np.ndarray:
+    """A weight's forms as planned_matmul reads them; the caller keeps it until that is done."""
+    return addresses(*weight.tensors)
+
+
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _record(weight: Weight) -> np.ndarray:
-    """A weight's forms as planned_matmul reads them; the caller keeps it until that is done."""
-    return np.array(form_addresses(weight), np.int64)
 
 
 def _check_forms(weight: Weight, plan: torch.Tensor, sublayer: int | slice) -> None:
     """The plan has that column, and asks for 8 bits only where there are any, not at address 0."""
     assert isinstance(sublayer, slice) or 0 <= sublayer < plan.shape[1], (sublayer, plan.shape)
-    if weight.int8 is None or weight.scale is None:
-        assert not (plan[:, sublayer] == 8).any(), "the weights have no int8 form"
+    if weight.draft is None:
+        assert not (plan[:, sublayer] == INT8).any(), "the weights have no int8 form"
 
 
 def norm_qkv_rope_append(
@@ -81,7 +81,7 @@ def norm_qkv_rope_append(
     _check_forms(qkv, plan, sublayer)
     (batch, width), (rows, hidden) = positions.shape, x.shape
     num_slots, kv_heads, cache_len, head_dim = k_cache.shape
-    num_out = qkv.full.shape[0]
+    num_out = qkv.shape[0]
     heads = num_out // head_dim - 2 * kv_heads
     assert heads > 0 and heads % kv_heads == 0, (heads, kv_heads)
     assert x.dtype == torch.float32 and plan.shape[0] == batch, (x.dtype, plan.shape, batch)
@@ -89,7 +89,7 @@ def norm_qkv_rope_append(
     _check_vector(qkv_bias, num_out)
     for norm in (q_norm, k_norm):
         _check_vector(norm, head_dim)
-    y, record = x.new_empty(rows, num_out), _record(qkv)
+    y, record = x.new_empty(rows, num_out), _forms(qkv)
     fits = matmul.norm_qkv_rope_append(
         x.data_ptr(), norm_weight.data_ptr(), eps, record.ctypes.data, _address(qkv_bias),
         _address(q_norm), _address(k_norm), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
@@ -142,7 +142,7 @@ def linear_residual(
     counters: torch.Tensor,
 ) -> None:
     """See linear_residual.py."""
-    (rows, num_k), num_out, record = x.shape, residual.shape[1], _record(weight)
+    (rows, num_k), num_out, record = x.shape, residual.shape[1], _forms(weight)
     _check(x, weight, (num_out, num_k), plan)
     _check_forms(weight, plan, sublayer)
     assert residual.shape[0] == rows, (residual.shape, x.shape)
@@ -162,11 +162,11 @@ def norm_gated_mlp(
     sublayer: int,
 ) -> torch.Tensor:
     """See norm_gated_mlp.py."""
-    (rows, hidden), ffn = x.shape, gate_up.full.shape[0] // 2
+    (rows, hidden), ffn = x.shape, gate_up.shape[0] // 2
     _check(x, gate_up, (2 * ffn, hidden), plan)
     _check_forms(gate_up, plan, sublayer)
     _check_vector(norm_weight, hidden)
-    h, record = x.new_empty(rows, ffn), _record(gate_up)
+    h, record = x.new_empty(rows, ffn), _forms(gate_up)
     matmul.norm_gated_mlp(
         x.data_ptr(), norm_weight.data_ptr(), eps, record.ctypes.data,
         plan.data_ptr() + sublayer, plan.shape[1], plan.shape[0], rows, hidden, ffn,
@@ -184,11 +184,11 @@ def norm_lm_head(
     sublayer: int,
 ) -> torch.Tensor:
     """See norm_lm_head.py."""
-    (rows, hidden), vocab = x.shape, lm_head.full.shape[0]
+    (rows, hidden), vocab = x.shape, lm_head.shape[0]
     _check(x, lm_head, (vocab, hidden), plan)
     _check_forms(lm_head, plan, sublayer)
     _check_vector(norm_weight, hidden)
-    logits, record = x.new_empty(rows, vocab), _record(lm_head)
+    logits, record = x.new_empty(rows, vocab), _forms(lm_head)
     matmul.norm_lm_head(
         x.data_ptr(), norm_weight.data_ptr(), eps, record.ctypes.data, plan.data_ptr() + sublayer,
         plan.shape[1], plan.shape[0], rows, hidden, vocab, logits.data_ptr(),
@@ -249,11 +249,11 @@ def run_layers(
     (batch, width), (rows, hidden) = positions.shape, x.shape
     num_layers, num_slots, kv_heads, cache_len, head_dim = k_cache.shape
     first = layers[0]
-    heads, ffn = first.attn_out.full.shape[1] // head_dim, first.down.full.shape[1]
+    heads, ffn = first.attn_out.shape[1] // head_dim, first.down.shape[1]
     # The layers agree with each other: layer_table has seen to it.
     assert len(layers) == len(table) == num_layers, (len(layers), len(table), num_layers)
     num_out = (heads + 2 * kv_heads) * head_dim
-    assert first.qkv.full.shape == (num_out, hidden), (first.qkv.full.shape, num_out, hidden)
+    assert first.qkv.shape == (num_out, hidden), (first.qkv.shape, num_out, hidden)
     assert heads % kv_heads == 0 and rows == batch * width, (heads, kv_heads, x.shape)
     assert k_cache.shape == v_cache.shape and cos.shape == sin.shape, (v_cache.shape, sin.shape)
     assert cos.shape[1] * 2 == head_dim, (cos.shape, head_dim)
@@ -263,7 +263,7 @@ def run_layers(
     assert_plain(torch.int32, positions, num_tokens, slots)
     assert_plain(torch.uint8, plan)
     # That a layer is of one dtype, and all of its weights have the same forms, likewise.
-    assert first.qkv.full.dtype == torch.float32, first.qkv.full.dtype
+    assert first.attn_norm.dtype == torch.float32, first.attn_norm.dtype
     for norm in (first.q_norm, first.k_norm):
         _check_vector(norm, head_dim)
     _check_forms(first.qkv, plan, slice(0, -1))

@@ -1,4 +1,9 @@
-"""The weights that the kernels read: a matrix in its stored forms, and a layer's worth of them."""
+"""The weights that the kernels read: matrices in one or two forms, and a layer's worth of them.
+
+A matrix has its own form, in which its checkpoint is read, and may have a draft form that takes
+fewer bytes. A form is a type: a tuple of the tensors that kernels read, with all that others need
+to know of it. A sequence's precision of a sub-layer says which form its rows are multiplied with.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,91 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+SKIP, INT8, FULL = 0, 8, 16  # precisions: no product, the draft form, the own form whatever it is
+
+
+class Dense(NamedTuple):
+    """An own form: every value as it is, row-major."""
+
+    values: torch.Tensor  # [N, K] in the model's dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def rows(self, part: slice = slice(None)) -> torch.Tensor:
+        """The values of some outputs, [n, K]."""
+        return self.values[part]
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x [R, K] -> x @ W^T [R, N]."""
+        return F.linear(x, self.values)
+
+    def check(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Kernels compute addresses from the shape alone."""
+        assert self.values.shape == shape, (self.values.shape, shape)
+        assert self.values.dtype == dtype, (self.values.dtype, dtype)
+        assert self.values.is_contiguous(), self.values.stride()
+
+
+class Int8(NamedTuple):
+    """A draft form: 8 bits a value and a scale for each output, W about codes * scale[:, None]."""
+
+    codes: torch.Tensor  # [N, K] int8, row-major
+    scale: torch.Tensor  # [N] float32
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x [R, K] -> x @ W^T [R, N]; the scale is applied in at least float32."""
+        acc_dtype = torch.promote_types(x.dtype, torch.float32)
+        return (F.linear(x, self.codes.to(x.dtype)).to(acc_dtype) * self.scale).to(x.dtype)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Kernels compute addresses from the shape alone."""
+        assert (self.codes.shape, self.scale.shape) == (shape, shape[:1]), (self.scale.shape, shape)
+        assert self.codes.dtype == torch.int8, self.codes.dtype
+        assert self.scale.dtype == torch.float32, self.scale.dtype
+        assert all(tensor.is_contiguous() for tensor in self), self.codes.stride()
 
 
 class Weight(NamedTuple):
-    """The stored forms of one matrix [N, K]; a plan's precision names the form: 16 or 8.
+    """One matrix [N, K]."""
 
-    A record and not a bare tensor, so that a further form adds a field and no argument.
-    """
+    own: Dense
+    draft: Int8 | None = None
 
-    full: torch.Tensor  # [N, K], row-major, in the model's dtype
-    int8: torch.Tensor | None = None  # [N, K]: full is about int8 * scale[:, None]
-    scale: torch.Tensor | None = None  # [N] float32
+    @property
+    def shape(self) -> torch.Size:
+        return self.own.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the own form, which is what the model itself reads."""
+        return self.own.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.own[0].device
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """As kernels take them: values, codes and scale, None where there is no draft form."""
+        return (*self.own, *(self.draft or (None, None)))
+
+    def check(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Both forms are of this shape, and such as kernels can read."""
+        self.own.check(shape, dtype)
+        if self.draft is not None:
+            self.draft.check(shape)
 
 
 class LayerWeights(NamedTuple):
@@ -34,9 +113,9 @@ class LayerWeights(NamedTuple):
     down: Weight  # [C, F]
 
 
-def form_addresses(weight: Weight) -> list[int]:
-    """Where the forms of a weight lie in memory, 0 for one that there is not."""
-    return [0 if form is None else form.data_ptr() for form in weight]
+def addresses(*tensors: torch.Tensor | None) -> np.ndarray:
+    """[n] int64: where tensors lie in memory, 0 for one that there is not."""
+    return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
 
 
 def layer_table(layers: Sequence[LayerWeights]) -> np.ndarray:
@@ -46,23 +125,18 @@ def layer_table(layers: Sequence[LayerWeights]) -> np.ndarray:
     """
     for layer in layers:
         _check_layer(layer, layers[0])
-    rows = [[0 if t is None else t.data_ptr() for t in _tensors(layer)] for layer in layers]
-    return np.array(rows, np.int64)
+    return np.stack([addresses(*_tensors(layer)) for layer in layers])
 
 
 def _check_layer(layer: LayerWeights, first: LayerWeights) -> None:
     """What reads a layer by addresses takes its sizes and forms from the first layer."""
-    hidden, num_o = first.attn_out.full.shape
-    num_qkv, ffn = first.qkv.full.shape[0], first.down.full.shape[1]
+    (hidden, num_o), dtype = first.attn_out.shape, first.attn_norm.dtype
+    num_qkv, ffn = first.qkv.shape[0], first.down.shape[1]
     shapes = ((num_qkv, hidden), (hidden, num_o), (2 * ffn, hidden), (hidden, ffn))
     weights = (layer.qkv, layer.attn_out, layer.gate_up, layer.down)
     for weight, shape in zip(weights, shapes, strict=True):
-        full, int8, scale = weight
-        assert full.shape == shape, (full.shape, shape)
-        assert (int8 is None) == (scale is None) == (first.qkv.int8 is None), "half of a form"
-        if int8 is not None and scale is not None:
-            assert int8.shape == shape and scale.shape == shape[:1], (int8.shape, scale.shape)
-            assert (int8.dtype, scale.dtype) == (torch.int8, torch.float32), (int8.dtype, scale)
+        weight.check(shape, dtype)
+        assert (weight.draft is None) == (first.qkv.draft is None), "weights of different forms"
     assert layer.attn_norm.shape == layer.mlp_norm.shape == (hidden,), layer.attn_norm.shape
     assert layer.qkv_bias is None or layer.qkv_bias.shape == (num_qkv,), layer.qkv_bias.shape
     for tensor, other in zip(_tensors(layer), _tensors(first), strict=True):
@@ -70,9 +144,8 @@ def _check_layer(layer: LayerWeights, first: LayerWeights) -> None:
         if tensor is not None and other is not None:
             assert tensor.shape == other.shape, (tensor.shape, other.shape)
             assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
-    norms = (layer.attn_norm, layer.qkv_bias, layer.q_norm, layer.k_norm, layer.mlp_norm)
-    for tensor in (*norms, *(weight.full for weight in weights)):
-        assert tensor is None or tensor.dtype == first.qkv.full.dtype, tensor.dtype
+    for tensor in (layer.attn_norm, layer.qkv_bias, layer.q_norm, layer.k_norm, layer.mlp_norm):
+        assert tensor is None or tensor.dtype == dtype, tensor.dtype
     assert (layer.q_norm is None) == (layer.k_norm is None), "the norm of queries or keys only"
 
 
@@ -80,5 +153,5 @@ def _tensors(layer: LayerWeights) -> list[torch.Tensor | None]:
     """A layer's tensors in order, three for each Weight, None for one that there is not."""
     tensors: list[torch.Tensor | None] = []
     for field in layer:
-        tensors += field if isinstance(field, Weight) else [field]
+        tensors += field.tensors if isinstance(field, Weight) else [field]
     return tensors

@@ -18,30 +18,9 @@ from models.config import LlamaConfig, RopeScaling
 from models.config_values import token_ids
 from models.gguf_file import GgufFile, read_tensor
 from models.gguf_split import read_whole_gguf
+from models.layout import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, hf_name
 from models.model_files import file_inside, find_file, read_json
 from models.safetensors_file import open_safetensors, read_safetensor
-
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
-GGUF_ROPE_FACTORS = "rope_freqs.weight"
-_GGUF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_GGUF_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +73,7 @@ def _open_directory(path: Path) -> Checkpoint:
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = read_whole_gguf(path)
-    names = {_canonical_name(name): name for name in file.tensors}
+    names = {hf_name(name): name for name in file.tensors}
     if len(names) != len(file.tensors):
         raise ValueError(f"{path}: holds a tensor under two names; download or convert it again")
     try:
@@ -116,18 +95,6 @@ def _open_gguf(path: Path) -> Checkpoint:
         # The converter to GGUF reorders these rows for the llama architecture and no other.
         rope_order="interleaved" if config.architecture == "llama" else "half",
     )
-
-
-def _canonical_name(name: str) -> str:
-    """The Hugging Face name, or `name` itself where there is none."""
-    base, _, suffix = name.rpartition(".")
-    if base in _GGUF_NAMES:
-        return f"{_GGUF_NAMES[base]}.{suffix}"
-    block, _, rest = base.partition(".")
-    layer, _, part = rest.partition(".")
-    if block == "blk" and layer.isdecimal() and part in _GGUF_LAYER_NAMES:
-        return f"model.layers.{layer}.{_GGUF_LAYER_NAMES[part]}.{suffix}"
-    return name
 
 
 def _gguf_rope_scaling(file: GgufFile, scaling: RopeScaling | None) -> RopeScaling | None:

@@ -13,7 +13,9 @@ from models.messages import cause_of
 from models.model_files import read_bounded
 
 Kind = Literal["off", "self", "ngram"]
-SKIP, INT8, FULL = 0, 8, 16  # precisions of a sub-layer
+# Precisions of a sub-layer. The kernels' own (kernels/weight.py) would import torch, for which
+# `--help` does not wait; a test holds one against the other.
+SKIP, INT8, FULL = 0, 8, 16
 MAX_DRAFT = 15  # a verify pass has one row more
 MAX_FILE_BYTES = 1_000_000  # a plan for the largest model takes a few kilobytes
 _BLOCKS = ("attention", "mlp")  # in the order of a layer's two sub-layers
@@ -27,7 +29,8 @@ class DraftPlan:
     kind: "self" drafts with a cheaper version of the model, "ngram" with the continuation of an
         earlier occurrence of the last tokens, "off" not at all.
     sublayers: for "self" the precision of each of the 2L sub-layers, 2l the attention of layer l
-        and 2l+1 its MLP: 0 skip, 8 int8, 16 full. Empty for other kinds. Lists become tuples.
+        and 2l+1 its MLP: 0 skip, 8 int8, 16 the weights' own form. Empty for other kinds. Lists
+        become tuples.
     max_draft: tokens in a draft at most, 1 to 15. Only kind "off" takes 0, and it stores 0
         whichever number is given, so that max_draft can be used without asking for the kind.
     stop_probability: in [0, 1]; the draft ends after a token whose top probability is below it.

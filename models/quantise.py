@@ -9,16 +9,14 @@ import torch
 
 from kernels.layer.planned_linear import quantise_into
 from kernels.weight import Weight
+from models.arena import Arena
 from models.llama import Llama
-from models.weights import LlamaWeights, allocate_arena
-
-ALIGNMENT = 64  # bytes: every matrix starts at a cache line
+from models.weights import LlamaWeights
 
 
 def int8_bytes(weights: LlamaWeights) -> int:
     """Memory that the 8-bit forms take; 0 where they have not been made."""
-    forms = [form for weight in matrices(weights) for form in (weight.int8, weight.scale)]
-    return sum(form.nbytes for form in forms if form is not None)
+    return sum(w.draft.nbytes for w in matrices(weights) if w.draft is not None)
 
 
 def with_int8(model: Llama) -> Llama:
@@ -27,26 +25,24 @@ def with_int8(model: Llama) -> Llama:
     The token embedding stays as it is: a draft reads single rows of it.
     """
     weights = model.weights
-    if weights.lm_head.int8 is not None:
+    if weights.lm_head.draft is not None:
         return model
-    take = _taker(weights)
+    sizes = (weight.shape.numel() for weight in matrices(weights))
+    arena = Arena(sizes, weights.embedding.device, torch.int8)
 
     def quantised(weight: Weight) -> Weight:
-        int8 = take(weight.full.numel()).view(weight.full.shape)
-        scale = torch.empty(weight.full.shape[0], dtype=torch.float32, device=weight.full.device)
-        quantise_into(weight.full, int8, scale)
-        return weight._replace(int8=int8, scale=scale)
+        return weight._replace(draft=quantise_into(weight.own, arena.take(weight.shape)))
 
     return _with_matrices(model, quantised)
 
 
 def without_int8(model: Llama) -> Llama:
     """The same model, sharing its weights, as it is before any plan asks for 8 bits."""
-    if model.weights.lm_head.int8 is None:
+    if model.weights.lm_head.draft is None:
         return model
 
     def plain(weight: Weight) -> Weight:
-        return Weight(weight.full)
+        return Weight(weight.own)
 
     return _with_matrices(model, plain)
 
@@ -70,19 +66,3 @@ def matrices(weights: LlamaWeights) -> list[Weight]:
     """Every matrix that has an 8-bit form, in the order in which a pass reads them."""
     layers = [(x.qkv, x.attn_out, x.gate_up, x.down) for x in weights.layers]
     return [*(weight for layer in layers for weight in layer), weights.lm_head]
-
-
-def _taker(weights: LlamaWeights) -> Callable[[int], torch.Tensor]:
-    """Hands out pieces of one arena: a draft step reads it from end to end."""
-    sizes = [weight.full.numel() for weight in matrices(weights)]
-    total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-    arena = allocate_arena(total, weights.embedding.device, torch.int8)
-    used = 0
-
-    def take(size: int) -> torch.Tensor:
-        nonlocal used
-        start = used
-        used += -(-size // ALIGNMENT) * ALIGNMENT
-        return arena[start : start + size]
-
-    return take

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
-from kernels.weight import LayerWeights, Weight, layer_table
-from models.checkpoint import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, Checkpoint
+from kernels.weight import Dense, LayerWeights, Weight, layer_table
+from models.arena import Arena
+from models.checkpoint import Checkpoint
 from models.config import LlamaConfig
+from models.layout import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, StoredPart, stored_parts
 from models.messages import cause_of, quoted
 
-FINAL_NORM = "model.norm.weight"
-ALIGNMENT = 64  # elements: every tensor starts at a cache line and at what vector loads want
-HUGE_PAGE = 2 << 20  # bytes
 _PIECE = 1 << 20  # elements compared at a time
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LlamaWeights:
-    """A whole model. With tied embeddings `lm_head.full` is `embedding` itself, not a copy."""
+    """A whole model. With tied embeddings the values of `lm_head` are `embedding`, not a copy."""
 
     embedding: torch.Tensor  # [V, C]
     layers: tuple[LayerWeights, ...]
@@ -40,7 +40,7 @@ class LlamaWeights:
 
     @property
     def is_tied(self) -> bool:
-        return self.lm_head.full is self.embedding
+        return self.lm_head.own.values is self.embedding
 
     @cached_property
     def layer_table(self) -> np.ndarray:
@@ -49,12 +49,9 @@ class LlamaWeights:
 
 
 def sublayer_bytes(weights: LlamaWeights) -> tuple[int, ...]:
-    """Full-precision bytes of the matrices of the 2L sub-layers, then of the LM head."""
-    sizes = []
-    for layer in weights.layers:
-        sizes += [layer.qkv.full.nbytes + layer.attn_out.full.nbytes]
-        sizes += [layer.gate_up.full.nbytes + layer.down.full.nbytes]
-    return (*sizes, weights.lm_head.full.nbytes)
+    """Bytes of the own form: of the matrices of the 2L sub-layers, then of the LM head."""
+    blocks = [pair for x in weights.layers for pair in ((x.qkv, x.attn_out), (x.gate_up, x.down))]
+    return tuple(sum(weight.nbytes for weight in block) for block in (*blocks, (weights.lm_head,)))
 
 
 def load_weights(
@@ -76,21 +73,20 @@ def load_weights(
     config = checkpoint.config
     if LM_HEAD in checkpoint.shapes:
         config = replace(config, tie_embeddings=False)
-    _check_names_and_shapes(checkpoint, _parts(config))
+    _check_names_and_shapes(checkpoint, stored_parts(config))
     if checkpoint.config.tie_embeddings and not config.tie_embeddings:
         config = replace(config, tie_embeddings=_is_head_the_embedding(checkpoint, dtype))
-    parts = _parts(config)
+    parts = stored_parts(config)
     weights = _allocate(config, torch.device(device), dtype)
-    targets = _targets(config, weights)
-    total = dtype.itemsize * sum(math.prod(part.shape) for part in parts.values())
+    D = config.head_dim
+    total = dtype.itemsize * sum(math.prod(part.shape) for part in parts)
     done = 0
-    for name, part in parts.items():
-        source = _read_finite(checkpoint, name, dtype)
+    for part in parts:
+        source, target = _read_finite(checkpoint, part.name, dtype), _view(weights, part)
         if part.is_rotary and checkpoint.rope_order == "half":
-            source = _rotary_pairs(source, config.head_dim).transpose(1, 2)
-            _rotary_view(targets[name], config.head_dim).copy_(source)
-        else:
-            targets[name].copy_(source)
+            source = _heads(source, 2, D // 2).transpose(1, 2)
+            target = _heads(target, D // 2, 2)
+        target.copy_(source)
         done += dtype.itemsize * math.prod(part.shape)
         if on_progress is not None:
             on_progress(done, total)
@@ -111,11 +107,12 @@ def random_weights(
     """
     weights = _allocate(config, torch.device(device), dtype)
     generator = torch.Generator(device).manual_seed(seed)
-    for name, target in _targets(config, weights).items():
+    for part in stored_parts(config):
+        target = _view(weights, part)
         noise = torch.randn(target.shape, generator=generator, device=device)
-        if name.endswith("norm.weight"):
+        if part.name.endswith("norm.weight"):
             target.copy_(1 + 0.1 * noise)
-        elif name.endswith(".bias"):
+        elif part.name.endswith(".bias"):
             target.copy_(0.1 * noise)
         else:
             target.copy_(noise * target.shape[-1] ** -0.5)
@@ -135,153 +132,57 @@ def to_hf_state_dict(config: LlamaConfig, weights: LlamaWeights) -> dict[str, to
     With tied embeddings there is no `lm_head.weight`, as in published checkpoints.
     """
     state = {}
-    parts = _parts(config)
-    for name, target in _targets(config, weights).items():
-        if parts[name].is_rotary:
-            pairs = _rotary_view(target, config.head_dim).transpose(1, 2)
-            state[name] = pairs.reshape(target.shape).clone()
-        else:
-            state[name] = target.clone()
+    for part in stored_parts(config):
+        tensor = _view(weights, part)
+        if part.is_rotary:
+            halves = _heads(tensor, config.head_dim // 2, 2).transpose(1, 2)
+            tensor = halves.reshape(tensor.shape)
+        state[part.name] = tensor.clone()
     return state
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One stored tensor: its shape, and whether the rotary order applies to its first axis."""
-
-    shape: tuple[int, ...]
-    is_rotary: bool = False
-
-
-def _parts(config: LlamaConfig) -> dict[str, _Part]:
-    """Every tensor that a checkpoint of `config` must hold, by Hugging Face name."""
-    C, F, D = config.hidden_size, config.ffn_size, config.head_dim
-    q_rows, kv_rows = config.num_heads * D, config.num_kv_heads * D
-    layer = {
-        "input_layernorm.weight": _Part((C,)),
-        "self_attn.q_proj.weight": _Part((q_rows, C), True),
-        "self_attn.k_proj.weight": _Part((kv_rows, C), True),
-        "self_attn.v_proj.weight": _Part((kv_rows, C)),
-        "self_attn.o_proj.weight": _Part((C, q_rows)),
-        "post_attention_layernorm.weight": _Part((C,)),
-        "mlp.gate_proj.weight": _Part((F, C)),
-        "mlp.up_proj.weight": _Part((F, C)),
-        "mlp.down_proj.weight": _Part((C, F)),
-    }
-    if config.has_qkv_bias:
-        layer["self_attn.q_proj.bias"] = _Part((q_rows,), True)
-        layer["self_attn.k_proj.bias"] = _Part((kv_rows,), True)
-        layer["self_attn.v_proj.bias"] = _Part((kv_rows,))
-    if config.has_qk_norm:
-        layer["self_attn.q_norm.weight"] = _Part((D,), True)
-        layer["self_attn.k_norm.weight"] = _Part((D,), True)
-    parts = {EMBEDDING: _Part((config.vocab_size, C))}
-    for i in range(config.num_layers):
-        parts |= {f"model.layers.{i}.{name}": part for name, part in layer.items()}
-    parts[FINAL_NORM] = _Part((C,))
-    if not config.tie_embeddings:
-        parts[LM_HEAD] = _Part((config.vocab_size, C))
-    return parts
-
-
 def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
-    C, F, D = config.hidden_size, config.ffn_size, config.head_dim
-    q_rows, kv_rows = config.num_heads * D, config.num_kv_heads * D
-    count = sum(-(-math.prod(part.shape) // ALIGNMENT) for part in _parts(config).values())
-    arena = allocate_arena(count * ALIGNMENT, device, dtype)
-    used = 0
+    parts = stored_parts(config)
+    arena = Arena((math.prod(part.shape) for part in parts), device, dtype)
+    # The last part of a field ends where the field's tensor does.
+    shapes = {(p.layer, p.field): (p.start + p.shape[0], *p.shape[1:]) for p in parts}
 
-    def empty(*shape: int) -> torch.Tensor:
-        nonlocal used
-        start, size = used, math.prod(shape)
-        used += -(-size // ALIGNMENT) * ALIGNMENT
-        return arena[start : start + size].view(shape)
+    def take_layer(layer: int) -> LayerWeights:
+        fields: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
+        for name in LayerWeights._fields:
+            if (layer, name) in shapes:
+                tensor = arena.take(shapes[layer, name])
+                fields[name] = Weight(Dense(tensor)) if tensor.ndim == 2 else tensor
+        return LayerWeights(**fields)
 
-    embedding = empty(config.vocab_size, C)
-    layers = tuple(
-        LayerWeights(
-            attn_norm=empty(C),
-            qkv=Weight(empty(q_rows + 2 * kv_rows, C)),
-            qkv_bias=empty(q_rows + 2 * kv_rows) if config.has_qkv_bias else None,
-            q_norm=empty(D) if config.has_qk_norm else None,
-            k_norm=empty(D) if config.has_qk_norm else None,
-            attn_out=Weight(empty(C, q_rows)),
-            mlp_norm=empty(C),
-            gate_up=Weight(empty(2 * F, C)),
-            down=Weight(empty(C, F)),
-        )
-        for _ in range(config.num_layers)
-    )
-    lm_head = embedding if config.tie_embeddings else empty(config.vocab_size, C)
-    return LlamaWeights(embedding, layers, empty(C), Weight(lm_head))
+    embedding = arena.take(shapes[None, "embedding"])
+    layers = tuple(map(take_layer, range(config.num_layers)))
+    final_norm = arena.take(shapes[None, "final_norm"])
+    lm_head = embedding if config.tie_embeddings else arena.take(shapes[None, "lm_head"])
+    return LlamaWeights(embedding, layers, final_norm, Weight(Dense(lm_head)))
 
 
-def allocate_arena(num_elements: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Room for all weights in one piece: a decode step reads it from end to end.
+def _view(weights: LlamaWeights, part: StoredPart) -> torch.Tensor:
+    """Where a stored tensor lies in `weights`."""
+    owner = weights if part.layer is None else weights.layers[part.layer]
+    field = getattr(owner, part.field)
+    tensor: torch.Tensor = field.own.values if isinstance(field, Weight) else field
+    return tensor[part.start : part.start + part.shape[0]]
 
-    Raises ValueError where there is not so much memory.
+
+def _heads(tensor: torch.Tensor, *pairs: int) -> torch.Tensor:
+    """[n*D, ...] as [n, *pairs, ...]: (2, D/2) in half order, (D/2, 2) in interleaved order.
+
+    Transposing axes 1 and 2 makes one order of the other.
     """
-    num_bytes = num_elements * dtype.itemsize
-    try:
-        if device.type != "cpu":
-            return torch.empty(num_elements, device=device, dtype=dtype)
-        # numpy asks the system for huge pages where torch does not; reading is a twentieth faster.
-        room = torch.from_numpy(np.empty(num_bytes + HUGE_PAGE, dtype=np.uint8))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ValueError(
-            f"the weights need {num_bytes / 1e9:.1f} GB in {dtype}, more memory than {device} has "
-            "free; choose a smaller model or a smaller dtype"
-        ) from error
-    start = -room.data_ptr() % HUGE_PAGE
-    return room[start : start + num_bytes].view(dtype)
+    return tensor.view(-1, *pairs, *tensor.shape[1:])
 
 
-def _targets(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:
-    """Where each stored tensor lies in `weights`: views, in the order and names of `_parts`."""
-    q_end = config.num_heads * config.head_dim
-    k_end = q_end + config.num_kv_heads * config.head_dim
-    targets = {EMBEDDING: weights.embedding}
-    for i, layer in enumerate(weights.layers):
-        found = {
-            "input_layernorm.weight": layer.attn_norm,
-            "self_attn.q_proj.weight": layer.qkv.full[:q_end],
-            "self_attn.k_proj.weight": layer.qkv.full[q_end:k_end],
-            "self_attn.v_proj.weight": layer.qkv.full[k_end:],
-            "self_attn.o_proj.weight": layer.attn_out.full,
-            "post_attention_layernorm.weight": layer.mlp_norm,
-            "mlp.gate_proj.weight": layer.gate_up.full[: config.ffn_size],
-            "mlp.up_proj.weight": layer.gate_up.full[config.ffn_size :],
-            "mlp.down_proj.weight": layer.down.full,
-        }
-        if layer.qkv_bias is not None:
-            found["self_attn.q_proj.bias"] = layer.qkv_bias[:q_end]
-            found["self_attn.k_proj.bias"] = layer.qkv_bias[q_end:k_end]
-            found["self_attn.v_proj.bias"] = layer.qkv_bias[k_end:]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            found["self_attn.q_norm.weight"] = layer.q_norm
-            found["self_attn.k_norm.weight"] = layer.k_norm
-        targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in found.items()}
-    targets[FINAL_NORM] = weights.final_norm
-    if not config.tie_embeddings:
-        targets[LM_HEAD] = weights.lm_head.full
-    return targets
-
-
-def _rotary_pairs(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[n*D, ...] in half order as [n, 2, D/2, ...]: transposing axes 1 and 2 interleaves it."""
-    return tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:])
-
-
-def _rotary_view(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[n*D, ...] in interleaved order as [n, D/2, 2, ...]: transposing gives the half order."""
-    return tensor.view(-1, head_dim // 2, 2, *tensor.shape[1:])
-
-
-def _check_names_and_shapes(checkpoint: Checkpoint, parts: Mapping[str, _Part]) -> None:
+def _check_names_and_shapes(checkpoint: Checkpoint, parts: list[StoredPart]) -> None:
     where = checkpoint.path
     remedy = "the weights and the configuration do not belong together, download the model again"
-    for name, part in parts.items():
-        got = checkpoint.shapes.get(name)
+    for part in parts:
+        name, got = part.name, checkpoint.shapes.get(part.name)
         if got is None:
             raise ValueError(
                 f"{where}: has no tensor {name}; expected shape {part.shape}; {remedy}"
@@ -290,11 +191,12 @@ def _check_names_and_shapes(checkpoint: Checkpoint, parts: Mapping[str, _Part]) 
             raise ValueError(
                 f"{where}: tensor {name} has shape {quoted(got)}; expected {part.shape}; {remedy}"
             )
+    known = {part.name for part in parts}
     is_gguf = checkpoint.gguf_metadata is not None
     for name in checkpoint.shapes:
         # Tables of what the configuration already says are left out.
         is_table = name.endswith(".rotary_emb.inv_freq") or (is_gguf and name == GGUF_ROPE_FACTORS)
-        if name not in parts and not is_table:
+        if name not in known and not is_table:
             raise ValueError(
                 f"{where}: tensor {quoted(name)} is not part of a "
                 f"{checkpoint.config.architecture} model of this configuration; expected every "

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.ops import Ops
-from kernels.weight import LayerWeights
+from kernels.weight import LayerWeights, Weight
 from models.config import LlamaConfig
 from models.llama import Llama, make_llama
 from models.weights import LlamaWeights, empty_weights
@@ -81,7 +81,7 @@ def widened(
         _widen_attention(config, layer, target, basis, head_replicas, generator)
         _widen_mlp(layer, target, basis, ffn_replicas, generator)
     result.final_norm.fill_(1)
-    result.lm_head.full.copy_(_reading(weights.lm_head.full, weights.final_norm, basis))
+    result.lm_head.own.values.copy_(_reading(weights.lm_head, weights.final_norm, basis))
     return larger, result
 
 
@@ -173,16 +173,16 @@ def _widen_attention(
     scale = torch.ones(sum(sizes), dtype=basis.dtype, device=basis.device)
     if config.has_qk_norm:
         scale[: sizes[0] + sizes[1]] = _norm_scale(basis)
-    qkv = _reading(layer.qkv.full, layer.attn_norm, basis)
+    qkv = _reading(layer.qkv, layer.attn_norm, basis)
     target.attn_norm.fill_(1)
-    _tile(qkv * scale[:, None], sizes, target.qkv.full, replicas)
+    _tile(qkv * scale[:, None], sizes, target.qkv.own.values, replicas)
     if layer.qkv_bias is not None and target.qkv_bias is not None:
         _tile(layer.qkv_bias.to(scale) * scale, sizes, target.qkv_bias, replicas)
     for norm, target_norm in ((layer.q_norm, target.q_norm), (layer.k_norm, target.k_norm)):
         if norm is not None and target_norm is not None:
             target_norm.copy_(norm)
     shares = _shares(replicas, config.num_heads, generator).repeat_interleave(D, dim=1)
-    target.attn_out.full.copy_(_writing(layer.attn_out.full, shares, basis))
+    target.attn_out.own.values.copy_(_writing(layer.attn_out, shares, basis))
 
 
 def _widen_mlp(
@@ -192,12 +192,12 @@ def _widen_mlp(
     replicas: int,
     generator: torch.Generator,
 ) -> None:
-    F = layer.down.full.shape[1]
+    F = layer.down.shape[1]
     target.mlp_norm.fill_(1)
-    gate_up = _reading(layer.gate_up.full, layer.mlp_norm, basis)
-    _tile(gate_up, (F, F), target.gate_up.full, replicas)
+    gate_up = _reading(layer.gate_up, layer.mlp_norm, basis)
+    _tile(gate_up, (F, F), target.gate_up.own.values, replicas)
     shares = _shares(replicas, F, generator)
-    target.down.full.copy_(_writing(layer.down.full, shares, basis))
+    target.down.own.values.copy_(_writing(layer.down, shares, basis))
 
 
 def _norm_scale(basis: torch.Tensor) -> float:
@@ -206,14 +206,14 @@ def _norm_scale(basis: torch.Tensor) -> float:
     return math.sqrt(small_hidden_size / hidden_size)
 
 
-def _reading(weight: torch.Tensor, norm: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def _reading(weight: Weight, norm: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """s W diag(norm) E^T [N, C'] of W [N, C] behind the norm weights [C]."""
-    return (weight.to(basis) * norm.to(basis)) @ (basis.T * _norm_scale(basis))
+    return (weight.own.rows().to(basis) * norm.to(basis)) @ (basis.T * _norm_scale(basis))
 
 
-def _writing(weight: torch.Tensor, shares: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def _writing(weight: Weight, shares: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """E W [C', K] times the shares [replicas, K], next to each other: [C', replicas * K]."""
-    return ((basis @ weight.to(basis))[:, None] * shares.to(basis)).flatten(1)
+    return ((basis @ weight.own.rows().to(basis))[:, None] * shares.to(basis)).flatten(1)
 
 
 def _tile(rows: torch.Tensor, sizes: Sequence[int], target: torch.Tensor, replicas: int) -> None:

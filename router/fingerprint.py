@@ -24,7 +24,8 @@ def fingerprint(model: Llama) -> str:
     )  # fmt: skip
     digest = hashlib.sha256(repr(shape).encode())
     first, last = weights.layers[0], weights.layers[-1]
-    for tensor in (weights.embedding, first.qkv.full, first.down.full, last.gate_up.full):
+    matrices = (weight.own.rows() for weight in (first.qkv, first.down, last.gate_up))
+    for tensor in (weights.embedding, *matrices):
         signs = torch.signbit(tensor.flatten()[:NUM_ELEMENTS]).cpu()
         digest.update(signs.numpy().tobytes())
     return digest.hexdigest()[:32]

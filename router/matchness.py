@@ -98,7 +98,7 @@ class Matchness:
         """For each trace whether the planned model names its tokens 1, 2, ..: bool, on the CPU."""
         assert plan.kind == "self", plan
         plan.check(self._model.config.num_layers)
-        has_int8 = self._model.weights.lm_head.int8 is not None
+        has_int8 = self._model.weights.lm_head.draft is not None
         assert has_int8 or not plan.uses_int8, "the weights have no int8 form"
         total = self.num_positions
         steps = range(0, total, self._pass_rows)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from kernels.weight import Weight
+from kernels.weight import Dense, Int8, Weight
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 def promote(value: T) -> Any:
     """The same argument in float64: tensors and weights of floats; anything else as it is."""
-    if isinstance(value, Weight):
-        return Weight(*(promote(form) for form in value))
+    if isinstance(value, (Weight, Dense, Int8)):
+        return type(value)(*(promote(part) for part in value))
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.double()
     return value

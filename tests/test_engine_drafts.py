@@ -18,6 +18,7 @@ from engine import SamplingParams
 from engine.drafts import resolve_plans
 from engine.profile import measured_costs, profile_path
 from kernels.ops import TORCH
+from kernels.weight import Weight
 from models.plan import NGRAM, DraftPlan
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -31,6 +32,8 @@ def test_names_values_and_files_mean_plans(tmp_path):
     assert resolve_plans("int8", model) == (DraftPlan.int8(2),)
     assert resolve_plans("auto", model) == (DraftPlan.int8(2), NGRAM)
     assert resolve_plans(SKIP, model) == (SKIP,)
+    assert resolve_plans((SKIP, NGRAM, DraftPlan("o", "off")), model) == (SKIP, NGRAM)
+    assert resolve_plans((), model) == ()
     (tmp_path / "plan.json").write_text(SKIP.to_json())
     (tmp_path / "sets.json").write_text('{"skip": {"attention": [1], "mlp": []}}')
     for name in ("plan.json", "sets.json"):
@@ -46,14 +49,15 @@ def test_int8_weights_are_made_when_a_plan_first_needs_them():
     llm.generate("x", replace(GREEDY, speculative=SKIP))
     assert llm.int8_bytes == 0
     stats = llm.generate("x", replace(GREEDY, speculative="int8"))[0].stats
-    matrices = [w for layer in llm.model.weights.layers for w in layer if hasattr(w, "full")]
+    matrices = [w for layer in llm.model.weights.layers for w in layer if isinstance(w, Weight)]
     matrices.append(llm.model.weights.lm_head)
-    assert llm.int8_bytes == sum(w.full.numel() + 4 * w.full.shape[0] for w in matrices)
+    assert llm.int8_bytes == sum(w.shape.numel() + 4 * w.shape[0] for w in matrices)
     assert stats.plan == "int8"
     for weight in matrices:
-        error = (weight.int8.float() * weight.scale[:, None] - weight.full).abs()
-        assert (error <= 0.51 * weight.scale[:, None]).all()
-        assert (weight.int8.abs().amax(dim=1) == 127).all()
+        codes, scale = weight.draft
+        error = (codes.float() * scale[:, None] - weight.own.values).abs()
+        assert (error <= 0.51 * scale[:, None]).all()
+        assert (codes.abs().amax(dim=1) == 127).all()
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,8 @@ def test_int8_weights_are_made_when_a_plan_first_needs_them():
         ("./no/such/plan.json", "there is no such file"),
         ("x" * 5000, "there is no such file"),
         (DraftPlan.int8(3), "got 6 sub-layers, expected 4"),
+        ((NGRAM, DraftPlan.int8(3)), "got 6 sub-layers, expected 4"),
+        (("int8", NGRAM), "expected a name, a DraftPlan or a path"),
     ],
     ids=str,
 )
@@ -106,7 +112,7 @@ def test_drafts_that_could_change_a_token_are_refused():
     """16-bit products on a CPU give other bits for several rows than for one."""
     llm = tiny_llm(dtype=torch.bfloat16, prefill_ops=TORCH, decode_ops=TORCH)
     assert llm.generate("x", GREEDY)[0].stats.plan == "off"  # what "auto" means there
-    for value in ("int8", "ngram", SKIP):
+    for value in ("int8", "ngram", SKIP, (NGRAM, SKIP)):
         with pytest.raises(ValueError, match="use dtype='float32'"):
             llm.generate("x", replace(GREEDY, speculative=value))
 

@@ -15,6 +15,7 @@ from tokenizers_for_tests import byte_tokenizer
 import engine.prefill
 from engine import SamplingParams
 from engine.controller import NGRAM_PRIORS, Controller
+from engine.routing import plans_beside
 from kernels.ops import TORCH
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
 from models.plan import NGRAM, OFF, DraftPlan
@@ -36,15 +37,7 @@ SAMPLED = replace(GREEDY, temperature=0.8, seed=11)
 
 def features_of(llm, prompts):
     """[n, C]: what the router sees of each prompt."""
-    everything = one_plan(llm, OFF)
-    before = llm.router
-    llm.use_library(everything)
-    found = []
-    for prompt in prompts:
-        output = llm.generate(prompt, replace(GREEDY, max_tokens=1, speculative="auto"))[0]
-        found.append(as_feature(output.route.state_sum).cpu())
-    llm.use_library(before.library if before else None)
-    return torch.stack(found)
+    return torch.stack([llm.feature(prompt) for prompt in prompts])
 
 
 def one_plan(llm, plan):
@@ -278,3 +271,33 @@ def test_threads_share_a_router():
     for i, prompt in enumerate(PROMPTS):
         assert {tokens(output) for output in found[i]} == {plain[i]}
         assert {output.stats.domain for output in found[i]} == {prompt[0]}
+
+
+def test_a_feature_is_what_the_router_sees_and_needs_none():
+    llm = routed_llm()
+    for prompt in (*PROMPTS, byte_tokenizer().encode("as token ids")):
+        expected = as_feature(llm.generate([prompt], GREEDY)[0].route.state_sum)
+        for other in (llm, tiny_llm(router="none")):
+            assert torch.equal(other.feature(prompt), expected)
+    assert expected.dtype == torch.float32 and expected.norm() == pytest.approx(1)
+    with pytest.raises(ValueError, match="got no tokens"):
+        llm.feature([])
+    stream = llm.stream("holds the only slot", GREEDY)
+    next(stream)
+    with pytest.raises(RuntimeError, match="slot"):
+        llm.feature("x")
+    stream.close()
+    assert llm.feature("x").shape == (llm.model.config.hidden_size,)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_a_plan_beside_ngrams_can_be_given_directly(plan):
+    """As a library gives it that routes every prompt to the plan."""
+    llm, routed = tiny_llm(), tiny_llm()
+    routed.use_library(one_plan(routed, plan))
+    expected = routed.generate(PROMPTS[0], GREEDY)[0]
+    params = replace(GREEDY, speculative=plans_beside(plan, (NGRAM,)))
+    output = llm.generate(PROMPTS[0], params)[0]
+    assert output.outputs == expected.outputs and output.stats.plan == expected.stats.plan
+    assert output.stats.rounds_by_plan == expected.stats.rounds_by_plan
+    assert output.route is None

@@ -11,7 +11,7 @@ from kernels.cpu.scalars import exp
 from kernels.layer.planned_linear import quantise
 from kernels.ops import TORCH
 from kernels.ops_cpu import NUMBA
-from kernels.weight import Weight
+from kernels.weight import Dense, Weight
 
 # rows of a pass: hidden size, heads, kv heads, head size, ffn; with and without a vector tail
 SHAPES = {
@@ -55,7 +55,7 @@ class Case:
         k, v = self.cache.to(dtype, copy=True)
         up = lambda t: t.to(dtype)  # noqa: E731
         q = ops.norm_qkv_rope_append(
-            up(self.x), up(self.norm), 1e-5, Weight(up(self.qkv)),
+            up(self.x), up(self.norm), 1e-5, Weight(Dense(up(self.qkv))),
             up(self.bias) if with_bias else None,
             up(self.q_norm) if with_norm else None, up(self.k_norm) if with_norm else None,
             up(self.cos), up(self.sin), self.positions, self.num_tokens, self.slots, k, v,
@@ -79,19 +79,21 @@ class Case:
 
     def run_mlp(self, ops, dtype=torch.float32):
         up = lambda t: t.to(dtype)  # noqa: E731
-        return ops.norm_gated_mlp(up(self.x), up(self.norm), 1e-5, Weight(up(self.gate_up)),
+        return ops.norm_gated_mlp(up(self.x), up(self.norm), 1e-5, Weight(Dense(up(self.gate_up))),
                                   self.plan, 3)  # fmt: skip
 
     def run_residual(self, ops, dtype=torch.float32):
         residual = self.x.to(dtype, copy=True)
         o = self.q.flatten(1).to(dtype)
-        ops.linear_residual(o, Weight(self.attn_out.to(dtype)), residual, self.plan, 2, COUNTERS)
+        ops.linear_residual(
+            o, Weight(Dense(self.attn_out.to(dtype))), residual, self.plan, 2, COUNTERS
+        )
         return residual
 
     def run_head(self, ops, dtype=torch.float32):
         up = lambda t: t.to(dtype)  # noqa: E731
         return ops.norm_lm_head(
-            up(self.x), up(self.norm), 1e-5, Weight(up(self.head)), self.plan, 3
+            up(self.x), up(self.norm), 1e-5, Weight(Dense(up(self.head))), self.plan, 3
         )
 
     def all_outputs(self, ops, dtype=torch.float32):
@@ -229,11 +231,15 @@ def test_int8_weights_and_mixed_plans_match_the_reference(shape, width, precisio
     case = Case(shape, batch=len(precisions), width=width, start=3)
     case.plan[:] = torch.tensor(precisions, dtype=torch.uint8)[:, None]
     case.plan[:, 3] = torch.tensor([p or 16 for p in precisions], dtype=torch.uint8)
-    weights = [quantise(Weight(w)) for w in (case.qkv, case.attn_out, case.gate_up, case.head)]
+    weights = [
+        quantise(Weight(Dense(w))) for w in (case.qkv, case.attn_out, case.gate_up, case.head)
+    ]
     runs = torch.tensor(precisions).repeat_interleave(width) > 0
 
     def outputs(ops, dtype):
-        qkv, attn_out, gate_up, head = (w._replace(full=w.full.to(dtype)) for w in weights)
+        qkv, attn_out, gate_up, head = (
+            w._replace(own=Dense(w.own.values.to(dtype))) for w in weights
+        )
         up = lambda t: t.to(dtype)  # noqa: E731
         k, v = case.cache.to(dtype, copy=True)
         q = ops.norm_qkv_rope_append(

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 USE = """
 import threading, torch
 from kernels.ops_cpu import NUMBA
-from kernels.weight import Weight
-x, norm, head = torch.randn(2, 32), torch.ones(32), Weight(torch.randn(40, 32))
+from kernels.weight import Dense, Weight
+x, norm, head = torch.randn(2, 32), torch.ones(32), Weight(Dense(torch.randn(40, 32)))
 plan = torch.full((1, 3), 16, dtype=torch.uint8)
 def run():
     for _ in range(20):

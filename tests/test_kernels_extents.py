@@ -9,7 +9,8 @@ import torch
 
 from kernels.cpu.sample import sample, top_probability
 from kernels.ops_cpu import NUMBA, run_layers
-from kernels.weight import LayerWeights, Weight, layer_table
+from kernels.round.sample import SampleParams
+from kernels.weight import Dense, Int8, LayerWeights, Weight, layer_table
 
 C, H, H_KV, D, F, V = 24, 4, 2, 8, 20, 37
 SLOTS, S, B, T, L = 3, 16, 2, 4, 2
@@ -29,6 +30,10 @@ def rows(first: tuple[int, ...] = (0, 12), slots: tuple[int, ...] = (2, 0)) -> d
     }
 
 
+def dense(*shape: int, dtype: torch.dtype = torch.float32) -> Weight:
+    return Weight(Dense(torch.randn(*shape, dtype=dtype)))
+
+
 def cache(*lead: int) -> dict[str, Any]:
     return {name: torch.zeros(*lead, SLOTS, H_KV, S, D) for name in ("k_cache", "v_cache")}
 
@@ -39,10 +44,10 @@ def plan() -> torch.Tensor:
 
 def layer(**changes: Any) -> LayerWeights:
     tensors = {
-        "attn_norm": torch.ones(C), "qkv": Weight(torch.randn(NUM_QKV, C)),
+        "attn_norm": torch.ones(C), "qkv": dense(NUM_QKV, C),
         "qkv_bias": torch.randn(NUM_QKV), "q_norm": torch.ones(D), "k_norm": torch.ones(D),
-        "attn_out": Weight(torch.randn(C, H * D)), "mlp_norm": torch.ones(C),
-        "gate_up": Weight(torch.randn(2 * F, C)), "down": Weight(torch.randn(C, F)),
+        "attn_out": dense(C, H * D), "mlp_norm": torch.ones(C),
+        "gate_up": dense(2 * F, C), "down": dense(C, F),
     }  # fmt: skip
     return LayerWeights(**tensors | changes)
 
@@ -79,13 +84,13 @@ def mlp_operands() -> dict[str, Any]:
 
 def head_operands() -> dict[str, Any]:
     return {"x": torch.randn(B * T, C), "norm_weight": torch.ones(C), "eps": 1e-5,
-            "lm_head": Weight(torch.randn(V, C)), "plan": plan(), "sublayer": 2 * L}  # fmt: skip
+            "lm_head": dense(V, C), "plan": plan(), "sublayer": 2 * L}  # fmt: skip
 
 
 def layer_of(dtype: torch.dtype) -> LayerWeights:
     tensors = layer()._asdict()
     return LayerWeights(**{
-        name: Weight(t.full.to(dtype)) if isinstance(t, Weight) else t.to(dtype)
+        name: Weight(Dense(t.own.values.to(dtype))) if isinstance(t, Weight) else t.to(dtype)
         for name, t in tensors.items()
     })  # fmt: skip
 
@@ -97,12 +102,17 @@ def layers_operands(**changes: Any) -> dict[str, Any]:
 
 
 def sample_operands() -> dict[str, Any]:
-    return {
-        "logits": torch.randn(B, V), "temperature": torch.ones(B), "top_k": ints(0, 0),
-        "top_p": torch.ones(B), "min_p": torch.zeros(B), "seed": ints(1, 2, dtype=torch.int64),
-        "position": ints(3, 4, dtype=torch.int64), "end_ids": ints((V - 1,), (-1,)),
-        "min_position": ints(9, 9),
-    }  # fmt: skip
+    return {"logits": torch.randn(B, V), "position": ints(3, 4, dtype=torch.int64),
+            "params": sample_params()}  # fmt: skip
+
+
+def sample_params(**changes: torch.Tensor) -> SampleParams:
+    return SampleParams(
+        temperature=torch.ones(B), top_k=ints(0, 0), top_p=torch.ones(B), min_p=torch.zeros(B),
+        seed=ints(1, 2, dtype=torch.int64), end_ids=ints((V - 1,), (-1,)), min_position=ints(9, 9),
+        repetition_penalty=torch.ones(B), presence_penalty=torch.zeros(B),
+        frequency_penalty=torch.zeros(B),
+    )._replace(**changes)  # fmt: skip
 
 
 LAUNCHERS = {
@@ -139,8 +149,8 @@ BEYOND: dict[str, list[dict[str, Any]]] = {
         *OUTSIDE_THE_CACHE, *PLANS, *SUBLAYERS, NO_INT8, *NORMS, *CACHES,
         {"cos": torch.ones(S - 1, D // 2), "sin": torch.ones(S - 1, D // 2)},
         {"cos": torch.ones(S - 1, D // 2)}, {"q_norm": torch.ones(D - 1)},
-        {"qkv_bias": torch.ones(NUM_QKV - 1)}, {"qkv": Weight(torch.randn(NUM_QKV, C - 1))},
-        {"qkv": Weight(torch.randn(2 * H_KV * D, C))}, {"x": torch.randn(B * T - 1, C)},
+        {"qkv_bias": torch.ones(NUM_QKV - 1)}, {"qkv": dense(NUM_QKV, C - 1)},
+        {"qkv": dense(2 * H_KV * D, C)}, {"x": torch.randn(B * T - 1, C)},
     ],
     "attention": [
         *OUTSIDE_THE_CACHE, *PLANS, *SUBLAYERS, *CACHES, {"q": torch.randn(B * T + 1, H, D)},
@@ -153,7 +163,7 @@ BEYOND: dict[str, list[dict[str, Any]]] = {
     ],
     "mlp": [
         *PLANS, *SUBLAYERS, NO_INT8, *NORMS, {"x": torch.randn(B * T, C + 1)},
-        {"gate_up": Weight(torch.randn(2 * F + 1, C))},
+        {"gate_up": dense(2 * F + 1, C)},
     ],
     "head": [*PLANS, *SUBLAYERS, NO_INT8, *NORMS, {"x": torch.randn(B * T, C - 1)}],
     "layers": [
@@ -168,10 +178,12 @@ BEYOND: dict[str, list[dict[str, Any]]] = {
         {"k_cache": torch.zeros(L, SLOTS, 3, S, D), "v_cache": torch.zeros(L, SLOTS, 3, S, D)},
     ],
     "sample": [
-        {"logits": torch.randn(3, V)}, {"logits": torch.randn(B, 0)}, {"top_k": ints(1)},
-        {"seed": ints(1, 2)}, {"position": ints(3, 4, 5, dtype=torch.int64)},
-        {"min_p": torch.zeros(B + 1)}, {"top_p": torch.ones(B, dtype=torch.float64)},
-        {"end_ids": ints((V,), (-1,))},
+        {"logits": torch.randn(3, V)}, {"logits": torch.randn(B, 0)},
+        {"position": ints(3, 4, 5, dtype=torch.int64)},
+        *({"params": sample_params(**changes)} for changes in (
+            {"top_k": ints(1)}, {"seed": ints(1, 2)}, {"min_p": torch.zeros(B + 1)},
+            {"top_p": torch.ones(B, dtype=torch.float64)}, {"end_ids": ints((V,), (-1,))},
+        )),
     ],
     "top": [{"logits": torch.randn(B, V, dtype=HALF)}, {"logits": torch.randn(V, B).T},
             {"logits": torch.randn(B, 0)}],
@@ -193,15 +205,16 @@ def test_one_value_beyond_is_refused(name, i):
         launch(**operands() | BEYOND[name][i])
 
 
-INT8 = Weight(torch.randn(C, F), torch.zeros(C, F, dtype=torch.int8), torch.ones(C))
+OWN = Dense(torch.randn(C, F))
+CODES, SCALE = torch.zeros(C, F, dtype=torch.int8), torch.ones(C)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"down": INT8}, {"down": INT8._replace(scale=None)}, {"k_norm": None},
-        {"attn_norm": torch.ones(C, dtype=HALF)}, {"q_norm": None},
-        {"down": INT8._replace(int8=torch.zeros(C, F))},
+        {"down": Weight(OWN, Int8(CODES, SCALE))}, {"k_norm": None}, {"q_norm": None},
+        {"attn_norm": torch.ones(C, dtype=HALF)},
+        {"down": Weight(OWN, Int8(torch.zeros(C, F), SCALE))},
     ],
 )  # fmt: skip
 def test_a_layer_that_is_no_whole_is_in_no_table(changes):
@@ -214,11 +227,12 @@ def test_a_layer_that_is_no_whole_is_in_no_table(changes):
     [
         {"attn_norm": torch.ones(C - 1)}, {"mlp_norm": torch.ones(C + 1)}, {"qkv_bias": None},
         {"qkv_bias": torch.ones(NUM_QKV - 1)}, {"q_norm": torch.ones(D + 1)}, {"k_norm": None},
-        {"qkv": Weight(torch.randn(NUM_QKV - 1, C))},
-        {"attn_out": Weight(torch.randn(C, H * D - 1))},
-        {"gate_up": Weight(torch.randn(2 * F - 1, C))}, {"down": Weight(torch.randn(C - 1, F))},
-        {"down": Weight(torch.randn(F, C).T)}, {"down": Weight(torch.randn(C, F, dtype=HALF))},
-        {"down": Weight(torch.randn(C, F), torch.zeros(C, F, dtype=torch.int8), torch.ones(C))},
+        {"qkv": dense(NUM_QKV - 1, C)},
+        {"attn_out": dense(C, H * D - 1)},
+        {"gate_up": dense(2 * F - 1, C)},
+        {"down": dense(C - 1, F)}, {"down": Weight(Dense(torch.randn(F, C).T))},
+        {"down": dense(C, F, dtype=HALF)},
+        {"down": Weight(OWN, Int8(CODES, SCALE))},
     ],
 )  # fmt: skip
 def test_a_layer_unlike_the_first_is_in_no_table(changes):

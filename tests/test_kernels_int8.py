@@ -19,7 +19,7 @@ from kernels.gpu import launch
 from kernels.gpu.tiles_int8 import linear_int8_activations_ref
 from kernels.layer import linear_residual, norm_gated_mlp, norm_lm_head, norm_qkv_rope
 from kernels.layer.planned_linear import quantise
-from kernels.weight import Weight
+from kernels.weight import Dense, Weight
 
 SUBLAYER, EPS = 2, 1e-5
 HEADS, KV_HEADS, HEAD_DIM = 3, 1, 16
@@ -62,7 +62,7 @@ def make(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -
         (first + torch.arange(width)).to(device, torch.int32),
         randn(batch, width, N),
         randn(k),
-        quantise(Weight(randn(N, k) * k**-0.5)),
+        quantise(Weight(Dense(randn(N, k) * k**-0.5))),
         randn(N),
         (torch.rand(40, HEAD_DIM // 2) * 6).to(device),
     )
@@ -167,7 +167,8 @@ def test_zeros_specks_and_massive_activations(name, dtype, device):
     case.x[0, 2, 5] = 2e4
     case.x[0, 3] = 6e-8 * torch.randint(0, 3, (300,), device=device)
     case.x[0, 4] = -2e4
-    case.weight.full[3], case.weight.int8[3], case.weight.scale[3] = 0, 0, 0
+    for form in case.weight.tensors:
+        form[3] = 0
     assert run_kernel(name, case, table(8, case)).isfinite().all()
     check(name, case)
 
@@ -202,21 +203,20 @@ def test_bits_of_a_row_do_not_depend_on_the_others(name, dtype, device, dots_in_
 def test_an_int8_form_changes_no_full_row(name, dtype, device):
     """Full rows have the same bits with and without it, and without it a row at 8 is full."""
     case = make((2, 5, 123), dtype, device)
-    bare = case._replace(weight=Weight(case.weight.full))
+    bare = case._replace(weight=Weight(case.weight.own))
     full = run_kernel(name, bare, table(16, bare))
     assert torch.equal(run_kernel(name, case, table(16, case)), full)
     assert torch.equal(run_kernel(name, bare, table(8, bare)), full)
 
 
-@pytest.mark.parametrize("flaw", ["scale missing", "shape", "dtype", "stride"])
-def test_launchers_refuse_half_an_int8_form(name, flaw, device):
+@pytest.mark.parametrize("flaw", ["shape", "dtype", "stride"])
+def test_launchers_refuse_an_int8_form_that_does_not_fit(name, flaw, device):
     case = make((1, 1, 64), torch.float32, device)
     weight = case.weight
     bad = {
-        "scale missing": weight._replace(scale=None),
-        "shape": weight._replace(scale=weight.scale[1:].clone()),
-        "dtype": weight._replace(int8=weight.int8.float()),
-        "stride": weight._replace(int8=weight.int8.t().contiguous().t()),
+        "shape": weight.draft._replace(scale=weight.draft.scale[1:].clone()),
+        "dtype": weight.draft._replace(codes=weight.draft.codes.float()),
+        "stride": weight.draft._replace(codes=weight.draft.codes.t().contiguous().t()),
     }[flaw]
     with pytest.raises(AssertionError):
-        run_kernel(name, case._replace(weight=bad), table(8, case))
+        run_kernel(name, case._replace(weight=weight._replace(draft=bad)), table(8, case))

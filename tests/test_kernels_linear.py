@@ -10,7 +10,7 @@ from kernels.gpu.launch_table import MatrixLaunch
 from kernels.layer.linear_residual import linear_residual, linear_residual_ref
 from kernels.layer.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
 from kernels.layer.norm_lm_head import norm_lm_head, norm_lm_head_ref
-from kernels.weight import Weight
+from kernels.weight import Dense, Weight
 
 EPS = 1e-5
 # rows, inner width, outputs
@@ -37,7 +37,7 @@ def randn(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 
 
 
 def make_weight(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Weight:
-    return Weight(randn(n, k, dtype=dtype, device=device, scale=k**-0.5))
+    return Weight(Dense(randn(n, k, dtype=dtype, device=device, scale=k**-0.5)))
 
 
 def test_linear_residual(size, dtype, device, counters):

@@ -116,7 +116,7 @@ def test_qkv_padding_rows_are_not_looked_up(case, device):
 def test_qkv_writes_infinite_values_as_they_are(device):
     """A value is not rotated, not even by an angle of zero, which would make it NaN."""
     args = make(Case(2, 1, 64, 60, 2, (0,), (2,)), torch.float32, device)
-    args[3].full[-5:] = 0
+    args[3].own.values[-5:] = 0
     args[4] = torch.zeros(4 * 64, device=device)
     args[4][-5] = float("inf")
     _, _, v_cache = run(norm_qkv_rope_prefill, args)

@@ -9,7 +9,7 @@ import torch
 from budget import DTYPES, assert_within_budget, promote
 
 from kernels.layer.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
-from kernels.weight import Weight
+from kernels.weight import Dense, Weight
 
 SUBLAYER, EPS, ROOM, CANARY = 2, 1e-5, 40, 7.0
 K_CACHE, V_CACHE, PLAN = 12, 13, 14  # places in the argument list
@@ -54,7 +54,7 @@ def make(case: Case, dtype: torch.dtype, device: torch.device) -> list:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape).to(device, dtype)
 
-    weight = Weight(randn(outputs, case.hidden) * case.hidden**-0.5)
+    weight = Weight(Dense(randn(outputs, case.hidden) * case.hidden**-0.5))
     angles = torch.rand(ROOM, case.head_dim // 2, device=device) * 6
     positions = torch.tensor(case.lengths)[:, None] + torch.arange(case.width)
     slots = torch.randperm(batch + 2)[:batch]

@@ -44,7 +44,9 @@ def test_another_head_is_kept_as_by_transformers(
 ) -> None:
     weights = loaded(stored(tmp_path, OTHER))
     assert not weights.is_tied
-    assert torch.equal(weights.lm_head.full, OTHER) and torch.equal(weights.embedding, EMBEDDING)
+    assert torch.equal(weights.lm_head.own.values, OTHER) and torch.equal(
+        weights.embedding, EMBEDDING
+    )
     (record,) = (record for record in caplog.records if record.name == "models.weights")
     message = record.getMessage()
     assert record.levelno == logging.WARNING and message.isprintable()
@@ -74,7 +76,7 @@ def test_the_same_head_or_none_stays_tied(
     head: torch.Tensor | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = loaded(stored(tmp_path, head))
-    assert weights.is_tied and weights.lm_head.full is weights.embedding
+    assert weights.is_tied and weights.lm_head.own.values is weights.embedding
     assert torch.equal(weights.embedding, EMBEDDING) and not caplog.records
     assert load(tmp_path, None, CPU, torch.float32, None, None).model.config.tie_embeddings
 
@@ -100,7 +102,7 @@ def test_heads_are_compared_in_the_dtype_of_the_model(tmp_path: Path) -> None:
     assert loaded(folder, torch.bfloat16).is_tied
     weights = loaded(folder)
     assert not weights.is_tied
-    assert torch.equal(weights.lm_head.full, EMBEDDING.bfloat16().float())
+    assert torch.equal(weights.lm_head.own.values, EMBEDDING.bfloat16().float())
     wide = stored(tmp_path / "wide", EMBEDDING.bfloat16().float(), torch.bfloat16)
     assert loaded(wide).is_tied
 
@@ -149,6 +151,6 @@ def test_a_model_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise MemoryError("Unable to allocate 8.00 EiB")
 
     checkpoint: Checkpoint = open_checkpoint(stored(tmp_path, None))
-    monkeypatch.setattr("models.weights.np.empty", full)
+    monkeypatch.setattr("models.arena.np.empty", full)
     message = refusal(load_weights, checkpoint, device="cpu", dtype=torch.float32)
     check_words(message, "the weights need 0.0 GB", "choose a smaller model")

@@ -11,8 +11,10 @@ from checkpoints import hf_config
 from tiny import FAMILIES, family_config, rows_of, tiny_llama
 
 from engine.kv_cache import make_kv_cache
+from kernels import weight
 from kernels.ops import TORCH
 from kernels.ops_cpu import NUMBA
+from models import plan as plan_module
 from models.llama import forward, full_plan, logits
 from models.weights import to_hf_state_dict
 
@@ -54,6 +56,11 @@ def family(request):
 def model(request, family):
     ops = OPS[request.param]
     return tiny_llama(family_config(family), ops, ops)
+
+
+def test_plans_name_the_forms_as_the_kernels_do():
+    ours = (plan_module.SKIP, plan_module.INT8, plan_module.FULL)
+    assert ours == (weight.SKIP, weight.INT8, weight.FULL) == (0, 8, 16)
 
 
 @torch.inference_mode()

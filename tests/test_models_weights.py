@@ -24,6 +24,7 @@ from checkpoints import (
 )
 from safetensors.torch import load_file
 
+from kernels.weight import Weight
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.config import LlamaConfig, RopeScaling
 from models.gguf_file import read_gguf
@@ -37,12 +38,12 @@ def flat(weights: LlamaWeights) -> dict[str, torch.Tensor]:
     tensors = {
         "embedding": weights.embedding,
         "final_norm": weights.final_norm,
-        "lm_head": weights.lm_head.full,
+        "lm_head": weights.lm_head.own.values,
     }
     for i, layer in enumerate(weights.layers):
         for name, value in layer._asdict().items():
             if value is not None:
-                tensors[f"{i}.{name}"] = getattr(value, "full", value)
+                tensors[f"{i}.{name}"] = value.own.values if isinstance(value, Weight) else value
     return tensors
 
 
@@ -69,7 +70,7 @@ def test_safetensors_round_trip(family: str, tied: bool, shards: int, tmp_path: 
     assert checkpoint.config == config and checkpoint.rope_order == "half"
     assert checkpoint.gguf_metadata is None and checkpoint.generation == {}
     assert_same(loaded, weights)
-    assert (loaded.lm_head.full is loaded.embedding) == tied
+    assert (loaded.lm_head.own.values is loaded.embedding) == tied
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,7 +84,7 @@ def test_gguf_round_trip(family: str, tied: bool, tmp_path: Path) -> None:
     assert checkpoint.rope_order == ("interleaved" if architecture == "llama" else "half")
     assert checkpoint.gguf_metadata is not None
     assert_same(loaded, weights)
-    assert (loaded.lm_head.full is loaded.embedding) == tied
+    assert (loaded.lm_head.own.values is loaded.embedding) == tied
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16", "BF16"])
@@ -117,13 +118,13 @@ def test_rows_of_a_head_become_neighbours(tmp_path: Path) -> None:
         for i in range(D // 2):
             for half in (0, 1):
                 stored_row, row = head * D + i + half * D // 2, head * D + 2 * i + half
-                assert torch.equal(layer.qkv.full[row], query[stored_row])
-                assert torch.equal(layer.qkv.full[q_rows + row], key[stored_row])
+                assert torch.equal(layer.qkv.own.values[row], query[stored_row])
+                assert torch.equal(layer.qkv.own.values[q_rows + row], key[stored_row])
                 assert layer.qkv_bias[q_rows + row] == bias[stored_row]
     value = stored["model.layers.1.self_attn.v_proj.weight"]
-    assert torch.equal(layer.qkv.full[q_rows + config.num_kv_heads * D :], value)
+    assert torch.equal(layer.qkv.own.values[q_rows + config.num_kv_heads * D :], value)
     gate, up = (stored[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
-    assert torch.equal(layer.gate_up.full, torch.cat([gate, up]))
+    assert torch.equal(layer.gate_up.own.values, torch.cat([gate, up]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,8 +168,8 @@ def test_dtypes(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None
     config = tiny_config()
     weights = random_weights(config, seed=0)
     _, loaded = load(write_hf_checkpoint(tmp_path, config, weights, dtype=stored), dtype)
-    expected = weights.layers[0].qkv.full.to(stored).to(dtype)
-    assert torch.equal(loaded.layers[0].qkv.full, expected)
+    expected = weights.layers[0].qkv.own.values.to(stored).to(dtype)
+    assert torch.equal(loaded.layers[0].qkv.own.values, expected)
 
 
 def test_progress(tmp_path: Path) -> None:

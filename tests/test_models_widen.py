@@ -178,7 +178,7 @@ def test_configuration_and_shapes(family: str) -> None:
     expected = flat(random_weights(large.config, seed=0))
     tensors = flat(large.weights)
     assert {k: t.shape for k, t in tensors.items()} == {k: t.shape for k, t in expected.items()}
-    assert large.weights.lm_head.full is not large.weights.embedding
+    assert large.weights.lm_head.own.values is not large.weights.embedding
     arena = large.weights.embedding.untyped_storage().data_ptr()
     for name, tensor in tensors.items():
         assert tensor.is_contiguous() and tensor.dtype == torch.float64, name
@@ -215,8 +215,8 @@ def test_replicas_share_the_output_in_parts_of_their_own(family: str) -> None:
     basis, D, seen = basis_of(model, large), model.config.head_dim, set()
     for layer, wide in zip(model.weights.layers, large.weights.layers, strict=True):
         for weight, written, replicas, width in (
-            (layer.attn_out.full, wide.attn_out.full, 3, D),
-            (layer.down.full, wide.down.full, 2, 1),
+            (layer.attn_out.own.values, wide.attn_out.own.values, 3, D),
+            (layer.down.own.values, wide.down.own.values, 2, 1),
         ):
             parts = written.unflatten(1, (replicas, -1, width))  # [C', replicas, heads, D]
             whole = (basis @ weight).unflatten(1, (-1, width))
@@ -236,11 +236,11 @@ def test_rows_of_replicas_are_copies_in_order(family: str) -> None:
     large, D = widen(model, 67, 3, 2), model.config.head_dim
     sizes = [D * n for n in (model.config.num_heads, *[model.config.num_kv_heads] * 2)]
     for layer in large.weights.layers:
-        rows = [layer.qkv.full, *([] if layer.qkv_bias is None else [layer.qkv_bias])]
+        rows = [layer.qkv.own.values, *([] if layer.qkv_bias is None else [layer.qkv_bias])]
         for part, size in (
             *((part, n) for t in rows for part, n in
               zip(t.split([3 * n for n in sizes]), sizes, strict=True)),
-            *((part, model.config.ffn_size) for part in layer.gate_up.full.chunk(2)),
+            *((part, model.config.ffn_size) for part in layer.gate_up.own.values.chunk(2)),
         ):  # fmt: skip
             first, *others = part.split(size)
             assert others and all(torch.equal(other, first) for other in others)
@@ -260,7 +260,7 @@ def test_the_seed_decides_and_the_small_model_stays(family: str) -> None:
     assert not torch.equal(other.embedding, first.embedding)
     # Heads and units are shared out anew as well: sums of squares do not change with E alone.
     assert not torch.allclose(
-        other.layers[0].down.full.norm(dim=0), first.layers[0].down.full.norm(dim=0)
+        other.layers[0].down.own.values.norm(dim=0), first.layers[0].down.own.values.norm(dim=0)
     )
     assert_same(model.weights, kept)
 

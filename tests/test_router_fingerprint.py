@@ -10,7 +10,7 @@ from refusals import refusal
 from tiny import FAMILIES, family_config, tiny_llama
 
 from kernels.ops import TORCH
-from kernels.weight import Weight
+from kernels.weight import Dense, Weight
 from models.plan import OFF
 from models.quantise import with_int8
 from router.fingerprint import fingerprint
@@ -47,7 +47,7 @@ def test_rounding_to_zero_keeps_the_mark():
 def test_int8_forms_make_no_difference():
     model = make()
     quantised = with_int8(model)
-    assert quantised.weights.layers[0].qkv.int8 is not None
+    assert quantised.weights.layers[0].qkv.draft is not None
     assert fingerprint(quantised) == fingerprint(model)
 
 
@@ -71,7 +71,9 @@ def test_a_few_other_signs_are_enough(name):
         other = replace(weights, embedding=flipped(weights.embedding))
     else:
         i = -1 if name == "gate_up" else 0
-        layers[i] = layers[i]._replace(**{name: Weight(flipped(getattr(layers[i], name).full))})
+        layers[i] = layers[i]._replace(
+            **{name: Weight(Dense(flipped(getattr(layers[i], name).own.values)))}
+        )
         other = replace(weights, layers=tuple(layers))
     assert fingerprint(replace(model, weights=other)) != fingerprint(model)
 
@@ -90,7 +92,7 @@ def test_another_shape_has_another_mark(changes):
     for model in (make(), make(**changes)):
         for layer in (model.weights.layers[0], model.weights.layers[-1]):
             for weight in (layer.qkv, layer.down, layer.gate_up):
-                weight.full.abs_()
+                weight.own.values.abs_()
         model.weights.embedding.abs_()
         marks.append(fingerprint(model))
     assert marks[0] != marks[1]

@@ -12,7 +12,7 @@ from engine import LLM
 from engine.loading import Loaded
 from kernels.ops import Ops
 from kernels.ops_cpu import NUMBA
-from kernels.weight import LayerWeights, Weight
+from kernels.weight import Dense, LayerWeights, Weight
 from models.config import LlamaConfig, RopeScaling
 from models.llama import Llama, Rows, make_llama
 from models.weights import LlamaWeights, random_weights
@@ -45,14 +45,18 @@ def to_device(weights: LlamaWeights, device: torch.device) -> LlamaWeights:
     """Weights drawn on the CPU, so that a seed means the same model everywhere."""
     if device.type == "cpu":
         return weights
+
+    def moved(weight: Weight) -> Weight:
+        return Weight(Dense(weight.own.values.to(device)))
+
     layers = tuple(
-        LayerWeights(*(t if t is None else Weight(t.full.to(device)) if isinstance(t, Weight)
-                       else t.to(device) for t in layer))
+        LayerWeights(*(t if t is None else moved(t) if isinstance(t, Weight) else t.to(device)
+                       for t in layer))
         for layer in weights.layers
     )  # fmt: skip
     return LlamaWeights(
         weights.embedding.to(device), layers, weights.final_norm.to(device),
-        Weight(weights.lm_head.full.to(device)),
+        moved(weights.lm_head),
     )  # fmt: skip
 
 

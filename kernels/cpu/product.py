@@ -20,6 +20,7 @@ from llvmlite.binding import get_host_cpu_features
 from kernels.cpu.compile import device
 from kernels.cpu.scalars import F, addresses_at, bytes_at, dot_tail, floats_at
 from kernels.cpu.tiles import LANES, as_pointer, fma, make_dot_panel
+from kernels.weight import FULL, INT8
 
 # Weight rows of a tile, by the rows of x that share it: as many sums as there are registers for.
 if get_host_cpu_features().get("avx512f"):
@@ -30,7 +31,6 @@ else:
     INT8_STREAMS = {1: 4, 2: 2, 4: 1}
 STREAM_ROWS = 16  # more rows are computed in 4 x 4 tiles
 
-FULL, INT8 = 16, 8  # precisions of a plan
 MIXED = -1
 
 

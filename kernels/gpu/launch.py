@@ -89,8 +89,8 @@ def matrix_constants(launch: MatrixLaunch, weight: Weight) -> dict[str, int | bo
         "BLOCK_N": launch.block_n,
         "BLOCK_R": BLOCK_ROWS,
         "BLOCK_K": launch.block_k,
-        "EVEN_K": weight.full.shape[1] % launch.block_k == 0,
-        "HAS_INT8": weight.int8 is not None,
+        "EVEN_K": weight.shape[1] % launch.block_k == 0,
+        "HAS_INT8": weight.draft is not None,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
@@ -119,18 +119,6 @@ def assert_counters(counters: torch.Tensor, num_tiles: int) -> None:
     assert counters.numel() >= num_tiles, (counters.numel(), num_tiles)
 
 
-def assert_weight(weight: Weight, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """The full form is there, the 8-bit one whole or not at all, and each is plain."""
-    assert weight.full.shape == shape, (weight.full.shape, shape)
-    assert_plain(dtype, weight.full)
-    assert (weight.int8 is None) == (weight.scale is None), "half of an 8-bit form"
-    if weight.int8 is not None and weight.scale is not None:
-        shapes = (weight.int8.shape, weight.scale.shape)
-        assert shapes == (shape, shape[:1]), (shapes, shape)
-        assert_plain(torch.int8, weight.int8)
-        assert_plain(torch.float32, weight.scale)
-
-
 def assert_qkv_operands(
     x: torch.Tensor,  # [R, C]
     norm_weight: torch.Tensor,  # [C]
@@ -143,12 +131,12 @@ def assert_qkv_operands(
 ) -> None:
     """What either Q/K/V projection relies on: whole heads, pairs to rotate, plain tensors."""
     head_dim, shapes = caches[0].shape[3], [t.shape for t in (*tables, *rows, *caches)]
-    assert head_dim % 2 == 0 and qkv.full.shape[0] % head_dim == 0, (head_dim, qkv.full.shape)
+    assert head_dim % 2 == 0 and qkv.shape[0] % head_dim == 0, (head_dim, qkv.shape)
     assert norm_weight.shape == x.shape[1:] and rows[0].numel() == x.shape[0], shapes
     assert caches[0].shape == caches[1].shape and tables[0].shape == tables[1].shape, shapes
     assert tables[0].shape[1] == head_dim // 2, shapes
     assert (head_norms[0] is None) == (head_norms[1] is None), "the norm of queries or keys only"
-    assert_weight(qkv, (qkv.full.shape[0], x.shape[1]), x.dtype)
+    qkv.check((qkv.shape[0], x.shape[1]), x.dtype)
     assert_plain(x.dtype, x, norm_weight, *head_norms, *caches)
     assert_plain(torch.float32, *tables)
     assert_plain(torch.int32, *rows)

@@ -9,7 +9,7 @@ one large activation spoils one group. The sum over k is exact in int32 and in t
 becomes; scales, the sum over groups and everything after it are float32. Halves round up, because
 Triton has no rounding to even that its interpreter and all targets share.
 
-A plan that says 8 of weights without an int8 form gets their full one. The host cannot refuse it
+A plan that says 8 of weights without an int8 form gets their own one. The host cannot refuse it
 without waiting for the device, so not to ask for it is the caller's duty.
 """
 
@@ -33,18 +33,19 @@ def linear_int8_activations_ref(
     group: int,
 ) -> torch.Tensor:
     """x @ W^T [R, N] in 8 bits: quantised in the kernels' own float32 steps, added in float64."""
-    assert weight.int8 is not None and weight.scale is not None, "the weights have no int8 form"
+    assert weight.draft is not None, "the weights have no int8 form"
     assert x.dtype == torch.float32, x.dtype
     padding = (0, -x.shape[1] % group)
     groups = F.pad(x, padding).unflatten(1, (-1, group))  # [R, groups, group]
-    int8 = F.pad(weight.int8.double(), padding).unflatten(1, (-1, group))  # [N, groups, group]
+    codes = F.pad(weight.draft.codes.double(), padding)
+    codes = codes.unflatten(1, (-1, group))  # [N, groups, group]
     largest = groups.abs().amax(2, keepdim=True).clamp(min=SMALLEST)
     inverse = torch.full_like(largest, LEVELS) / largest  # 127 / largest would round twice
     # Product and sum round to float32 once, as in a fused multiply-add.
     rounded = (groups.double() * inverse.double() + 0.5).float().floor()
     scale = largest.double() / LEVELS
-    y = torch.einsum("rgk,ngk->rn", rounded.double() * scale, int8)
-    return y * weight.scale.double()
+    y = torch.einsum("rgk,ngk->rn", rounded.double() * scale, codes)
+    return y * weight.draft.scale.double()
 
 
 @triton.jit

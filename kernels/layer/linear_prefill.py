@@ -25,7 +25,7 @@ def linear_residual_prefill(
     counters: torch.Tensor,  # [n] int32, not needed
 ) -> None:
     """Add x @ W^T to the rows of the sequences that run `sublayer`."""
-    y = F.linear(x, weight.full)
+    y = weight.own.linear(x)
     skips = plan[:, sublayer, None, None] == 0
     y.view(plan.shape[0], -1, y.shape[1]).masked_fill_(skips, 0.0)  # [B, T, C]
     residual += y
@@ -40,7 +40,7 @@ def norm_gated_mlp_prefill(
     sublayer: int,
 ) -> torch.Tensor:
     """Return h [R, F]; rows of a sequence that skips `sublayer` hold nothing to be used."""
-    gate, up = F.linear(rms_norm(x, norm_weight, eps), gate_up.full).chunk(2, dim=-1)
+    gate, up = gate_up.own.linear(rms_norm(x, norm_weight, eps)).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
@@ -53,4 +53,4 @@ def norm_lm_head_prefill(
     sublayer: int,
 ) -> torch.Tensor:
     """Return logits [R, V] in float32."""
-    return F.linear(rms_norm(x, norm_weight, eps), lm_head.full).float()
+    return lm_head.own.linear(rms_norm(x, norm_weight, eps)).float()

@@ -22,7 +22,6 @@ from kernels.gpu.launch import (
     BLOCK_ROWS,
     assert_counters,
     assert_plain,
-    assert_weight,
     dependent_launch,
     matrix_constants,
     matrix_launch,
@@ -133,10 +132,10 @@ def linear_residual(
     launch: MatrixLaunch | None = None,
 ) -> None:
     """Add x @ W^T to the rows of the sequences that run `sublayer`."""
-    (num_rows, k), n = x.shape, weight.full.shape[0]
+    (num_rows, k), n = x.shape, weight.shape[0]
     assert residual.shape == (num_rows, n), (residual.shape, x.shape, n)
     assert_plain(x.dtype, x, residual)
-    assert_weight(weight, (n, k), x.dtype)
+    weight.check((n, k), x.dtype)
     assert_plain(torch.uint8, plan)
     launch = launch or matrix_launch(x.device, "linear_residual", n, k, x.dtype)
     tiles = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
@@ -147,7 +146,7 @@ def linear_residual(
     grid = (*tiles, launch.split_k)
     _linear_residual_kernel[grid](
         x,
-        *weight,
+        *weight.tensors,
         residual,
         plan,
         parts,

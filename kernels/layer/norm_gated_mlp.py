@@ -18,7 +18,6 @@ import triton.language as tl
 from kernels.gpu.launch import (
     BLOCK_ROWS,
     assert_plain,
-    assert_weight,
     dependent_launch,
     matrix_constants,
     matrix_launch,
@@ -205,10 +204,10 @@ def norm_gated_mlp(
     launch: MatrixLaunch | None = None,
 ) -> torch.Tensor:
     """Return h [R, F]; rows of a sequence that skips `sublayer` hold nothing to be used."""
-    (num_rows, k), n = x.shape, gate_up.full.shape[0] // 2
+    (num_rows, k), n = x.shape, gate_up.shape[0] // 2
     assert norm_weight.shape == (k,), (norm_weight.shape, k)
     assert_plain(x.dtype, x, norm_weight)
-    assert_weight(gate_up, (2 * n, k), x.dtype)
+    gate_up.check((2 * n, k), x.dtype)
     assert_plain(torch.uint8, plan)
     h = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     launch = launch or matrix_launch(x.device, "norm_gated_mlp", n, k, x.dtype)
@@ -217,7 +216,7 @@ def norm_gated_mlp(
     _norm_gated_mlp_kernel[grid](
         x,
         norm_weight,
-        *gate_up,
+        *gate_up.tensors,
         plan,
         h,
         plan.stride(0),

@@ -18,7 +18,6 @@ import triton.language as tl
 from kernels.gpu.launch import (
     BLOCK_ROWS,
     assert_plain,
-    assert_weight,
     dependent_launch,
     matrix_constants,
     matrix_launch,
@@ -97,11 +96,11 @@ def norm_lm_head(
     launch: MatrixLaunch | None = None,
 ) -> torch.Tensor:
     """Return logits [R, V], float32."""
-    (num_rows, k), n = x.shape, lm_head.full.shape[0]
+    (num_rows, k), n = x.shape, lm_head.shape[0]
     assert norm_weight.shape == (k,), (norm_weight.shape, k)
     assert_plain(x.dtype, x, norm_weight)
     assert_plain(torch.uint8, plan)
-    assert_weight(lm_head, (n, k), x.dtype)
+    lm_head.check((n, k), x.dtype)
     logits = torch.empty(num_rows, n, dtype=torch.float32, device=x.device)
     launch = launch or matrix_launch(x.device, "norm_lm_head", n, k, x.dtype)
     assert launch.split_k == 1, launch
@@ -109,7 +108,7 @@ def norm_lm_head(
     _norm_lm_head_kernel[grid](
         x,
         norm_weight,
-        *lm_head,
+        *lm_head.tensors,
         plan,
         logits,
         plan.stride(0),

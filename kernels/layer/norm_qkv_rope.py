@@ -227,13 +227,13 @@ def norm_qkv_rope_append(
     """
     num_rows, k = x.shape
     num_kv_heads, max_positions, head_dim = k_cache.shape[1:]
-    num_heads = qkv.full.shape[0] // head_dim - 2 * num_kv_heads
+    num_heads = qkv.shape[0] // head_dim - 2 * num_kv_heads
     assert head_dim >= 8, head_dim
     rows, caches = (positions, num_tokens, slots), (k_cache, v_cache)
     assert_qkv_operands(x, norm_weight, qkv, (q_norm, k_norm), (cos, sin), rows, caches, plan)
     assert_plain(x.dtype, qkv_bias)
     q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
-    num_cols, has_norm = qkv.full.shape[0], q_norm is not None
+    num_cols, has_norm = qkv.shape[0], q_norm is not None
     launch = launch or qkv_launch(x.device, head_dim, num_cols, k, x.dtype, has_norm)
     block_d = triton.next_power_of_2(head_dim)
     # A head's norm needs all of its columns in one tile.
@@ -241,7 +241,8 @@ def norm_qkv_rope_append(
     num_tiles = triton.cdiv(num_cols // head_dim * block_d, launch.block_n)
     sizes = (num_rows, positions.shape[1], k, num_heads, num_kv_heads, max_positions)
     _norm_qkv_rope_append_kernel[(triton.cdiv(num_rows, BLOCK_ROWS), num_tiles)](
-        *(x, norm_weight, *qkv, qkv_bias, q_norm, k_norm, cos, sin, *rows, plan, q, *caches),
+        *(x, norm_weight, *qkv.tensors, qkv_bias, q_norm, k_norm, cos, sin, *rows, plan, q),
+        *caches,
         *(plan.stride(0), *sizes, sublayer, eps),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,

@@ -16,7 +16,6 @@ plan: 0 skips a row and any other value is full precision. Not to plan an 8 is t
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -141,11 +140,11 @@ def norm_qkv_rope_prefill(
     """
     num_rows, width = x.shape[0], positions.shape[1]
     num_kv_heads, max_positions, head_dim = k_cache.shape[1:]
-    num_heads = qkv.full.shape[0] // head_dim - 2 * num_kv_heads
+    num_heads = qkv.shape[0] // head_dim - 2 * num_kv_heads
     rows, caches = (positions, num_tokens, slots), (k_cache, v_cache)
     assert_qkv_operands(x, norm_weight, qkv, (q_norm, k_norm), (cos, sin), rows, caches, plan)
     assert_plain(x.dtype, qkv_bias)
-    y = F.linear(rms_norm(x, norm_weight, eps), qkv.full)
+    y = qkv.own.linear(rms_norm(x, norm_weight, eps))
     q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
     block_d = triton.next_power_of_2(head_dim)
     block_h = max(1, BLOCK_ELEMENTS // block_d)
