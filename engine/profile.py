@@ -12,7 +12,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from engine.costs import PassCosts
 from engine.kv_cache import make_kv_cache
 from engine.passes import Passes, widths
 from engine.round_buffers import MAX_WIDTH, RoundRow
-from kernels.cpu.cache import cache_path, own_folder, warn_once
+from kernels.cpu.cache import cache_path, own_folder, warn_once, write_whole
 from kernels.cpu.compile import code_digest
 from models.llama import Llama
 from models.model_files import read_json
@@ -202,13 +201,8 @@ def _is_cost(key: str, value: object) -> bool:
 
 
 def _write(path: Path, stored: dict[str, object]) -> None:
-    """Replace the file in one step, so that no reader sees half of it."""
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
         own_folder(path.parent)
-        part.write_text(json.dumps(stored))
-        part.replace(path)
+        write_whole(path, json.dumps(stored).encode())
     except OSError as error:
         warn_once(f"what passes cost here is measured at every start: {error.strerror or error}")
-    with suppress(OSError):
-        part.unlink(missing_ok=True)  # of a full disk, or of what cannot be replaced

@@ -28,7 +28,7 @@ from engine.chat.conversation import (
     save_conversation,
 )
 from engine.chat.repl import handle_input
-from engine.chat.terminal import one_line, visible
+from engine.command import one_line, visible
 from engine.params import SamplingParams
 from models.plan import DraftPlan
 
@@ -85,7 +85,7 @@ def test_usage_errors_exit_2_before_loading(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.chat.__main__, "load_llm", lambda args: pytest.fail("loaded"))
-    monkeypatch.setattr(engine.chat.__main__, "_read_stdin", lambda: "")
+    monkeypatch.setattr(engine.chat.once, "_read_stdin", lambda: "")
     with pytest.raises(SystemExit) as raised:
         engine.chat.__main__.main(arguments)
     out, err = capsys.readouterr()
@@ -96,7 +96,7 @@ def test_usage_errors_exit_2_before_loading(
 def test_json_needs_a_prompt_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.chat.__main__, "_read_prompt", lambda prompt: None)
+    monkeypatch.setattr(engine.chat.__main__, "read_prompt", lambda prompt: None)
     with pytest.raises(SystemExit) as raised:
         engine.chat.__main__.main(["--json"])
     assert raised.value.code == 2 and "--json" in capsys.readouterr().err
