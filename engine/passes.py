@@ -17,7 +17,8 @@ from engine.costs import bucket
 from engine.graphs import GraphRunner, run_eagerly
 from engine.kv_cache import KVCache
 from engine.round_buffers import MAX_WIDTH, RoundBuffers, make_round_buffers
-from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
+from kernels.operands import Rows
+from models.llama import Llama, forward, full_precisions, logits, precision_table
 from models.plan import DraftPlan
 from router.route import Router
 
@@ -37,13 +38,13 @@ class Verified(NamedTuple):
 def draft_pass(model: Llama, cache: KVCache, buffers: RoundBuffers) -> None:
     """One more token for every sequence that wants one, by the plan of its slot."""
     ops = model.decode_ops
-    (token_ids, positions, num_tokens, next_position), plan = ops.draft_rows(
+    rows, precisions = ops.draft_rows(
         buffers.token_ids, buffers.first, buffers.num_drafted, buffers.num_wanted, buffers.slots,
-        buffers.slot_plans,
+        buffers.slot_precisions,
     )  # fmt: skip
-    rows = Rows(token_ids, positions, num_tokens, buffers.slots)
-    scores = logits(model, forward(model, rows, cache.k, cache.v, plan, ops), plan, ops)
-    drawn = _draw(model, scores, next_position, buffers)
+    x = forward(model, rows, cache.k, cache.v, precisions, ops)
+    scores = logits(model, x, precisions, ops)
+    drawn = _draw(model, scores, rows, buffers)
     ops.keep_drafted(
         scores, drawn, buffers.token_ids, buffers.num_drafted, buffers.num_wanted, buffers.end_ids,
         buffers.stop_probability,
@@ -51,28 +52,26 @@ def draft_pass(model: Llama, cache: KVCache, buffers: RoundBuffers) -> None:
 
 
 def verify_pass(
-    model: Llama, cache: KVCache, buffers: RoundBuffers, width: int, plan: torch.Tensor
+    model: Llama, cache: KVCache, buffers: RoundBuffers, width: int, precisions: torch.Tensor
 ) -> Verified:
-    """The model itself over the newest token and the draft; `plan` [B, 2L + 1] is all of it."""
+    """The model itself over the newest token and the draft; `precisions` [B, 2L + 1] are FULL."""
     ops, batch = model.decode_ops, buffers.first.shape[0]
-    token_ids, positions, num_tokens, next_position = ops.verify_rows(
-        buffers.token_ids, buffers.first, buffers.num_drafted, width, cache.k.shape[3]
-    )
-    rows = Rows(token_ids, positions, num_tokens, buffers.slots)
-    x = forward(model, rows, cache.k, cache.v, plan, ops)
-    ops.keep_states(x, positions, buffers.slots, cache.states)
-    scores = logits(model, x, plan, ops)
-    target = _draw(model, scores, next_position, buffers).view(batch, width)
+    rows = ops.verify_rows(
+        buffers.token_ids, buffers.first, buffers.num_drafted, buffers.slots, width,
+        cache.k.shape[3],
+    )  # fmt: skip
+    x = forward(model, rows, cache.k, cache.v, precisions, ops)
+    ops.keep_states(x, rows, cache.states)
+    scores = logits(model, x, precisions, ops)
+    target = _draw(model, scores, rows, buffers).view(batch, width)
     result = ops.accept(target, buffers.token_ids, buffers.num_drafted)
     return Verified(scores.view(batch, width, -1), result)
 
 
-def _draw(
-    model: Llama, scores: torch.Tensor, next_position: torch.Tensor, buffers: RoundBuffers
-) -> torch.Tensor:
+def _draw(model: Llama, scores: torch.Tensor, rows: Rows, buffers: RoundBuffers) -> torch.Tensor:
     return model.decode_ops.sample(
         scores, buffers.temperature, buffers.top_k, buffers.top_p, buffers.min_p, buffers.seed,
-        next_position, buffers.end_ids, buffers.min_position,
+        rows.next_position, buffers.end_ids, buffers.min_position,
     )  # fmt: skip
 
 
@@ -95,8 +94,8 @@ class Passes:
         is_cuda = run is None and model.device.type == "cuda"
         self._run: Runner = run or (GraphRunner(self.staging.device) if is_cuda else run_eagerly)
         self._max_sequences = max_sequences
-        self._full_plan = full_plan(model.config, max_sequences, model.device)
-        self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_plans holds
+        self._full_precisions = full_precisions(model.config, max_sequences, model.device)
+        self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_precisions holds
         self._rows: dict[int, RoundBuffers] = {}  # views, which take a while to make
 
     @contextmanager
@@ -107,8 +106,8 @@ class Passes:
             yield
 
     def plan_row(self, slot: int) -> torch.Tensor:
-        """[1, 2L + 1]: the slot's row of the plan table, for the router to write."""
-        return self.buffers.slot_plans[slot : slot + 1]
+        """[1, 2L + 1]: the precisions of the slot, for the router to write."""
+        return self.buffers.slot_precisions[slot : slot + 1]
 
     def note_plan(self, slot: int, plan: DraftPlan | None) -> None:
         """The slot's row holds `plan` now, or something else that is no plan of ours."""
@@ -121,7 +120,7 @@ class Passes:
         """Let the slot's sequence draft with `plan`; nothing to do where it does already."""
         if self._plans.get(slot) != plan:
             self.note_plan(slot, None)
-            self.plan_row(slot).copy_(plan_table([plan], self.model.device))
+            self.plan_row(slot).copy_(precision_table([plan], self.model.device))
             self._plans[slot] = plan
 
     def draft_step(self, model: Llama, batch: int) -> None:
@@ -140,10 +139,10 @@ class Passes:
         The result has `batch` rows, and on CUDA as many columns as the width's bucket.
         """
         padded, width = self.num_rows(batch), self._width_bucket(width)
-        rows, plan = self._first_rows(padded), self._full_plan[:padded]
+        rows, precisions = self._first_rows(padded), self._full_precisions[:padded]
         verified = self._run(
             ("verify", padded, width),
-            lambda: verify_pass(self.model, self.cache, rows, width, plan),
+            lambda: verify_pass(self.model, self.cache, rows, width, precisions),
         )
         return Verified(verified.logits[:batch], verified.result[:batch])
 

@@ -24,8 +24,8 @@ class RoundBuffers:
     """One row a sequence, those that draft most first; W = MAX_WIDTH, E = MAX_END_IDS.
 
     num_drafted is -1 in a row without a sequence. num_wanted is how far draft steps shall go.
-    slot_plans is no input of a round: a slot's row is written when its sequence changes its plan,
-    by the router on the device or by the host.
+    slot_precisions is no input of a round: a slot's row is written when its sequence changes its
+    plan, by the router on the device or by the host.
     """
 
     token_ids: torch.Tensor  # [B, W] int64: the newest token, then the draft
@@ -41,12 +41,12 @@ class RoundBuffers:
     top_p: torch.Tensor  # [B] float32
     min_p: torch.Tensor  # [B] float32
     stop_probability: torch.Tensor  # [B] float32
-    slot_plans: torch.Tensor  # [slots, 2L + 1] uint8
+    slot_precisions: torch.Tensor  # [slots, 2L + 1] uint8
 
     def rows(self, batch: int) -> RoundBuffers:
         """The first `batch` rows: views at the same addresses."""
         inputs = {field.name: getattr(self, field.name)[:batch] for field in fields(self)}
-        return RoundBuffers(**inputs | {"slot_plans": self.slot_plans})
+        return RoundBuffers(**inputs | {"slot_precisions": self.slot_precisions})
 
 
 _INT64, _INT32, _FLOAT32 = torch.int64, torch.int32, torch.float32
@@ -91,9 +91,10 @@ def make_round_buffers(
     with torch.inference_mode(False):  # a capture changes the arena outside of it
         host = torch.zeros(size, dtype=torch.uint8, pin_memory=is_cuda)
         arena = torch.zeros(size, dtype=torch.uint8, device=device) if is_cuda else host
-    plans = torch.zeros(max_sequences, 2 * config.num_layers + 1, dtype=torch.uint8, device=device)
+    shape = (max_sequences, 2 * config.num_layers + 1)
+    precisions = torch.zeros(shape, dtype=torch.uint8, device=device)
     staged = {name: view.numpy() for name, view in _views(host, max_sequences).items()}
-    buffers = RoundBuffers(**_views(arena, max_sequences), slot_plans=plans)
+    buffers = RoundBuffers(**_views(arena, max_sequences), slot_precisions=precisions)
     return buffers, Staging(staged, host, arena, torch.cuda.Event() if is_cuda else None)
 
 
