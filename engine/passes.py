@@ -18,10 +18,10 @@ from engine.graphs import GraphRunner, run_eagerly
 from engine.kv_cache import KVCache
 from engine.round_buffers import MAX_WIDTH, RoundBuffers, RoundRow, make_round_buffers
 from engine.token_counts import TokenCounts
+from kernels.operands import Rows
 from kernels.ops import Ops
 from kernels.round.penalties import SeenTokens, penalise
-from kernels.round.rows import PassRows
-from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
+from models.llama import Llama, forward, full_precisions, logits, precision_table
 from models.plan import DraftPlan
 from router.route import Router
 
@@ -43,13 +43,13 @@ def draft_pass(
 ) -> None:
     """One more token for every sequence that wants one, by the plan of its slot."""
     ops = model.decode_ops
-    pass_rows, plan = ops.draft_rows(
+    rows, precisions = ops.draft_rows(
         buffers.token_ids, buffers.first, buffers.num_drafted, buffers.num_wanted, buffers.slots,
-        buffers.slot_plans,
+        buffers.slot_precisions,
     )  # fmt: skip
-    rows = Rows(*pass_rows[:3], buffers.slots)
-    scores = logits(model, forward(model, rows, cache.k, cache.v, plan, ops), plan, ops)
-    drawn = _draw(ops, scores, pass_rows, buffers, seen)
+    x = forward(model, rows, cache.k, cache.v, precisions, ops)
+    scores = logits(model, x, precisions, ops)
+    drawn = _draw(ops, scores, rows, buffers, seen)
     ops.keep_drafted(
         scores, drawn, buffers.token_ids, buffers.num_drafted, buffers.num_wanted,
         buffers.sampling.end_ids, buffers.stop_probability,
@@ -61,19 +61,19 @@ def verify_pass(
     cache: KVCache,
     buffers: RoundBuffers,
     width: int,
-    plan: torch.Tensor,
+    precisions: torch.Tensor,
     seen: SeenTokens | None,
 ) -> Verified:
-    """The model itself over the newest token and the draft; `plan` [B, 2L + 1] is all of it."""
+    """The model itself over the newest token and the draft; `precisions` [B, 2L + 1] are FULL."""
     ops, batch = model.decode_ops, buffers.first.shape[0]
-    pass_rows = ops.verify_rows(
-        buffers.token_ids, buffers.first, buffers.num_drafted, width, cache.k.shape[3]
-    )
-    rows = Rows(*pass_rows[:3], buffers.slots)
-    x = forward(model, rows, cache.k, cache.v, plan, ops)
-    ops.keep_states(x, rows.positions, buffers.slots, cache.states)
-    scores = logits(model, x, plan, ops)
-    target = _draw(ops, scores, pass_rows, buffers, seen).view(batch, width)
+    rows = ops.verify_rows(
+        buffers.token_ids, buffers.first, buffers.num_drafted, buffers.slots, width,
+        cache.k.shape[3],
+    )  # fmt: skip
+    x = forward(model, rows, cache.k, cache.v, precisions, ops)
+    ops.keep_states(x, rows, cache.states)
+    scores = logits(model, x, precisions, ops)
+    target = _draw(ops, scores, rows, buffers, seen).view(batch, width)
     result = ops.accept(target, buffers.token_ids, buffers.num_drafted)
     return Verified(scores.view(batch, width, -1), result)
 
@@ -81,7 +81,7 @@ def verify_pass(
 def _draw(
     ops: Ops,
     scores: torch.Tensor,  # [R, V] float32
-    rows: PassRows,
+    rows: Rows,
     buffers: RoundBuffers,
     seen: SeenTokens | None,
 ) -> torch.Tensor:
@@ -91,6 +91,7 @@ def _draw(
         scores = penalise(
             scores, buffers.sampling, seen, buffers.slots, buffers.token_ids, num_before
         )
+    assert rows.next_position is not None, "rows whose tokens are not drawn"
     return ops.sample(scores, rows.next_position, buffers.sampling)
 
 
@@ -115,8 +116,8 @@ class Passes:
         is_cuda = run is None and model.device.type == "cuda"
         self._run: Runner = run or (GraphRunner(self.staging.device) if is_cuda else run_eagerly)
         self._max_sequences = max_sequences
-        self._full_plan = full_plan(model.config, max_sequences, model.device)
-        self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_plans holds
+        self._full_precisions = full_precisions(model.config, max_sequences, model.device)
+        self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_precisions holds
         self._rows: dict[int, RoundBuffers] = {}  # views, which take a while to make
         self._counts = TokenCounts(max_sequences, model.config.vocab_size, model.device)
         self._seen: SeenTokens | None = None  # what the passes over the staged rows read of it
@@ -129,8 +130,8 @@ class Passes:
             yield
 
     def plan_row(self, slot: int) -> torch.Tensor:
-        """[1, 2L + 1]: the slot's row of the plan table, for the router to write."""
-        return self.buffers.slot_plans[slot : slot + 1]
+        """[1, 2L + 1]: the precisions of the slot, for the router to write."""
+        return self.buffers.slot_precisions[slot : slot + 1]
 
     def note_plan(self, slot: int, plan: DraftPlan | None) -> None:
         """The slot's row holds `plan` now, or something else that is no plan of ours."""
@@ -143,7 +144,7 @@ class Passes:
         """Let the slot's sequence draft with `plan`; nothing to do where it does already."""
         if self._plans.get(slot) != plan:
             self.note_plan(slot, None)
-            self.plan_row(slot).copy_(plan_table([plan], self.model.device))
+            self.plan_row(slot).copy_(precision_table([plan], self.model.device))
             self._plans[slot] = plan
 
     def stage(self, rows: Sequence[RoundRow]) -> None:
@@ -155,8 +156,9 @@ class Passes:
         """The token [1] int64 after a prompt: logits [1, V] float32, and the staged row."""
         ops, buffers = self.model.prefill_ops, self._first_rows(1)
         rows = ops.verify_rows(
-            buffers.token_ids, buffers.first, buffers.num_drafted, 1, self.cache.k.shape[3]
-        )
+            buffers.token_ids, buffers.first, buffers.num_drafted, buffers.slots, 1,
+            self.cache.k.shape[3],
+        )  # fmt: skip
         return _draw(ops, logits, rows, buffers, self._seen)
 
     def draft_step(self, model: Llama, batch: int) -> None:
@@ -175,10 +177,11 @@ class Passes:
         The result has `batch` rows, and on CUDA as many columns as the width's bucket.
         """
         padded, width = self.num_rows(batch), self._width_bucket(width)
-        rows, plan, seen = self._first_rows(padded), self._full_plan[:padded], self._seen
+        rows, seen = self._first_rows(padded), self._seen
+        precisions = self._full_precisions[:padded]
         verified = self._run(
             self._key("verify", padded, width),
-            lambda: verify_pass(self.model, self.cache, rows, width, plan, seen),
+            lambda: verify_pass(self.model, self.cache, rows, width, precisions, seen),
         )
         return Verified(verified.logits[:batch], verified.result[:batch])
 

@@ -26,6 +26,7 @@ from engine.passes import Passes, widths
 from engine.round_buffers import MAX_WIDTH, RoundRow
 from kernels.cpu.cache import cache_path, own_folder, warn_once, write_whole
 from kernels.cpu.compile import code_digest
+from kernels.operands import RotaryTable
 from models.llama import Llama
 from models.model_files import read_json
 from models.plan import DraftPlan
@@ -71,7 +72,7 @@ def profile_draft(model: Llama, plan: DraftPlan) -> float:
     """R: the cost of a draft step under `plan` in units of a pass of plain decoding."""
     passes = _passes(model)
     passes.set_plan(0, plan)
-    model = replace(model, cos=passes.model.cos, sin=passes.model.sin)
+    model = replace(model, rotary=passes.model.rotary)
     _draft_seconds(model, passes)
     drafts, plain = [], []
     started = time.perf_counter()
@@ -95,8 +96,9 @@ def _passes(model: Llama) -> Passes:
     for part in cache:
         part.zero_()  # numbers like real ones, not what memory happens to hold
     # A short context has no rotations for later positions; the time does not depend on them.
-    turns = torch.arange(length, device=model.device).clamp(max=model.cos.shape[0] - 1)
-    model = replace(without_int8(model), cos=model.cos[turns], sin=model.sin[turns])
+    turns = torch.arange(length, device=model.device).clamp(max=model.num_positions - 1)
+    rotary = RotaryTable(*(table[turns] for table in model.rotary))
+    model = replace(without_int8(model), rotary=rotary)
     return Passes(model, cache, 2)
 
 

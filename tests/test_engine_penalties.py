@@ -15,7 +15,7 @@ from tokenizers_for_tests import byte_tokenizer
 
 from engine import SamplingParams
 from kernels.ops import TORCH
-from models.llama import forward, full_plan, logits
+from models.llama import forward, full_precisions, logits
 from models.plan import NGRAM, DraftPlan
 
 VOCAB = byte_tokenizer().vocab_size
@@ -34,10 +34,10 @@ def tokens(output):
 def greedy_answer(llm, prompt, count, repetition, presence, frequency):
     """Greedy decoding as it is written down, each token by a pass over all that came before."""
     model, answer = llm.model, []
-    plan = full_plan(model.config, 1, model.device)
+    precisions = full_precisions(model.config, 1, model.device)
     for _ in range(count):
-        x = forward(model, rows_of([*prompt, *answer]), llm._cache.k, llm._cache.v, plan, TORCH)
-        scores = logits(model, x[-1:], plan, TORCH)[0].tolist()
+        x = forward(model, rows_of([*prompt, *answer]), llm._cache.k, llm._cache.v, precisions, TORCH)
+        scores = logits(model, x[-1:], precisions, TORCH)[0].tolist()
         for v in {*prompt, *answer}:
             scores[v] = scores[v] / repetition if scores[v] > 0 else scores[v] * repetition
         for v in set(answer):

@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import SAMPLE_BLOCK_V, assert_plain
+from kernels.checks import assert_plain
+from kernels.gpu.launch import SAMPLE_BLOCK_V
 from kernels.round.noise import gumbel, gumbel_ref
 
 
