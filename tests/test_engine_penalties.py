@@ -36,7 +36,9 @@ def greedy_answer(llm, prompt, count, repetition, presence, frequency):
     model, answer = llm.model, []
     precisions = full_precisions(model.config, 1, model.device)
     for _ in range(count):
-        x = forward(model, rows_of([*prompt, *answer]), llm._cache.k, llm._cache.v, precisions, TORCH)
+        x = forward(
+            model, rows_of([*prompt, *answer]), llm._cache.k, llm._cache.v, precisions, TORCH
+        )
         scores = logits(model, x[-1:], precisions, TORCH)[0].tolist()
         for v in {*prompt, *answer}:
             scores[v] = scores[v] / repetition if scores[v] > 0 else scores[v] * repetition
