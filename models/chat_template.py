@@ -36,22 +36,10 @@ _REMEDY = "use another template or a plain prompt"
 
 # What template code can raise; Jinja does not wrap Python's own errors.
 _TEMPLATE_FAILURES = (
-    TemplateError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NameError,
-    OSError,
-    RuntimeError,
-    StopIteration,
-    SyntaxError,
-    SystemError,
-    TypeError,
-    ValueError,
-)
+    TemplateError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+    MemoryError, NameError, OSError, RuntimeError, StopIteration, SyntaxError, SystemError,
+    TypeError, ValueError,
+)  # fmt: skip
 
 
 class ChatTemplate:

@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from models.config import LlamaConfig, RopeScaling
-from models.config_values import token_ids
+from models.config_files import config_from_gguf, config_from_hf
+from models.families import FAMILIES, RopeOrder
 from models.gguf_file import GgufFile, read_tensor
 from models.gguf_split import read_whole_gguf
 from models.layout import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, hf_name
-from models.model_files import file_inside, find_file, read_json
+from models.model_files import file_inside, find_json, read_json
 from models.safetensors_file import open_safetensors, read_safetensor
 
 
@@ -33,8 +33,7 @@ class Checkpoint:
     gguf_metadata: Mapping[str, object] | None  # None for a safetensors directory
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], torch.Tensor]  # by name; the stored dtype, or float32 from GGUF
-    # The order of the Q and K rows of a head: pairs (i, i + D/2), or (2i, 2i + 1).
-    rope_order: Literal["half", "interleaved"]
+    rope_order: RopeOrder
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -51,14 +50,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open_directory(path: Path) -> Checkpoint:
     raw = read_json(file_inside(path, "config.json"))
-    generation: dict[str, object] = {}
-    generation_file = find_file(path, "generation_config.json")
-    if generation_file is not None:
-        generation = read_json(generation_file)
+    generation = find_json(path, "generation_config.json")
     try:
-        config = LlamaConfig.from_hf(raw)
-        stops = config.eos_token_ids + token_ids(generation, "eos_token_id")
-        config = replace(config, eos_token_ids=tuple(dict.fromkeys(stops)))
+        config = config_from_hf(raw, generation)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     tensors = open_safetensors(path)
@@ -77,7 +71,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     if len(names) != len(file.tensors):
         raise ValueError(f"{path}: holds a tensor under two names; download or convert it again")
     try:
-        config = LlamaConfig.from_gguf(file.metadata)
+        config = config_from_gguf(file.metadata)
         config = replace(
             config,
             tie_embeddings="output.weight" not in file.tensors,
@@ -92,8 +86,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         gguf_metadata=file.metadata,
         shapes={name: file.tensors[stored].shape for name, stored in names.items()},
         read=lambda name: read_tensor(file, names.get(name, name)),
-        # The converter to GGUF reorders these rows for the llama architecture and no other.
-        rope_order="interleaved" if config.architecture == "llama" else "half",
+        rope_order=FAMILIES[config.architecture].gguf_rope_order,
     )
 
 

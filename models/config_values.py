@@ -6,6 +6,7 @@ Every refusal is a ValueError in one line that names the key, what it says and w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from models.messages import quoted
 
@@ -13,7 +14,7 @@ from models.messages import quoted
 def integer(d: Mapping[str, object], key: str, default: int | None = None) -> int:
     """The whole number at `key`; `default` where it is absent or null, if there is one."""
     value = default if d.get(key) is None else d[key]
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise ValueError(f"{key} is {_got(value)}; expected a whole number; repair the model files")
     return value
 
@@ -21,7 +22,7 @@ def integer(d: Mapping[str, object], key: str, default: int | None = None) -> in
 def number(d: Mapping[str, object], key: str, default: float | None = None) -> float:
     """The number at `key`, which may be infinite or NaN; `default` as in `integer`."""
     value = default if d.get(key) is None else d[key]
-    if isinstance(value, int) and is_integer(value) and value.bit_length() < 1000:
+    if is_integer(value) and value.bit_length() < 1000:
         return float(value)
     if not isinstance(value, float):
         raise ValueError(f"{key} is {_got(value)}; expected a number; repair the model files")
@@ -51,12 +52,17 @@ def token_ids(d: Mapping[str, object], key: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(integer({key: item}, key) for item in values))
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is an int or a float, which may be infinite or NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_size(name: str, value: object, smallest: int, largest: int) -> None:
-    if not (isinstance(value, int) and is_integer(value) and smallest <= value <= largest):
+    if not is_integer(value) or not smallest <= value <= largest:
         raise ValueError(
             f"{name} is {quoted(value)}; expected a whole number from {smallest} to {largest}"
         )
@@ -64,8 +70,7 @@ def check_size(name: str, value: object, smallest: int, largest: int) -> None:
 
 def check_number(name: str, value: object, lowest: float, highest: float) -> None:
     """Both bounds are finite and allowed, so that NaN and infinity are not."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and isinstance(value, int | float) and lowest <= value <= highest):
+    if not is_number(value) or not lowest <= value <= highest:
         raise ValueError(f"{name} is {quoted(value)}; expected a number from {lowest} to {highest}")
 
 

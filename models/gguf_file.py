@@ -19,22 +19,12 @@ import gguf
 import numpy as np
 import torch
 
+from models.config_values import is_integer
 from models.messages import quoted
 from models.model_files import open_regular
 
-READABLE_TYPES = (
-    gguf.GGMLQuantizationType.F32,
-    gguf.GGMLQuantizationType.F16,
-    gguf.GGMLQuantizationType.BF16,
-    gguf.GGMLQuantizationType.Q8_0,
-    gguf.GGMLQuantizationType.Q4_0,
-    gguf.GGMLQuantizationType.Q4_1,
-    gguf.GGMLQuantizationType.Q5_0,
-    gguf.GGMLQuantizationType.Q5_1,
-    gguf.GGMLQuantizationType.Q4_K,
-    gguf.GGMLQuantizationType.Q5_K,
-    gguf.GGMLQuantizationType.Q6_K,
-)
+_READABLE = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K"
+READABLE_TYPES = tuple(gguf.GGMLQuantizationType[name] for name in _READABLE.split())
 _TYPE_BY_NUMBER = {int(kind): kind for kind in READABLE_TYPES}
 
 _MAX_COUNT = 1 << 16  # tensors, and key/value pairs
@@ -47,18 +37,9 @@ _PIECE = 1 << 20  # elements dequantised at a time
 
 # Value types of key/value pairs: number in the file -> little-endian struct and numpy code.
 _SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
+    10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
 _STRING = 8
 _ARRAY = 9
 
@@ -99,27 +80,26 @@ class _Cursor:
             "this program reads; download or convert it again"
         )
 
-    def take(self, num_bytes: int, what: str) -> int:
-        """Moves past `num_bytes` bytes and returns where they start."""
+    def read(self, num_bytes: int, what: str) -> bytes:
         start = self.at
         if num_bytes > self.size - start:
             raise self.error(f"{what} needs {num_bytes} bytes, the file has {self.size - start}")
         self.at = start + num_bytes
-        return start
+        return self.data[start : self.at]
 
     def u32(self, what: str) -> int:
-        return int.from_bytes(self.data[(start := self.take(4, what)) : start + 4], "little")
+        return int.from_bytes(self.read(4, what), "little")
 
     def u64(self, what: str) -> int:
-        return int.from_bytes(self.data[(start := self.take(8, what)) : start + 8], "little")
+        return int.from_bytes(self.read(8, what), "little")
 
     def string(self, what: str) -> str:
         length = self.u64(what)
         if length > _MAX_STRING:
             raise self.error(f"{what} has {length} bytes, expected at most {_MAX_STRING}")
-        start = self.take(length, what)
+        data = self.read(length, what)
         try:
-            return self.data[start : start + length].decode("utf-8")
+            return data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8 text") from error
 
@@ -188,7 +168,7 @@ def read_tensor(file: GgufFile, name: str) -> torch.Tensor:
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int]:
-    magic = cursor.data[cursor.take(4, "the magic number") : 4]
+    magic = cursor.read(4, "the magic number")
     if magic != b"GGUF":
         raise cursor.error(f"starts with {magic!r}, expected b'GGUF'")
     version = cursor.u32("the version")
@@ -235,8 +215,7 @@ def _read_numbers(cursor: _Cursor, kind: int, count: int, what: str) -> np.ndarr
     if count > _MAX_NUMBERS:
         raise cursor.error(f"{what} has {count} numbers, expected at most {_MAX_NUMBERS}")
     dtype = np.dtype(_SCALARS[kind])
-    start = cursor.take(count * dtype.itemsize, what)
-    raw = np.frombuffer(cursor.data[start : cursor.at], np.uint8)
+    raw = np.frombuffer(cursor.read(count * dtype.itemsize, what), np.uint8)
     if dtype == np.bool_ and raw.max(initial=0) > 1:
         raise cursor.error(f"{what} holds a bool other than 0 and 1")
     return raw.view(dtype)
@@ -244,11 +223,8 @@ def _read_numbers(cursor: _Cursor, kind: int, count: int, what: str) -> np.ndarr
 
 def _alignment(cursor: _Cursor, metadata: dict[str, object]) -> int:
     value = metadata.get("general.alignment", 32)
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not isinstance(value, int) or not is_integer or not 1 <= value <= _MAX_ALIGNMENT:
+    if not is_integer(value) or not 1 <= value <= _MAX_ALIGNMENT or value & (value - 1):
         raise cursor.error(f"general.alignment is {quoted(value)}, expected a power of two")
-    if value & (value - 1):
-        raise cursor.error(f"general.alignment is {value}, expected a power of two")
     return value
 
 

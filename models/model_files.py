@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from models.messages import cause_of, quoted
 
@@ -97,6 +97,12 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return data
 
 
+def find_json(directory: Path, name: str) -> dict[str, object]:
+    """The JSON object in a file of a model, {} where the folder has nothing of that name."""
+    path = find_file(directory, name)
+    return {} if path is None else read_json(path)
+
+
 def read_json(path: Path) -> dict[str, object]:
     """The JSON object in `path`. Raises ValueError for anything else and for more than 64 MiB."""
     return parse_json(path, read_bounded(path, MAX_JSON))
@@ -105,18 +111,30 @@ def read_json(path: Path) -> dict[str, object]:
 def parse_json(path: Path, data: bytes) -> dict[str, object]:
     """The JSON object in `data`, which comes from `path`. Raises ValueError for anything else."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"{path}: is not valid JSON: {cause_of(error)}") from error
+        value = read_unique(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value
 
 
+def read_unique(text: str | bytes) -> Any:
+    """The value of a JSON text, UTF-8 where it is bytes, without keys that occur twice.
+
+    Raises ValueError, whose text is short and says what is wrong.
+    """
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(cause_of(error)) from error
+
+
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        last = {key: place for place, (key, _) in enumerate(pairs)}
-        repeated = next(key for place, (key, _) in enumerate(pairs) if last[key] != place)
-        raise ValueError(f"key {quoted(repeated)} occurs twice")
+    result: dict[str, object] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {quoted(key)} occurs twice")
+        result[key] = value
     return result

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from models.config_values import is_number
 from models.messages import cause_of
-from models.model_files import read_bounded
+from models.model_files import read_bounded, read_unique
 
 Kind = Literal["off", "self", "ngram"]
 # Precisions of a sub-layer. The kernels' own (kernels/weight.py) would import torch, for which
@@ -61,8 +61,7 @@ class DraftPlan:
             raise _error(f"{plan}: max_draft", _shown(self.max_draft), expected)
         object.__setattr__(self, "max_draft", 0 if self.kind == "off" else self.max_draft)
         stop = self.stop_probability
-        # "not 0 <= stop" is true of NaN.
-        if isinstance(stop, bool) or not isinstance(stop, (int, float)) or not 0 <= stop <= 1:
+        if not is_number(stop) or not 0 <= stop <= 1:  # true of NaN
             expected = "a number from 0 to 1; use 0 to never stop early"
             raise _error(f"{plan}: stop_probability", _shown(stop), expected)
         object.__setattr__(self, "stop_probability", float(stop))
@@ -213,20 +212,12 @@ def read_plans(path: Path) -> str:
 
 def _parse(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"not valid JSON: {cause_of(error)}; expected a plan or skip sets"
-        ) from error
+        value = read_unique(text)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}; expected a plan or skip sets") from error
     if not isinstance(value, dict):
         raise _error("JSON", _shown(value), "an object; give a plan or skip sets")
     return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if repeated := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
-        raise ValueError(f"key {_shown(repeated[0])} occurs twice")
-    return dict(pairs)
 
 
 def _check_sublayers(plan: str, kind: Kind, values: object) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from models.config_values import is_integer
 from models.messages import cause_of, quoted
 from models.model_files import file_inside, find_file, open_regular, parse_json, read_json
 
@@ -160,9 +161,7 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...],
 
 
 def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in values
-    )
+    return isinstance(values, list) and all(is_integer(v) and 0 <= v < 1 << 62 for v in values)
 
 
 def _check_spans(path: Path, spans: Iterable[tuple[int, int]], num_bytes: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.messages import quoted
-from models.model_files import find_file, read_json
+from models.model_files import find_json
 
 # The names that every model may use, and what a GGUF file calls them.
 _ROLES = {
@@ -35,13 +35,10 @@ def special_tokens(path: Path, gguf_metadata: Mapping[str, object] | None = None
     named: dict[str, Any] = {}
     if not (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file():
         named.update(_SENTENCEPIECE)
-    config_file = find_file(path, "tokenizer_config.json")
-    map_file = find_file(path, "special_tokens_map.json")
-    if config_file is not None:
-        named.update(read_json(config_file))
+    named.update(find_json(path, "tokenizer_config.json"))
     # The older way, which files of the newer one may still come with.
-    if map_file is not None and "added_tokens_decoder" not in named:
-        named.update(read_json(map_file))
+    if "added_tokens_decoder" not in named:
+        named.update(find_json(path, "special_tokens_map.json"))
     own = named.get("extra_special_tokens")
     own = own if isinstance(own, dict) else {}
     tokens = {}

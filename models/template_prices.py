@@ -52,25 +52,8 @@ def _is_list(value: object) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def _remainder(value: Any, num: Any = 2) -> float:
-    """The tests `even`, `odd` and `divisibleby` apply %, which formats where it finds text."""
-    return percent(value, num) if isinstance(value, (str, bytes)) else 0
-
-
-def _batch(value: Any, linecount: Any, fill_with: Any = None) -> Any:
-    return 0 if fill_with is None else linecount
-
-
-def _center(value: Any, width: Any = 80, *_: Any) -> Any:
-    return width // CHARS_PER_UNIT
-
-
 def _expandtabs(owner: Any, tabsize: Any = 8) -> Any:
     return owner.count(b"\t" if isinstance(owner, bytes) else "\t") * tabsize // CHARS_PER_UNIT
-
-
-def _format(value: Any, *args: Any, **kwargs: Any) -> float:
-    return percent(str(value), kwargs or args)
 
 
 def _indent(s: Any, width: Any = 4, first: Any = False, blank: Any = False) -> Any:
@@ -78,21 +61,9 @@ def _indent(s: Any, width: Any = 4, first: Any = False, blank: Any = False) -> A
     return (2 + len(str(s).splitlines())) * size // CHARS_PER_UNIT
 
 
-def _join(value: Any, d: Any = "", attribute: Any = None) -> Any:
-    return len(value) * METER.get().cost(d)
-
-
-def _join_method(owner: Any, items: Any) -> Any:
-    return len(items) * outside(owner)
-
-
-def _pprint(value: Any) -> Any:
-    # It tries each list on one line before it breaks it, so it writes what is nested many times.
-    return 16 * METER.get().cost(value)
-
-
-def _replace_in(s: Any, old: Any, new: Any, count: Any = None) -> Any:
-    return _replace(str(s), str(old), str(new))
+def _remainder(value: Any, num: Any = 2) -> float:
+    """The tests `even`, `odd` and `divisibleby` apply %, which formats where it finds text."""
+    return percent(value, num) if isinstance(value, (str, bytes)) else 0
 
 
 def _replace(owner: Any, old: Any, new: Any, count: Any = -1) -> Any:
@@ -111,16 +82,8 @@ def _search_backwards(owner: Any, sep: Any = None, *_: Any, **__: Any) -> Any:
     return len(owner) * len(sep) // _COPIES if isinstance(sep, (str, bytes)) else 0
 
 
-def _slice(value: Any, slices: Any, fill_with: Any = None) -> Any:
-    return 2 * slices
-
-
 def _strip(owner: Any, chars: Any = None) -> Any:
     return len(owner) * len(chars) // _COPIES if isinstance(chars, (str, bytes)) else 0
-
-
-def _trim(value: Any, chars: Any = None) -> Any:
-    return _strip(str(value), chars)
 
 
 def _striptags(value: Any) -> Any:
@@ -133,10 +96,6 @@ def _sum(value: Any, attribute: Any = None, start: Any = 0) -> Any:
     # Lists are added one by one, each time into a longer one.
     is_number = isinstance(start, (int, float))
     return 0 if is_number else len(value) * METER.get().cost(start, value)
-
-
-def _to_bytes(owner: Any, length: Any = 1, *_: Any, **__: Any) -> Any:
-    return length // CHARS_PER_UNIT
 
 
 def _tojson(
@@ -180,44 +139,38 @@ def _wordwrap(
     return len(text) + copied + lines * (2 + len(wrapstring or "\n") // CHARS_PER_UNIT)
 
 
+def _width(owner: Any, width: Any = 80, *_: Any) -> Any:
+    return width // CHARS_PER_UNIT
+
+
 FILTERS: Mapping[str, Callable[..., Any]] = {
-    "batch": _batch,
-    "center": _center,
-    "divisibleby": _remainder,
-    "even": _remainder,
-    "format": _format,
+    "batch": lambda value, linecount, fill_with=None: 0 if fill_with is None else linecount,
+    "center": _width,
+    "format": lambda value, *args, **kwargs: percent(str(value), kwargs or args),
     "indent": _indent,
-    "join": _join,
-    "odd": _remainder,
-    "pprint": _pprint,
-    "replace": _replace_in,
+    "join": lambda value, d="", attribute=None: len(value) * METER.get().cost(d),
+    # It tries each list on one line before it breaks it, so it writes what is nested many times.
+    "pprint": lambda value: 16 * METER.get().cost(value),
+    "replace": lambda s, old, new, count=None: _replace(str(s), str(old), str(new)),
     "round": _round,
-    "slice": _slice,
+    "slice": lambda value, slices, fill_with=None: 2 * slices,
     "striptags": _striptags,
     "sum": _sum,
     "tojson": _tojson,
-    "trim": _trim,
+    "trim": lambda value, chars=None: _strip(str(value), chars),
     "urlize": _urlize,
     "wordwrap": _wordwrap,
+    **dict.fromkeys(("divisibleby", "even", "odd"), _remainder),
 }
 METHODS: Mapping[str, Callable[..., Any]] = {
-    "center": _center,
-    "decode": _transcode,
-    "encode": _transcode,
     "expandtabs": _expandtabs,
-    "join": _join_method,
-    "ljust": _center,
-    "lstrip": _strip,
+    "join": lambda owner, items: len(items) * outside(owner),
     "replace": _replace,
-    "rfind": _search_backwards,
-    "rindex": _search_backwards,
-    "rjust": _center,
-    "rpartition": _search_backwards,
-    "rsplit": _search_backwards,
-    "rstrip": _strip,
-    "strip": _strip,
     "striptags": _striptags,
-    "to_bytes": _to_bytes,
+    "to_bytes": lambda owner, length=1, *_, **__: length // CHARS_PER_UNIT,
     "translate": _translate,
-    "zfill": _center,
+    **dict.fromkeys(("center", "ljust", "rjust", "zfill"), _width),
+    **dict.fromkeys(("decode", "encode"), _transcode),
+    **dict.fromkeys(("lstrip", "rstrip", "strip"), _strip),
+    **dict.fromkeys(("rfind", "rindex", "rpartition", "rsplit"), _search_backwards),
 }

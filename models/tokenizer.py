@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 
+from models.config_files import known_vocab_size
 from models.messages import quoted
-from models.model_files import MAX_JSON, find_file, read_bounded, read_json
-from models.tokenizer_codec import MAX_VOCAB_SIZE, AddedToken, Codec
+from models.model_files import MAX_JSON, find_file, find_json, read_bounded
+from models.tokenizer_codec import AddedToken, Codec
 from models.tokenizer_gguf import read_gguf_tokenizer
 from models.tokenizer_json import codec_from_json
 from models.tokenizer_spm import codec_from_spm
@@ -124,8 +125,8 @@ def load_tokenizer(path: Path, gguf_metadata: Mapping[str, object] | None = None
         return _from_gguf(path, gguf_metadata)
     if path.suffix == ".gguf" and not path.is_dir():
         raise ValueError(f"{path}: the tokenizer of a GGUF file needs its metadata, got none")
-    config = _read_json(path, "tokenizer_config.json")
-    named = _read_json(path, "special_tokens_map.json")
+    config = find_json(path, "tokenizer_config.json")
+    named = find_json(path, "special_tokens_map.json")
     # The map is the older way, and has the last word where there is no newer one, as in
     # transformers; null names nothing.
     is_newer = "added_tokens_decoder" in config
@@ -157,24 +158,19 @@ def load_tokenizer(path: Path, gguf_metadata: Mapping[str, object] | None = None
         eos_token_id=_named_id(named, "eos_token", codec, path),
         first_id=first_id,
         # Models often have more rows than their tokenizer has tokens.
-        vocab_size=_checked_vocab_size(_read_json(path, "config.json").get("vocab_size")),
+        vocab_size=known_vocab_size(find_json(path, "config.json")),
     )
 
 
 def _from_gguf(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
     gguf = read_gguf_tokenizer(metadata, str(path))
-    size = metadata.get(f"{metadata.get('general.architecture')}.vocab_size")
     return Tokenizer(
         gguf.codec,
         bos_token_id=gguf.bos_token_id,
         eos_token_id=gguf.eos_token_id,
         first_id=gguf.bos_token_id if gguf.is_bos_added else None,
-        vocab_size=_checked_vocab_size(size),
+        vocab_size=known_vocab_size(metadata),
     )
-
-
-def _checked_vocab_size(size: object) -> int:
-    return size if type(size) is int and 0 <= size <= MAX_VOCAB_SIZE else 0
 
 
 def _is_bos_added(config: Mapping[str, object], path: Path) -> bool:
@@ -224,9 +220,3 @@ def _added_tokens(config: Mapping[str, object], path: Path) -> dict[int, AddedTo
         if content:  # the libraries pass over a token without a text
             added[int(key)] = AddedToken(content, flags.pop("special", False), flags)
     return added
-
-
-def _read_json(directory: Path, name: str) -> dict[str, object]:
-    """A JSON object, or {} where there is no such file."""
-    path = find_file(directory, name)
-    return {} if path is None else read_json(path)

@@ -10,10 +10,6 @@ from types import TracebackType
 
 from models.messages import cause_of
 
-# The largest published vocabularies have 262,144 tokens. The bound keeps a file with one absurd id
-# from asking for a table of gigabytes.
-MAX_VOCAB_SIZE = 1 << 22
-
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 

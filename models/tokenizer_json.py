@@ -12,10 +12,10 @@ from typing import Any
 from tokenizers import AddedToken as BackendToken
 from tokenizers import Tokenizer as Backend
 
+from models.config import MAX_VOCAB_SIZE
 from models.messages import quoted
 from models.model_files import parse_json
 from models.tokenizer_codec import (
-    MAX_VOCAB_SIZE,
     AddedToken,
     Codec,
     LibraryErrors,

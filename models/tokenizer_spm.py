@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 
 from sentencepiece import SentencePieceProcessor
 
+from models.config import MAX_VOCAB_SIZE
 from models.tokenizer_codec import (
-    MAX_VOCAB_SIZE,
     AddedToken,
     Codec,
     LibraryErrors,

@@ -31,6 +31,7 @@ import torch
 from kernels.ops import Ops
 from kernels.weight import LayerWeights, Weight
 from models.config import LlamaConfig
+from models.config_values import is_integer
 from models.llama import Llama, make_llama
 from models.weights import LlamaWeights, empty_weights
 
@@ -110,7 +111,7 @@ def widened_model(
         dtype=dtype,
         device=device,
     )
-    return make_llama(config, weights, model.cos.shape[0], prefill_ops, decode_ops)
+    return make_llama(config, weights, model.num_positions, prefill_ops, decode_ops)
 
 
 def _larger_config(
@@ -133,7 +134,7 @@ def _larger_config(
 
 
 def _check_at_least(name: str, value: object, least: int, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(
             f"{name}: got {value!r:.80}, expected an integer of at least {least}; {remedy}"
         )

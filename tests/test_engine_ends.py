@@ -13,6 +13,7 @@ from tokenizers_for_tests import added_token, byte_alphabet, byte_tokenizer, byt
 from engine import LLM, SamplingParams
 from models.chat_template import ChatTemplate, load_chat_template
 from models.checkpoint import open_checkpoint
+from models.config_files import config_from_gguf
 from models.end_tokens import END_TEXTS, end_token_ids
 from models.tokenizer import load_tokenizer
 from models.weights import random_weights
@@ -117,7 +118,7 @@ def test_the_default_model_with_its_eos_changed():
     path = default_gguf()
     checkpoint = open_checkpoint(path)
     metadata = dict(checkpoint.gguf_metadata) | {"tokenizer.ggml.eos_token_id": 0}
-    config = type(checkpoint.config).from_gguf(metadata)
+    config = config_from_gguf(metadata)
     tokenizer = load_tokenizer(path, metadata)
     template = load_chat_template(path, metadata)
     assert config.eos_token_ids == (0,) and tokenizer.eos_token == "<|endoftext|>"

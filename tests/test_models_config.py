@@ -13,7 +13,8 @@ import transformers
 from checkpoints import hf_config, tiny_config
 from refusals import refusal
 
-from models.config import LlamaConfig, RopeScaling
+from models.config import RopeScaling
+from models.config_files import config_from_gguf, config_from_hf
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
@@ -39,7 +40,7 @@ def gguf_metadata(**changes: Any) -> dict[str, object]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_hf_families(family: str, scaling: RopeScaling | None, tied: bool) -> None:
     config = tiny_config(family, rope_scaling=scaling, tie_embeddings=tied)
-    assert LlamaConfig.from_hf(hf_config(config)) == config
+    assert config_from_hf(hf_config(config)) == config
     assert hash(config) == hash(dataclasses.replace(config))
 
 
@@ -53,7 +54,7 @@ def test_config_saved_by_transformers(
     hf.save_pretrained(tmp_path)
     saved = transformers.PreTrainedConfig.get_config_dict(tmp_path)[0]
     assert "rope_parameters" in saved
-    assert LlamaConfig.from_hf(saved) == config
+    assert config_from_hf(saved) == config
 
 
 def test_old_spelling_of_rope_scaling_and_llama2_defaults() -> None:
@@ -62,7 +63,7 @@ def test_old_spelling_of_rope_scaling_and_llama2_defaults() -> None:
         del d[key]
     d |= {"rope_scaling": {"type": "linear", "factor": 4}, "eos_token_id": 2, "auto_map": {"A": 1}}
     expected = tiny_config(num_kv_heads=4, rope_scaling=RopeScaling("linear", 4.0))
-    assert LlamaConfig.from_hf(d) == expected
+    assert config_from_hf(d) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,7 +74,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers(family: str, absent: st
     d = hf_config(tiny_config(family, num_heads=32, num_kv_heads=4, hidden_size=256))
     del d[absent]
     hf = transformers.AutoConfig.for_model(**d)
-    config = LlamaConfig.from_hf(d)
+    config = config_from_hf(d)
     split = hf.hidden_size // hf.num_attention_heads
     assert config.head_dim == (getattr(hf, "head_dim", None) or split)
     assert config.num_kv_heads == hf.num_key_value_heads
@@ -107,7 +108,7 @@ def test_two_sets_of_rope_rules_that_mean_the_same(
     d = hf_config(tiny_config()) | {"rope_parameters": parameters, "rope_scaling": scaling}
     expected = {"linear": RopeScaling("linear", 4.0), "llama3": LLAMA3}
     kind = parameters.get("rope_type", parameters.get("type"))
-    assert LlamaConfig.from_hf(d) == tiny_config(rope_scaling=expected.get(kind))
+    assert config_from_hf(d) == tiny_config(rope_scaling=expected.get(kind))
 
 
 @pytest.mark.parametrize(
@@ -126,14 +127,14 @@ def test_two_sets_of_rope_rules_that_differ(
     parameters: dict[str, Any], scaling: dict[str, Any], word: str
 ) -> None:
     d = hf_config(tiny_config()) | {"rope_parameters": parameters, "rope_scaling": scaling}
-    assert word in refusal(LlamaConfig.from_hf, d)
+    assert word in refusal(config_from_hf, d)
 
 
 def test_llama3_scaling_without_its_original_length() -> None:
     rules = {k: v for k, v in LLAMA3_RULES.items() if not k.startswith("original")}
     d = hf_config(tiny_config()) | {"rope_scaling": rules}
     hf = transformers.AutoConfig.for_model(**d)
-    scaling = LlamaConfig.from_hf(d).rope_scaling
+    scaling = config_from_hf(d).rope_scaling
     assert scaling is not None and scaling.original_max_positions == 256
     assert hf.rope_parameters["original_max_position_embeddings"] == 256
 
@@ -141,7 +142,7 @@ def test_llama3_scaling_without_its_original_length() -> None:
 @pytest.mark.parametrize("window", [None, 256, 4096])
 def test_mistral_without_an_effective_window(window: int | None) -> None:
     d = hf_config(tiny_config("mistral")) | {"sliding_window": window}
-    assert LlamaConfig.from_hf(d) == tiny_config("mistral")
+    assert config_from_hf(d) == tiny_config("mistral")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_mistral_without_an_effective_window(window: int | None) -> None:
     ],
 )
 def test_hf_refusals(change: dict[str, Any], word: str) -> None:
-    message = refusal(LlamaConfig.from_hf, hf_config(tiny_config()) | change)
+    message = refusal(config_from_hf, hf_config(tiny_config()) | change)
     assert re.search(word, message) and len(message) < 300, message
 
 
@@ -212,14 +213,14 @@ def test_hf_refusals(change: dict[str, Any], word: str) -> None:
 )
 def test_family_refusals(family: str, change: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        LlamaConfig.from_hf(hf_config(tiny_config(family)) | change)
+        config_from_hf(hf_config(tiny_config(family)) | change)
 
 
 def test_mistral_without_the_window_key_has_the_window_of_transformers() -> None:
     d = hf_config(tiny_config("mistral", max_positions=8192))
     del d["sliding_window"]
     with pytest.raises(ValueError, match="sliding_window is 4096"):
-        LlamaConfig.from_hf(d)
+        config_from_hf(d)
 
 
 @pytest.mark.parametrize(
@@ -257,12 +258,12 @@ def test_rope_scaling_is_checked(arguments: tuple[Any, ...]) -> None:
 
 
 def test_gguf_defaults() -> None:
-    config = LlamaConfig.from_gguf(gguf_metadata())
+    config = config_from_gguf(gguf_metadata())
     assert config == tiny_config(num_kv_heads=4, bos_token_id=None, eos_token_ids=())
 
 
 def test_gguf_values() -> None:
-    config = LlamaConfig.from_gguf(
+    config = config_from_gguf(
         gguf_metadata(
             llama__attention__head_count_kv=2,
             llama__attention__key_length=8,
@@ -301,5 +302,5 @@ def test_gguf_values() -> None:
     ],
 )
 def test_gguf_refusals(change: dict[str, Any], word: str) -> None:
-    message = refusal(LlamaConfig.from_gguf, gguf_metadata(**change))
+    message = refusal(config_from_gguf, gguf_metadata(**change))
     assert re.search(word, message), message

@@ -20,6 +20,7 @@ from refusals import refusal, works_or_refuses
 
 from models.checkpoint import open_checkpoint
 from models.config import LlamaConfig
+from models.config_files import config_from_gguf
 from models.gguf_file import READABLE_TYPES, read_gguf, read_tensor
 from models.weights import load_weights, random_weights
 
@@ -213,7 +214,7 @@ def test_default_model() -> None:
     tokens, merges = file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.merges"]
     assert isinstance(tokens, list) and isinstance(merges, list)
     assert (len(tokens), len(merges)) == (49_152, 48_900)
-    assert LlamaConfig.from_gguf(file.metadata) == LlamaConfig(
+    assert config_from_gguf(file.metadata) == LlamaConfig(
         architecture="llama",
         num_layers=30,
         hidden_size=576,

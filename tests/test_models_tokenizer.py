@@ -22,8 +22,8 @@ from tokenizers_for_tests import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from models.config import MAX_VOCAB_SIZE
 from models.tokenizer import load_tokenizer
-from models.tokenizer_codec import MAX_VOCAB_SIZE
 
 BYTES = byte_tokenizer()
 
