@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from bench.timing import num_sets
 from kernels.layer.planned_linear import LEVELS
+from kernels.operands import Rows
 from kernels.weight import INT8
 from models.config import LlamaConfig
 
@@ -55,11 +56,12 @@ class Setting:
         """How many sets of operands of that size a timing needs."""
         return num_sets(num_bytes, self.l2_bytes) if self.l2_bytes else 1
 
-    def where(self, num_rows: int, first: int) -> tuple[torch.Tensor, ...]:
-        """positions [1, R], num_tokens [1] and slots [1] of one sequence."""
-        i32 = torch.int32
-        positions = torch.arange(first, first + num_rows, dtype=i32, device=self.device)
-        return positions[None], self.full([1], num_rows, i32), self.full([1], 0, i32)
+    def rows(self, num_rows: int, first: int) -> Rows:
+        """So many tokens of one sequence, from position `first` on."""
+        positions = torch.arange(first, first + num_rows, dtype=torch.int32, device=self.device)
+        tokens = self.full([1, num_rows], 0, torch.int64)
+        counts = (self.full([1], count, torch.int32) for count in (num_rows, 0))
+        return Rows(tokens, positions[None], *counts)
 
     def precisions(self, precision: int, batch: int = 1) -> torch.Tensor:
         """[B, 2L + 1]: everything in that precision."""

@@ -27,14 +27,15 @@ from kernels.layer.norm_gated_mlp import norm_gated_mlp, norm_gated_mlp_ref
 from kernels.layer.norm_lm_head import norm_lm_head, norm_lm_head_ref
 from kernels.layer.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
 from kernels.layer.planned_linear import quantise
+from kernels.operands import LayerCache, RotaryTable, Rows
 from kernels.round.accept import accept, accept_ref
 from kernels.round.keep_drafted import keep_drafted, keep_drafted_ref
 from kernels.round.keep_states import keep_states, keep_states_ref
 from kernels.round.rows import draft_rows, draft_rows_ref, verify_rows, verify_rows_ref
-from kernels.round.sample import SampleParams, sample, sample_ref
+from kernels.round.sample import SAMPLE_DTYPES, SampleParams, sample, sample_ref
 from kernels.route.nearest_anchor import nearest_anchor_ref, nearest_anchor_triton
 from kernels.route.pool_states import pool_states, pool_states_ref
-from kernels.weight import FULL, INT8, Dense, Weight
+from kernels.weight import FULL, INT8, Dense, LayerWeights, Weight
 from models.rope import rope_table
 
 REFERENCE_ROWS = 256  # of a prompt at a time: all scores of 4096 tokens take gigabytes
@@ -91,19 +92,25 @@ def qkv_cases(setting: Setting, rows: Sequence[int], precision: int) -> Iterator
     weights, norm = weight_sets(setting, n, k, precision), setting.randn(k)
     group = qkv_launch(setting.device, d, n, k, setting.dtype, config.has_qk_norm).block_k
     bias = setting.randn(n) if config.has_qkv_bias else None
-    head_norms = [setting.randn(d) if config.has_qk_norm else None for _ in "qk"]
-    tables = [table.to(setting.device) for table in rope_table(config, setting.num_positions)]
+    q_norm, k_norm = (setting.randn(d) if config.has_qk_norm else None for _ in "qk")
+    tables = rope_table(config, setting.num_positions)
+    rotary = RotaryTable(*(table.to(setting.device) for table in tables))
     # Zeros, and not random numbers: what is written must not drown in what is not.
     sizes = (1, config.num_kv_heads, setting.num_positions, d)
-    caches = [setting.full(sizes, 0, setting.dtype) for _ in "kv"]
+    cache = LayerCache(*(setting.full(sizes, 0, setting.dtype) for _ in "kv"))
+    none = Weight(Dense(norm[:0, None]))  # the rest of the layer, which the kernel does not read
+
+    def operands(x: torch.Tensor, rows: Rows, weight: Weight) -> tuple[Any, ...]:
+        layer = LayerWeights(norm, weight, bias, q_norm, k_norm, none, norm[:0], none, none)
+        precisions = setting.precisions(precision)
+        return x, layer, config.norm_eps, rotary, rows, cache, precisions, 0
+
     for num_rows in rows:
-        x, where = setting.randn(num_rows, k), setting.where(num_rows, setting.first)
-        after = (bias, *head_norms, *tables, *where, *caches, setting.precisions(precision), 0)
+        x, where = setting.randn(num_rows, k), setting.rows(num_rows, setting.first)
         yield matrix_case(
             setting, "norm_qkv_rope_append", (norm_qkv_rope_append, norm_qkv_rope_append_ref),
-            weights, precision, group, x.float() * norm.float(),
-            partial(_around, (x, norm, config.norm_eps), after), n * setting.dtype.itemsize,
-            written=(12, 13),
+            weights, precision, group, x.float() * norm.float(), partial(operands, x, where),
+            n * setting.dtype.itemsize, written=(5,),
         )  # fmt: skip
 
 
@@ -179,14 +186,13 @@ MATRICES: dict[str, Matrix] = {
 
 
 def _attention_case(
-    setting: Setting, num_rows: int, context: int, caches: Sequence[tuple[torch.Tensor, ...]],
-    **others: Any,
-) -> Case:  # fmt: skip
+    setting: Setting, num_rows: int, context: int, caches: Sequence[LayerCache], **others: Any
+) -> Case:
     """The last `num_rows` tokens of `context` look back; one set for each pair of K and V."""
     config = setting.config
     heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
     q, counters = setting.randn(num_rows, heads, d), setting.full([NUM_COUNTERS], 0, I32)
-    where, precisions = setting.where(num_rows, context - num_rows), setting.precisions(FULL)
+    rows, precisions = setting.rows(num_rows, context - num_rows), setting.precisions(FULL)
     # Every pair of a query and a position that it sees.
     pairs = num_rows * context - num_rows * (num_rows - 1) // 2
     mask = None
@@ -199,10 +205,10 @@ def _attention_case(
     )  # fmt: skip
     return Case(
         rows=num_rows,
-        sets=[(q, k, v, *where, precisions, 0, counters) for k, v in caches],
+        sets=[(q, cache, rows, precisions, 0, counters) for cache in caches],
         num_bytes=(2 * kv_heads * context + 2 * num_rows * heads) * d * setting.dtype.itemsize,
         num_operations=4 * pairs * heads * d,
-        written=(8,),
+        written=(5,),
         library=[
             partial(library, key=k[:, :, :context], value=v[:, :, :context]) for k, v in caches
         ],
@@ -210,14 +216,13 @@ def _attention_case(
     )
 
 
-def _caches(setting: Setting, context: int) -> list[tuple[torch.Tensor, ...]]:
+def _caches(setting: Setting, context: int) -> list[LayerCache]:
     """K and V [1, H_kv, S, D] as often as a timing needs them."""
     config = setting.config
     sizes = (1, config.num_kv_heads, max(setting.num_positions, context), config.head_dim)
     read = 2 * config.num_kv_heads * context * config.head_dim * setting.dtype.itemsize
-    first = tuple(setting.randn(*sizes) for _ in "kv")
-    copies = range(1, setting.copies(read))
-    return [first, *(tuple(tensor.clone() for tensor in first) for _ in copies)]
+    first = LayerCache(*(setting.randn(*sizes) for _ in "kv"))
+    return [first, *(changed(first, torch.clone) for _ in range(1, setting.copies(read)))]
 
 
 def attention_decode_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
@@ -232,18 +237,15 @@ def attention_decode_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Ca
 
 
 def attention_in_pieces(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor,
-    num_tokens: torch.Tensor, *others: Any,
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor, cache: LayerCache, rows: Rows, *others: Any
+) -> torch.Tensor:
     """What `attention_ref` returns of one sequence, whose rows know nothing of each other."""
-    pieces = [
-        attention_ref(
-            rows, k_cache, v_cache, places, torch.full_like(num_tokens, rows.shape[0]), *others
-        )
-        for rows, places in zip(
-            q.split(REFERENCE_ROWS), positions.split(REFERENCE_ROWS, 1), strict=True
-        )
-    ]
+    parts = zip(q.split(REFERENCE_ROWS), rows.positions.split(REFERENCE_ROWS, 1), strict=True)
+    pieces = []
+    for part, positions in parts:
+        num_tokens = torch.full_like(rows.num_tokens, part.shape[0])
+        some = rows._replace(positions=positions, num_tokens=num_tokens)
+        pieces.append(attention_ref(part, cache, some, *others))
     return torch.cat(pieces)
 
 
@@ -259,113 +261,92 @@ def attention_prefill_cases(setting: Setting) -> Iterator[Case]:
 def sample_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
     """The sampler, greedy and with every filter."""
     vocab_size = setting.config.vocab_size
-    for detail, (temperature, top_k, top_p, min_p) in SAMPLING.items():
+    for detail, filters in SAMPLING.items():
+        values = (*filters, 1234567, -1, 0, 1.0, 0.0, 0.0)  # seed, no end tokens, no penalties
+        sizes = ([1, MAX_END_IDS] if name == "end_ids" else [1] for name in SampleParams._fields)
+        columns = zip(sizes, values, SAMPLE_DTYPES, strict=True)
+        params = SampleParams(*(setting.full(*column) for column in columns))
         for num_rows in rows:
             position = torch.arange(num_rows, device=setting.device) + setting.first
-            params = SampleParams(
-                setting.full([1], temperature, F32),
-                setting.full([1], top_k, I32),
-                setting.full([1], top_p, F32),
-                setting.full([1], min_p, F32),
-                setting.full([1], 1234567, I64),
-                setting.full([1, MAX_END_IDS], -1, I32),
-                setting.full([1], 0, I32),
-            )
             logits = setting.randn(num_rows, vocab_size, scale=3.0, dtype=F32)
-            args = (logits, position, params)
-            yield Case(
-                "sample", detail, num_rows, sample, sample_ref, [args],
-                num_bytes=num_rows * (4 * vocab_size + 16), is_exact=True,
+            yield round_case(
+                "sample", num_rows, (sample, sample_ref), (logits, position, params),
+                num_rows * (4 * vocab_size + 16), detail=detail,
             )  # fmt: skip
+
+
+def round_case(
+    operation: str, num_rows: int, kernels: tuple[Any, Any], args: tuple[Any, ...],
+    num_bytes: int, detail: str = "", written: tuple[int, ...] = (),
+) -> Case:  # fmt: skip
+    """A case of a kernel whose results must be equal."""
+    return Case(
+        operation, detail, num_rows, *kernels, [args], num_bytes=num_bytes, written=written,
+        is_exact=True,
+    )  # fmt: skip
 
 
 def round_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
     """What else a round launches: rows are tokens of one sequence, or sequences of one token."""
     for num_rows in rows:
-        yield _accept_case(setting, num_rows)
-        yield _verify_rows_case(setting, num_rows)
-        yield _keep_states_case(setting, num_rows)
-        yield _draft_rows_case(setting, num_rows)
-        yield _keep_drafted_case(setting, num_rows)
+        yield from _verify_cases(setting, num_rows)
+        yield from _draft_cases(setting, num_rows)
 
 
-def _tokens(setting: Setting, *sizes: int) -> torch.Tensor:
-    return torch.randint(setting.config.vocab_size, sizes, device=setting.device)
-
-
-def _accept_case(setting: Setting, num_rows: int) -> Case:
-    token_ids = _tokens(setting, 1, MAX_WIDTH)
-    target = _tokens(setting, 1, num_rows)
+def _verify_cases(setting: Setting, num_rows: int) -> Iterator[Case]:
+    """Rows of one sequence of whose draft a half is accepted."""
+    vocab_size, channels = setting.config.vocab_size, setting.config.hidden_size
+    token_ids = torch.randint(vocab_size, (1, MAX_WIDTH), device=setting.device)
+    target = torch.randint(vocab_size, (1, num_rows), device=setting.device)
     agreeing = num_rows // 2
     target[:, :agreeing] = token_ids[:, 1 : 1 + agreeing]
-    args = (target, token_ids, setting.full([1], num_rows - 1, I32))
-    return Case(
-        "accept", "", num_rows, accept, accept_ref, [args], num_bytes=24 * num_rows + 12,
-        is_exact=True,
-    )  # fmt: skip
-
-
-def _verify_rows_case(setting: Setting, num_rows: int) -> Case:
-    args = (
-        _tokens(setting, 1, MAX_WIDTH),
-        setting.full([1], setting.first, I32),
-        setting.full([1], num_rows - 1, I32),
-        num_rows,
-        setting.num_positions,
+    first, num_drafted, slot = (
+        setting.full([1], count, I32) for count in (setting.first, num_rows - 1, 0)
     )
-    return Case(
-        "verify_rows", "", num_rows, verify_rows, verify_rows_ref, [args],
-        num_bytes=28 * num_rows + 12, is_exact=True,
+    yield round_case(
+        "accept", num_rows, (accept, accept_ref), (target, token_ids, num_drafted),
+        24 * num_rows + 12,
     )  # fmt: skip
-
-
-def _keep_states_case(setting: Setting, num_rows: int) -> Case:
-    channels = setting.config.hidden_size
-    positions, _, slots = setting.where(num_rows, setting.first)
+    yield round_case(
+        "verify_rows", num_rows, (verify_rows, verify_rows_ref),
+        (token_ids, first, num_drafted, slot, num_rows, setting.num_positions), 28 * num_rows + 12,
+    )  # fmt: skip
     states = setting.full((1, setting.num_positions, channels), 0, setting.dtype)
-    args = (setting.randn(num_rows, channels), positions, slots, states)
-    return Case(
-        "keep_states", "", num_rows, keep_states, keep_states_ref, [args],
-        num_bytes=2 * num_rows * channels * setting.dtype.itemsize, written=(3,), is_exact=True,
+    args = (setting.randn(num_rows, channels), setting.rows(num_rows, setting.first), states)
+    yield round_case(
+        "keep_states", num_rows, (keep_states, keep_states_ref), args,
+        2 * num_rows * channels * setting.dtype.itemsize, written=(2,),
     )  # fmt: skip
 
 
-def _draft_rows_case(setting: Setting, batch: int) -> Case:
-    plans = setting.precisions(FULL, batch)
-    plans[:, ::3] = 0
-    args = (
-        _tokens(setting, batch, MAX_WIDTH),
-        setting.full([batch], setting.first, I32),
-        torch.arange(batch, dtype=I32, device=setting.device) % MAX_WIDTH,
-        setting.full([batch], MAX_WIDTH // 2, I32),
-        torch.arange(batch, dtype=I32, device=setting.device).flip(0),
-        plans,
-    )
-    return Case(
-        "draft_rows", "", batch, draft_rows, draft_rows_ref, [args],
-        num_bytes=batch * (48 + 2 * plans.shape[1]), is_exact=True,
-    )  # fmt: skip
-
-
-def _keep_drafted_case(setting: Setting, batch: int) -> Case:
-    """A plan with a stop probability, which makes the kernel read the logits twice.
+def _draft_cases(setting: Setting, batch: int) -> Iterator[Case]:
+    """A draft step of sequences, with a stop probability, so that logits are read twice.
 
     No draft ends: a kernel that is timed must find the same to do every time.
     """
-    logits = setting.randn(batch, setting.config.vocab_size, scale=3.0, dtype=F32)
+    vocab_size = setting.config.vocab_size
+    sequences = torch.arange(batch, dtype=I32, device=setting.device)
+    token_ids = torch.randint(vocab_size, (batch, MAX_WIDTH), device=setting.device)
+    first, wanted = (setting.full([batch], n, I32) for n in (setting.first, MAX_WIDTH // 2))
+    precisions = setting.precisions(FULL, batch)
+    precisions[:, ::3] = 0
+    yield round_case(
+        "draft_rows", batch, (draft_rows, draft_rows_ref),
+        (token_ids, first, sequences % MAX_WIDTH, wanted, sequences.flip(0), precisions),
+        batch * (48 + 2 * precisions.shape[1]),
+    )  # fmt: skip
     args = (
-        logits,
-        _tokens(setting, batch),
-        _tokens(setting, batch, MAX_WIDTH),
-        torch.arange(batch, dtype=I32, device=setting.device) % (MAX_WIDTH - 1),
+        setting.randn(batch, vocab_size, scale=3.0, dtype=F32),
+        torch.randint(vocab_size, (batch,), device=setting.device),
+        token_ids,
+        sequences % (MAX_WIDTH - 1),
         setting.full([batch], 1 << 30, I32),
         setting.full([batch, MAX_END_IDS], -1, I32),
         setting.full([batch], 1e-20, F32),
     )
-    return Case(
-        "keep_drafted", "", batch, keep_drafted, keep_drafted_ref, [args],
-        num_bytes=batch * (4 * logits.shape[1] + 4 * MAX_END_IDS + 36), written=(2, 3, 4),
-        is_exact=True,
+    yield round_case(
+        "keep_drafted", batch, (keep_drafted, keep_drafted_ref), args,
+        batch * (4 * vocab_size + 4 * MAX_END_IDS + 36), written=(2, 3, 4),
     )  # fmt: skip
 
 

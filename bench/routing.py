@@ -55,7 +55,7 @@ from bench.streams import (
 )
 from bench.timing import spread
 from engine import LLM
-from engine.calibrate.__main__ import read_prompts
+from engine.calibrate.prompts import read_prompts
 from models.weights import sublayer_bytes
 
 ANSWER_TOKENS = 64  # of which the router's time is given as a share

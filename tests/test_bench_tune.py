@@ -169,7 +169,7 @@ def test_classes_are_those_by_which_kernels_are_launched():
             assert cls.name in (DECODE if cls.operation == "attention_decode" else PREFILL)[90]
             continue
         case = next(kernel_cases.MATRICES[problem.kind](setting, [1], 16))
-        (weight,) = (arg for arg in case.sets[0] if isinstance(arg, Weight))
+        (weight,) = (w for arg in case.sets[0] if isinstance(w := getattr(arg, "qkv", arg), Weight))
         n, k = weight.shape
         n //= 2 if cls.operation == "norm_gated_mlp" else 1
         used = matrix_launch(device, cls.operation, n, k, DTYPE) if problem.kind != "qkv" else None
