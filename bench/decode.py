@@ -158,15 +158,7 @@ def summarise(results: Sequence[Mapping[str, Run]]) -> dict[str, dict[str, Any]]
 
 def print_domain(domain: str, arms: Mapping[str, Mapping[str, Any]]) -> None:
     print(f"\n{domain}: plain {arms['off']['tokens_per_second']} tokens/s")
-    report.print_table(
-        {"arm": 8, "tokens/s": 9, "speed-up": 9, "of single prompts": 19, "accepted": 9,
-         "per round": 10, "identical": 10},
-        (
-            (name, arm["tokens_per_second"], arm["speedup"], arm["prompts"], arm["acceptance"],
-             arm["tokens_per_round"], "yes" if arm["identical"] else "NO")
-            for name, arm in arms.items()
-        ),
-    )  # fmt: skip
+    report.print_table("arm", arms.items())
 
 
 def measure_costs(llm: LLM, repeats: int) -> dict[str, Any]:

@@ -44,8 +44,7 @@ INTERPRETED_EVEN = shape(2, 128, 256, 2, 1, 256, 128, head_dim=128)
 INTERPRETED_RUNS = ((INTERPRETED, torch.float32), (INTERPRETED_EVEN, torch.float16))
 SEED = 20261124
 NO_GPU = "no CUDA device: correctness under the interpreter only, nothing is timed"
-CHECKED = {"operation": 36, "rows": 5, "error": 8, "allowed": 8}
-TIMED = CHECKED | {"ours": 26, "library": 26, "floor": 9, "share": 6}
+HIDDEN = ("operation", "detail", "is_right")  # of a row: its name has them
 
 
 def all_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
@@ -81,32 +80,21 @@ def measure(case: Case, check: Check, ceilings: Ceilings | None) -> dict[str, An
     return row
 
 
-def shown(row: dict[str, Any]) -> list[object]:
-    """The cells of a row of `measure`."""
-    error = math.nan if row["error"] is None else row["error"]
-    name = f"{row['operation']} {row['detail']}"
-    cells = [name, row["rows"], f"{error:.1e}", f"{row['allowed']:.1e}"]
-    if not row["is_right"]:
-        return [*cells, "WRONG"]
-    if "microseconds" not in row:
-        return cells
-    times = [row["microseconds"], row.get("library_microseconds")]
-    return [*cells, *times, f"{row['floor']:.2f}", f"{row['share']:.0%}"]
-
-
 def run_setting(
     name: str, setting: Setting, rows: Sequence[int], ceilings: Ceilings | None
 ) -> list[dict[str, Any]]:
     """Check, time and print every kernel."""
     table: list[dict[str, Any]] = []
 
-    def cells() -> Iterator[list[object]]:
+    def measured() -> Iterator[tuple[str, dict[str, Any]]]:
         for case in all_cases(setting, rows):
-            table.append(measure(case, check(case), ceilings))
-            yield shown(table[-1])
+            row = measure(case, check(case), ceilings)
+            table.append(row)
+            numbers = {key: value for key, value in row.items() if key not in HIDDEN}
+            yield str(case), {**numbers, "": "" if row["is_right"] else "WRONG"}
 
     print(f"\n{name}")
-    report.print_table(CHECKED if ceilings is None else TIMED, cells())
+    report.print_table("operation", measured(), width=36)
     report.print_part({name: table})
     return table
 

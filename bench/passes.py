@@ -77,13 +77,13 @@ def measure_context(
         kept, found = subject.kept(plan, context), cost(plan.name)
         drafts[plan.name] = {
             "kept": round(kept, 4),
-            "cost": _rounded(found),
+            "cost": found,
             "cost_over_kept": round(found.median / kept, 3),
         }
     int8, wide = (median(turns[name]) for name in ("int8", "verify-8"))
     return {
         "plain": {
-            "milliseconds": _rounded(plain.times(1e3)),
+            "milliseconds": plain.times(1e3),
             "tokens_per_second": round(1 / plain.median, 2),
             "bytes_per_token": num_bytes,
             "gigabytes_per_second": round(rate / 1e9, 1),
@@ -91,7 +91,7 @@ def measure_context(
             "share_of_copy": round(rate / ceilings.copy.median, 3),
         },
         "drafts": drafts,
-        "verify": {str(width): _rounded(cost(f"verify-{width}")) for width in VERIFIED},
+        "verify": {str(width): cost(f"verify-{width}") for width in VERIFIED},
         "rounds": {
             "plain": _round_times(turns["plain-round"], plain.median),
             "int8": _round_times(turns["int8-round"], NUM_DRAFTED * int8 + wide),
@@ -103,14 +103,10 @@ def _round_times(seconds: Sequence[float], device_seconds: float) -> dict[str, A
     """A round by the wall clock, beside what its passes take on the device."""
     found = spread(seconds)
     return {
-        "milliseconds": _rounded(found.times(1e3)),
+        "milliseconds": found.times(1e3),
         "device_milliseconds": round(device_seconds * 1e3, 4),
         "host_share": round(1 - device_seconds / found.median, 4),
     }
-
-
-def _rounded(values: Spread) -> Spread:
-    return Spread(*(round(value, 4) for value in values))
 
 
 def measure_prefill(subject: Subject, repeats: int, ceiling: float) -> dict[str, dict[str, Any]]:
@@ -126,7 +122,7 @@ def measure_prefill(subject: Subject, repeats: int, ceiling: float) -> dict[str,
         seconds = spread(timer(nothing, run, repeats))
         rate = prefill_flops(subject.model.config, count) / seconds.median
         found[str(count)] = {
-            "milliseconds": _rounded(seconds.times(1e3)),
+            "milliseconds": seconds.times(1e3),
             "tokens_per_second": round(count / seconds.median, 1),
             "flop_per_second": round(rate),
             "share_of_matmul": round(rate / ceiling, 3),
@@ -141,44 +137,16 @@ def print_context(context: int, found: Mapping[str, Any]) -> None:
         f"{plain['tokens_per_second']:.1f} tokens/s, {plain['gigabytes_per_second']:.0f} GB/s: "
         f"{plain['share_of_read']:.1%} of read and {plain['share_of_copy']:.1%} of copy bandwidth"
     )
-    steps = found["drafts"].items()
-    report.print_table(
-        {"draft step": 12, "bytes kept": 11, "cost": 22, "cost / kept": 12},
-        (
-            (name, step["kept"], f"{step['cost']:.3f}", step["cost_over_kept"])
-            for name, step in steps
-        ),
-    )
-    report.print_table(
-        {"verification": 12, "cost": 22},
-        ((f"{rows} rows", f"{cost:.3f}") for rows, cost in found["verify"].items()),
-    )
-    names = {"plain": "one token", "int8": f"{NUM_DRAFTED} int8 drafts"}
-    rounds = ((names[name], times) for name, times in found["rounds"].items())
-    report.print_table(
-        {"round of": 14, "ms by the wall clock": 26, "ms of its passes": 17},
-        (
-            (name, f"{times['milliseconds']:.3f}", f"{times['device_milliseconds']:.3f}")
-            for name, times in rounds
-        ),
-    )
+    report.print_table("draft step", found["drafts"].items())
+    costs = found["verify"].items()
+    report.print_table("verification", ((f"{rows} rows", {"cost": cost}) for rows, cost in costs))
+    print(f"rounds: plain decoding of a token, and of {NUM_DRAFTED} int8 drafts")
+    report.print_table("round", found["rounds"].items())
 
 
 def print_prefill(found: Mapping[str, Mapping[str, Any]]) -> None:
     print()
-    report.print_table(
-        {"prefill": 12, "ms": 26, "tokens/s": 10, "TFLOP/s": 8, "of product": 10},
-        (
-            (
-                f"{count} tokens",
-                f"{values['milliseconds']:.3f}",
-                f"{values['tokens_per_second']:.0f}",
-                f"{values['flop_per_second'] / 1e12:.1f}",
-                f"{values['share_of_matmul']:.1%}",
-            )
-            for count, values in found.items()
-        ),
-    )
+    report.print_table("prompt tokens", found.items())
     for num_tokens in PREFILLS:
         if str(num_tokens) not in found:
             print(f"prefill of {num_tokens} tokens is left out: the cache has fewer positions")

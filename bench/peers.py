@@ -145,7 +145,8 @@ def compare_model(
 
 
 def print_rates(rates: dict[str, Spread]) -> None:
-    report.print_table({"": 14, "tokens/s, median [20%, 80%]": 27}, rates.items())
+    rows = ((name, {"tokens_per_second": rate}) for name, rate in rates.items())
+    report.print_table("engine", rows)
 
 
 def engine_requests(

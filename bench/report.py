@@ -14,15 +14,14 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.timing import read_bandwidth
+from bench.timing import Spread, read_bandwidth
 
 USUAL = "default: %(default)s"
 LIBRARIES = ("torch", "triton", "numba", "numpy", "transformers")
@@ -167,17 +166,27 @@ def print_ceiling(bytes_per_token: int, device: torch.device) -> dict[str, float
     return {"bytes_per_token": bytes_per_token, "ceiling_tokens_per_second": round(ceiling, 2)}
 
 
-def print_table(widths: Mapping[str, int], rows: Iterable[Sequence[object]]) -> None:
-    """Rows as they come, under headings that have the widths of their columns.
+def print_table(
+    label: str, rows: Iterable[tuple[str, Mapping[str, object]]], width: int = 16
+) -> None:
+    """Rows as they come, by name; the first one has all columns, what another lacks is "-".
 
-    The first column is to the left. None is shown as "-"; what exceeds the columns is a note.
+    width: of the first column, under `label`.
     """
-    sizes = tuple(widths.values())
-    for row in chain([tuple(widths)], rows):
-        cells = ["-" if cell is None else str(cell) for cell in row]
-        columns = [cell.rjust(size) for cell, size in zip(cells, sizes, strict=False)]
-        columns[0] = cells[0].ljust(sizes[0])
-        print(" ".join([*columns, *cells[len(sizes) :]]).rstrip(), flush=True)
+    sizes: dict[str, int] = {}
+    for name, row in rows:
+        if not sizes:
+            sizes = {k: max(len(k), 24 if isinstance(v, Spread) else 8) for k, v in row.items()}
+            headings = (key.replace("_", " ").rjust(size) for key, size in sizes.items())
+            print(" ".join([label.ljust(width), *headings]).rstrip())
+        cells = (_shown(row.get(key)).rjust(size) for key, size in sizes.items())
+        print(" ".join([name.ljust(width), *cells]).rstrip(), flush=True)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Spread):
+        return format(value, ".2f" if value.median > 10 else ".3f")
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_part(part: Mapping[str, Any]) -> None:

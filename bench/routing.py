@@ -47,6 +47,7 @@ from bench.timing import spread
 from engine import LLM
 from models.weights import sublayer_bytes
 
+DIFFER = "tokens differ, or nothing was timed"
 ANSWER_TOKENS = 64  # of which the router's time is given as a share
 Streams = Mapping[tuple[float, str], Sequence[Run]]
 Orders = Mapping[float, Sequence[int]]
@@ -134,24 +135,20 @@ def print_domain(domain: str, rows: Sequence[Measured], experiment: Experiment) 
 def print_rates(rows: Sequence[Measured], names: Sequence[str]) -> None:
     """Speeds of arms, and of the oracle, over some prompts, and the spread of single prompts."""
     rates = rates_of(rows, names)
-    plain = rates["off"]
 
-    def cells(name: str, value: float | None) -> tuple[object, ...]:
-        if value is None:
-            return name, "", "", "", "", "tokens differ, or nothing was timed"
-        shown = name, f"{value:.1f}", f"{value / plain:.2f}" if plain else None
-        if name == "oracle":
-            return shown
-        runs = [row.runs[name] for row in rows]
+    def cells(name: str, value: float | None) -> dict[str, object]:
+        runs = [row.runs[name] for row in rows if name in row.runs] if value else []
         rounds = sum(run.rounds for run in runs)
-        per_round = f"{num_timed(runs) / rounds:.2f}" if rounds else None
-        return *shown, per_round, f"{spread([rate([run]) for run in runs]):.1f}"
+        return {
+            "tokens/s": value,
+            "speed-up": _ratio(value, rates["off"]),
+            "per round": num_timed(runs) / rounds if rounds else None,
+            "single prompts": spread([rate([run]) for run in runs]) if runs else None,
+            "": "" if value else DIFFER,
+        }
 
-    report.print_table(
-        {"arm": max(map(len, rates)), "tokens/s": 9, "speed-up": 9, "per round": 10,
-         "single prompts": 22},
-        (cells(name, value) for name, value in rates.items()),
-    )  # fmt: skip
+    table = ((name, cells(name, value)) for name, value in rates.items())
+    report.print_table("arm", table, width=max(map(len, rates)))
 
 
 def is_timed(row: Measured) -> bool:
@@ -245,13 +242,11 @@ def print_summary(result: Mapping[str, Any]) -> None:
     print(f"\nstreams of the known domains, run in order, tokens/s (best single arm: "
           f"{result['best_single']})")  # fmt: skip
 
-    def cells(mix: str, knn: float | None, single: float | None) -> tuple[object, ...]:
-        if not knn or not single:
-            return mix, "", "", "", "tokens differ"
-        return mix, f"{knn:.1f}", f"{single:.1f}", f"{knn / single:.2f}"
-
-    rows = (cells(mix, r["knn"], r["best_single"]) for mix, r in result["mix"].items())
-    report.print_table({"mix": 5, "knn": 8, "single": 8, "ratio": 6}, rows)
+    table = (
+        (mix, r | {"ratio": _ratio(r["knn"], r["best_single"]), "": "" if r["knn"] else DIFFER})
+        for mix, r in result["mix"].items()
+    )
+    report.print_table("mix", table, width=5)
     print(f"\nrouting accuracy: {_listed(result['routing_accuracy'])}; "
           f"all {result['routing_accuracy_all']:.3f}")  # fmt: skip
     print(f"rejected: {_listed(result['rejected'])}")

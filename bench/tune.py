@@ -30,7 +30,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -70,12 +70,12 @@ PASS_FAILED = "PassManager::run failed"
 
 
 class Fit(NamedTuple):
-    """What the compiler says of a candidate: bytes a block, registers and stack bytes a thread."""
+    """What the compiler says of a candidate: bytes per block, registers and stack per thread."""
 
-    refusal: str
     shared: int = 0
     registers: int = 0
     stack: int = 0
+    refusal: str = ""
 
 
 def refusal_of(attempt: Callable[[], Any]) -> str:
@@ -151,17 +151,19 @@ def column(trial: Trial, name: str) -> str | None:
 
 def print_trials(trials: Sequence[Trial], now: Parameters) -> None:
     """The timed candidates, the best first, then the others and why they are out."""
-    timed = (
-        (
-            parameters(trial.launch, now),
-            *(column(trial, name) for name in Times._fields),
-            "slow with 8 rows" if trial.is_steep else "",
-        )
+    timed: list[dict[str, object]] = [
+        {
+            "one row": column(trial, "one"),
+            "8 rows": column(trial, "eight"),
+            "int8": column(trial, "int8"),
+            "": "slow with 8 rows" if trial.is_steep else "",
+        }
         for trial in rank(trials)
-    )
-    refused = ((parameters(t.launch, now), t.refusal) for t in trials if t.refusal)
-    widths = {"  parameters": 64, "one row": 9, "8 rows": 9, "int8": 9}
-    report.print_table(widths, chain(timed, refused))
+    ]
+    refused = [trial for trial in trials if trial.refusal]
+    cells = timed + [{"": trial.refusal} for trial in refused]
+    names = (parameters(trial.launch, now) for trial in (*rank(trials), *refused))
+    report.print_table("  parameters", zip(names, cells, strict=True), width=64)
 
 
 def compile_ahead(task: tuple[int, int, Sequence[Problem], Parameters]) -> None:
@@ -251,13 +253,13 @@ def compile_candidate(capability: int, problem: Problem, launch: Parameters) -> 
     compiled: list[Compiled] = []
     refusal = refusal_of(lambda: compiled.append(compile_launch(launches[0], capability)))
     if refusal:
-        return Fit(refusal)
+        return Fit(refusal=refusal)
     (found,) = compiled
     if found.shared > SHARED_LIMITS[capability]:
         refusal = "exceeds shared memory"
     elif found.stack:
         refusal = "spills"
-    return Fit(refusal, found.shared, found.registers, found.stack)
+    return Fit(found.shared, found.registers, found.stack, refusal)
 
 
 def compile_all(
@@ -271,12 +273,10 @@ def compile_all(
             now = present(capability, shape_class)
             launches = candidates(capability, shape_class, limit)
             fits = list(pool.map(partial(compile_candidate, capability, problems[0]), launches))
-            report.print_table(
-                {"  parameters": 64, "shared KiB": 10, "registers": 9, "stack": 6},
-                ((parameters(launch, now), f"{fit.shared / 1024:.1f}", *fit[2:],
-                  fit.refusal or "fits") for launch, fit in zip(launches, fits, strict=True)),
-            )  # fmt: skip
-            rows = [a._asdict() | b._asdict() for a, b in zip(launches, fits, strict=True)]
+            names = (parameters(launch, now) for launch in launches)
+            rows = [fit._asdict() for fit in fits]
+            report.print_table("  parameters", zip(names, rows, strict=True), width=64)
+            rows = [launch._asdict() | row for launch, row in zip(launches, rows, strict=True)]
             results.append({**shape_class._asdict(), "capability": capability, "candidates": rows})
     return results
 
