@@ -51,8 +51,6 @@ class Tokenizer:
         self._ids_of_special = {codec.contents[i]: i for i in codec.special_ids}
         self.vocab_size = max(vocab_size, len(codec.contents))
         self.is_leading_space_dropped = codec.is_leading_space_dropped
-        self.bos_token = self._written(bos_token_id)
-        self.eos_token = self._written(eos_token_id)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written in it become their ids.
@@ -96,9 +94,8 @@ class Tokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The token that is written `text`, a special one before others; None without any."""
+        found, contents = self.special_id(text), self._codec.contents
         content = text.encode("utf-8", "surrogatepass")
-        found = self._ids_of_special.get(content)
-        contents = self._codec.contents
         return contents.index(content) if found is None and content in contents else found
 
     def special_id(self, text: str) -> int | None:
@@ -110,9 +107,6 @@ class Tokenizer:
             raise ValueError(f"token id {token_id} is not in 0 to {self.vocab_size - 1}")
         contents = self._codec.contents
         return contents[token_id] if token_id < len(contents) else b""
-
-    def _written(self, token_id: int | None) -> str:
-        return "" if token_id is None else self._content(token_id).decode("utf-8", "replace")
 
 
 def load_tokenizer(path: Path, gguf_metadata: Mapping[str, object] | None = None) -> Tokenizer:

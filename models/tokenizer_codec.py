@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from models.messages import cause_of
 
@@ -50,12 +49,7 @@ class LibraryErrors(AbstractContextManager[None]):
     def __init__(self, message: str) -> None:
         self._message = message
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             assert error is not None
             raise ValueError(f"{self._message}: {cause_of(error)}") from error

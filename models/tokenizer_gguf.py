@@ -111,11 +111,8 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> tuple[Codec, boo
         {
             "id": token_id,
             "content": tokens[token_id],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
             "special": kind != USER_DEFINED,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
         }
         for token_id, kind in enumerate(types)
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)

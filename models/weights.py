@@ -82,10 +82,10 @@ def load_weights(
     total = dtype.itemsize * sum(math.prod(part.shape) for part in parts)
     done = 0
     for part in parts:
-        source, target = _read_finite(checkpoint, part.name, dtype), _view(weights, part)
+        source, target = _read_finite(checkpoint, part.name, dtype), part_of(weights, part)
         if part.is_rotary and checkpoint.rope_order == "half":
-            source = _heads(source, 2, D // 2).transpose(1, 2)
-            target = _heads(target, D // 2, 2)
+            source = rotary_heads(source, 2, D // 2).transpose(1, 2)
+            target = rotary_heads(target, D // 2, 2)
         target.copy_(source)
         done += dtype.itemsize * math.prod(part.shape)
         if on_progress is not None:
@@ -108,7 +108,7 @@ def random_weights(
     weights = _allocate(config, torch.device(device), dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for part in stored_parts(config):
-        target = _view(weights, part)
+        target = part_of(weights, part)
         noise = torch.randn(target.shape, generator=generator, device=device)
         if part.name.endswith("norm.weight"):
             target.copy_(1 + 0.1 * noise)
@@ -124,21 +124,6 @@ def empty_weights(
 ) -> LlamaWeights:
     """Room for a model in one piece of memory; what it holds is undefined."""
     return _allocate(config, torch.device(device), dtype)
-
-
-def to_hf_state_dict(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:
-    """The weights under their Hugging Face names and in its row order, as copies.
-
-    With tied embeddings there is no `lm_head.weight`, as in published checkpoints.
-    """
-    state = {}
-    for part in stored_parts(config):
-        tensor = _view(weights, part)
-        if part.is_rotary:
-            halves = _heads(tensor, config.head_dim // 2, 2).transpose(1, 2)
-            tensor = halves.reshape(tensor.shape)
-        state[part.name] = tensor.clone()
-    return state
 
 
 def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
@@ -162,7 +147,7 @@ def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
     return LlamaWeights(embedding, layers, final_norm, Weight(Dense(lm_head)))
 
 
-def _view(weights: LlamaWeights, part: StoredPart) -> torch.Tensor:
+def part_of(weights: LlamaWeights, part: StoredPart) -> torch.Tensor:
     """Where a stored tensor lies in `weights`."""
     owner = weights if part.layer is None else weights.layers[part.layer]
     field = getattr(owner, part.field)
@@ -170,7 +155,7 @@ def _view(weights: LlamaWeights, part: StoredPart) -> torch.Tensor:
     return tensor[part.start : part.start + part.shape[0]]
 
 
-def _heads(tensor: torch.Tensor, *pairs: int) -> torch.Tensor:
+def rotary_heads(tensor: torch.Tensor, *pairs: int) -> torch.Tensor:
     """[n*D, ...] as [n, *pairs, ...]: (2, D/2) in half order, (D/2, 2) in interleaved order.
 
     Transposing axes 1 and 2 makes one order of the other.

@@ -18,6 +18,7 @@ from checkpoints import (
     hf_config,
     llama3_divisors,
     tiny_config,
+    to_hf_state_dict,
     write_gguf,
     write_hf_checkpoint,
     write_safetensors,
@@ -28,7 +29,7 @@ from kernels.weight import Weight
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.config import LlamaConfig, RopeScaling
 from models.gguf_file import read_gguf
-from models.weights import LlamaWeights, load_weights, random_weights, to_hf_state_dict
+from models.weights import LlamaWeights, load_weights, random_weights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 REPOSITORY = Path(__file__).parent.parent
