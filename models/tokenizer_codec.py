@@ -26,6 +26,12 @@ class Codec:
     # SentencePiece puts a space before the text it encodes, so decoding takes one off again.
     is_leading_space_dropped: bool
 
+    def find(self, text: str) -> int | None:
+        """The token that is written `text`, a special one before others; None without any."""
+        content = text.encode("utf-8", "surrogatepass")
+        found = next((i for i in sorted(self.special_ids) if self.contents[i] == content), None)
+        return self.contents.index(content) if found is None and content in self.contents else found
+
 
 @dataclass(frozen=True)
 class AddedToken:

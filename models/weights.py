@@ -77,7 +77,7 @@ def load_weights(
     if checkpoint.config.tie_embeddings and not config.tie_embeddings:
         config = replace(config, tie_embeddings=_is_head_the_embedding(checkpoint, dtype))
     parts = stored_parts(config)
-    weights = _allocate(config, torch.device(device), dtype)
+    weights = empty_weights(config, device=device, dtype=dtype)
     D = config.head_dim
     total = dtype.itemsize * sum(math.prod(part.shape) for part in parts)
     done = 0
@@ -105,7 +105,7 @@ def random_weights(
     A seed gives the same values in every dtype (up to rounding), but others on another device.
     The scale keeps activations and logits near 1 at every width, so that sampling has choices.
     """
-    weights = _allocate(config, torch.device(device), dtype)
+    weights = empty_weights(config, device=device, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for part in stored_parts(config):
         target = part_of(weights, part)
@@ -122,13 +122,9 @@ def random_weights(
 def empty_weights(
     config: LlamaConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> LlamaWeights:
-    """Room for a model in one piece of memory; what it holds is undefined."""
-    return _allocate(config, torch.device(device), dtype)
-
-
-def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
+    """Memory for a model in one piece; its values are undefined."""
     parts = stored_parts(config)
-    arena = Arena((math.prod(part.shape) for part in parts), device, dtype)
+    arena = Arena((math.prod(part.shape) for part in parts), torch.device(device), dtype)
     # The last part of a field ends where the field's tensor does.
     shapes = {(p.layer, p.field): (p.start + p.shape[0], *p.shape[1:]) for p in parts}
 
