@@ -165,13 +165,11 @@ def _check_names_and_shapes(checkpoint: Checkpoint, parts: list[StoredPart]) -> 
     for part in parts:
         name, got = part.name, checkpoint.shapes.get(part.name)
         if got is None:
-            raise ValueError(
-                f"{where}: has no tensor {name}; expected shape {part.shape}; {remedy}"
-            )
+            cause = f"has no tensor {name}; expected shape {part.shape}"
+            raise ValueError(f"{where}: {cause}; {remedy}")
         if got != part.shape:
-            raise ValueError(
-                f"{where}: tensor {name} has shape {quoted(got)}; expected {part.shape}; {remedy}"
-            )
+            cause = f"tensor {name} has shape {quoted(got)}; expected {part.shape}"
+            raise ValueError(f"{where}: {cause}; {remedy}")
     known = {part.name for part in parts}
     is_gguf = checkpoint.gguf_metadata is not None
     for name in checkpoint.shapes:
