@@ -127,7 +127,7 @@ class LLM:
         self.generation = loaded.generation
         self.device = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.max_length = model.cos.shape[0]
+        self.max_length = model.num_positions
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
         self._seeds = random.Random(seed)

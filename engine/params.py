@@ -32,6 +32,14 @@ class Sampling(NamedTuple):
     seed: int
     end_ids: int | array[int]
     min_position: int
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether it matters which tokens the sequence has already."""
+        return self[-3:] != (1.0, 0.0, 0.0)
 
 
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, seed=0, end_ids=-1, min_position=0)
@@ -41,9 +49,10 @@ GREEDY = Sampling(0.0, 0, 1.0, 0.0, seed=0, end_ids=-1, min_position=0)
 class SamplingParams:
     """Sampling parameters under vLLM's names.
 
-    temperature, top_p, top_k and min_p left at None take the model's `generation_config.json`, and
-    where that is silent 1.0, 1.0, 0 and 0.0. A token is drawn from softmax(logits / temperature)
-    restricted by top-k, then top-p, then min-p.
+    temperature, top_p, top_k, min_p and the penalties left at None take the model's
+    `generation_config.json`, and where that is silent 1.0, 1.0, 0, 0.0 and no penalty. A token is
+    drawn from softmax(logits / temperature) restricted by top-k, then top-p, then min-p; penalties
+    change the logits before that (kernels/round/penalties.py).
 
     max_tokens: tokens to generate at most; None runs to the end of the context.
     temperature: 0 is greedy decoding, and so is anything below 1e-5.
@@ -54,7 +63,11 @@ class SamplingParams:
     ignore_eos: go on past the end-of-sequence token.
     min_tokens: before so many tokens neither end-of-sequence nor `stop_token_ids` are drawn, and a
         stop string that is complete by then does not end the answer.
-    logprobs: report the log-probabilities of so many top tokens beside the chosen one.
+    logprobs: report the log-probabilities of so many top tokens beside the chosen one, under the
+        model itself: without penalties, temperature and filters.
+    repetition_penalty: in (0, 2], on tokens of prompt and answer; 1 is off, more discourages them.
+    presence_penalty, frequency_penalty: in [-2, 2], on tokens of the answer, once or as often as
+        they are there; 0 is off, more discourages them.
     speculative: how to draft, as `LLM` takes it; None is what the LLM was made with. It changes
         the speed of an answer and never its tokens.
     """
@@ -71,6 +84,9 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     speculative: Speculative | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -82,6 +98,9 @@ class SamplingParams:
         _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_int("top_k", self.top_k, -1, 2**31 - 1)
         _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 2.0, open_low=True)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_int("seed", self.seed, 0, 2**63 - 1)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
@@ -116,11 +135,15 @@ class SamplingParams:
     def with_defaults(self, generation: Mapping[str, Any]) -> SamplingParams:
         """Fill what is None from a generation_config.json mapping, then from the neutral values.
 
-        A configuration that says `do_sample: false` asks for greedy decoding.
+        A configuration that says `do_sample: false` asks for greedy decoding; its penalties hold.
         """
-        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        neutral = {
+            "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+            "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        }  # fmt: skip
         if generation.get("do_sample") is False:
-            generation = {"temperature": 0.0}
+            penalties = {name: generation[name] for name in generation if name.endswith("penalty")}
+            generation = {"temperature": 0.0, **penalties}
         chosen: dict[str, Any] = {
             name: generation[name] if generation.get(name) is not None else default
             for name, default in neutral.items()
@@ -130,12 +153,13 @@ class SamplingParams:
 
     def sampling(self, seed: int, end_ids: Collection[int], min_position: int) -> Sampling:
         """What the sampler is told, once defaults are filled in."""
-        assert self.temperature is not None and self.top_k is not None, self
-        assert self.top_p is not None and self.min_p is not None, self
         padded = array("i", [*sorted(end_ids), *[-1] * (MAX_END_IDS - len(end_ids))])
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.min_p, seed, padded, min_position
-        )
+        values: tuple[Any, ...] = (
+            self.temperature, self.top_k, self.top_p, self.min_p, seed, padded, min_position,
+            self.repetition_penalty, self.presence_penalty, self.frequency_penalty,
+        )  # fmt: skip
+        assert None not in values, self
+        return Sampling._make(values)
 
 
 def is_speculative(value: object) -> bool:

@@ -17,7 +17,11 @@ from engine.costs import bucket
 from engine.graphs import GraphRunner, run_eagerly
 from engine.kv_cache import KVCache
 from engine.round_buffers import MAX_WIDTH, RoundBuffers, RoundRow, make_round_buffers
-from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
+from engine.token_counts import TokenCounts
+from kernels.operands import Rows
+from kernels.ops import Ops
+from kernels.round.penalties import SeenTokens, penalise
+from models.llama import Llama, forward, full_precisions, logits, precision_table
 from models.plan import DraftPlan
 from router.route import Router
 
@@ -34,16 +38,18 @@ class Verified(NamedTuple):
     result: torch.Tensor  # [B, T + 2] int64
 
 
-def draft_pass(model: Llama, cache: KVCache, buffers: RoundBuffers) -> None:
+def draft_pass(
+    model: Llama, cache: KVCache, buffers: RoundBuffers, seen: SeenTokens | None
+) -> None:
     """One more token for every sequence that wants one, by the plan of its slot."""
     ops = model.decode_ops
-    (token_ids, positions, num_tokens, next_position), plan = ops.draft_rows(
+    rows, precisions = ops.draft_rows(
         buffers.token_ids, buffers.first, buffers.num_drafted, buffers.num_wanted, buffers.slots,
-        buffers.slot_plans,
+        buffers.slot_precisions,
     )  # fmt: skip
-    rows = Rows(token_ids, positions, num_tokens, buffers.slots)
-    scores = logits(model, forward(model, rows, cache.k, cache.v, plan, ops), plan, ops)
-    drawn = ops.sample(scores, next_position, buffers.sampling)
+    x = forward(model, rows, cache.k, cache.v, precisions, ops)
+    scores = logits(model, x, precisions, ops)
+    drawn = _draw(ops, scores, rows, buffers, seen)
     ops.keep_drafted(
         scores, drawn, buffers.token_ids, buffers.num_drafted, buffers.num_wanted,
         buffers.sampling.end_ids, buffers.stop_probability,
@@ -51,20 +57,42 @@ def draft_pass(model: Llama, cache: KVCache, buffers: RoundBuffers) -> None:
 
 
 def verify_pass(
-    model: Llama, cache: KVCache, buffers: RoundBuffers, width: int, plan: torch.Tensor
+    model: Llama,
+    cache: KVCache,
+    buffers: RoundBuffers,
+    width: int,
+    precisions: torch.Tensor,
+    seen: SeenTokens | None,
 ) -> Verified:
-    """The model itself over the newest token and the draft; `plan` [B, 2L + 1] is all of it."""
+    """The model itself over the newest token and the draft; `precisions` [B, 2L + 1] are FULL."""
     ops, batch = model.decode_ops, buffers.first.shape[0]
-    token_ids, positions, num_tokens, next_position = ops.verify_rows(
-        buffers.token_ids, buffers.first, buffers.num_drafted, width, cache.k.shape[3]
-    )
-    rows = Rows(token_ids, positions, num_tokens, buffers.slots)
-    x = forward(model, rows, cache.k, cache.v, plan, ops)
-    ops.keep_states(x, positions, buffers.slots, cache.states)
-    scores = logits(model, x, plan, ops)
-    target = ops.sample(scores, next_position, buffers.sampling).view(batch, width)
+    rows = ops.verify_rows(
+        buffers.token_ids, buffers.first, buffers.num_drafted, buffers.slots, width,
+        cache.k.shape[3],
+    )  # fmt: skip
+    x = forward(model, rows, cache.k, cache.v, precisions, ops)
+    ops.keep_states(x, rows, cache.states)
+    scores = logits(model, x, precisions, ops)
+    target = _draw(ops, scores, rows, buffers, seen).view(batch, width)
     result = ops.accept(target, buffers.token_ids, buffers.num_drafted)
     return Verified(scores.view(batch, width, -1), result)
+
+
+def _draw(
+    ops: Ops,
+    scores: torch.Tensor,  # [R, V] float32
+    rows: Rows,
+    buffers: RoundBuffers,
+    seen: SeenTokens | None,
+) -> torch.Tensor:
+    """The token [R] int64 after each row. seen: for penalties; None where no row has any."""
+    if seen is not None:
+        num_before = rows.positions - buffers.first[:, None]
+        scores = penalise(
+            scores, buffers.sampling, seen, buffers.slots, buffers.token_ids, num_before
+        )
+    assert rows.next_position is not None, "rows whose tokens are not drawn"
+    return ops.sample(scores, rows.next_position, buffers.sampling)
 
 
 class Passes:
@@ -88,9 +116,11 @@ class Passes:
         is_cuda = run is None and model.device.type == "cuda"
         self._run: Runner = run or (GraphRunner(self.staging.device) if is_cuda else run_eagerly)
         self._max_sequences = max_sequences
-        self._full_plan = full_plan(model.config, max_sequences, model.device)
-        self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_plans holds
+        self._full_precisions = full_precisions(model.config, max_sequences, model.device)
+        self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_precisions holds
         self._rows: dict[int, RoundBuffers] = {}  # views, which take a while to make
+        self._counts = TokenCounts(max_sequences, model.config.vocab_size, model.device)
+        self._seen: SeenTokens | None = None  # what the passes over the staged rows read of it
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -100,8 +130,8 @@ class Passes:
             yield
 
     def plan_row(self, slot: int) -> torch.Tensor:
-        """[1, 2L + 1]: the slot's row of the plan table, for the router to write."""
-        return self.buffers.slot_plans[slot : slot + 1]
+        """[1, 2L + 1]: the precisions of the slot, for the router to write."""
+        return self.buffers.slot_precisions[slot : slot + 1]
 
     def note_plan(self, slot: int, plan: DraftPlan | None) -> None:
         """The slot's row holds `plan` now, or something else that is no plan of ours."""
@@ -114,17 +144,22 @@ class Passes:
         """Let the slot's sequence draft with `plan`; nothing to do where it does already."""
         if self._plans.get(slot) != plan:
             self.note_plan(slot, None)
-            self.plan_row(slot).copy_(plan_table([plan], self.model.device))
+            self.plan_row(slot).copy_(precision_table([plan], self.model.device))
             self._plans[slot] = plan
 
     def stage(self, rows: Sequence[RoundRow]) -> None:
         """Write a round's inputs, padded to a bucket, and start their copy to the device."""
         self.staging.fill(rows, self.num_rows(len(rows)))
+        self._seen = self._counts.update(rows)
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """The token [1] int64 after a prompt: logits [1, V] float32, and the staged row."""
-        row = self._first_rows(1)
-        return self.model.prefill_ops.sample(logits, row.first.long() + 1, row.sampling)
+        ops, buffers = self.model.prefill_ops, self._first_rows(1)
+        rows = ops.verify_rows(
+            buffers.token_ids, buffers.first, buffers.num_drafted, buffers.slots, 1,
+            self.cache.k.shape[3],
+        )  # fmt: skip
+        return _draw(ops, logits, rows, buffers, self._seen)
 
     def draft_step(self, model: Llama, batch: int) -> None:
         """Run `draft_pass` over the first `batch` rows of the buffers.
@@ -133,8 +168,8 @@ class Passes:
         """
         batch = self.num_rows(batch)
         key = ("draft", batch, model.weights.lm_head.draft is not None)
-        rows = self._first_rows(batch)
-        self._run(key, lambda: draft_pass(model, self.cache, rows))
+        rows, seen = self._first_rows(batch), self._seen
+        self._run(self._key(*key), lambda: draft_pass(model, self.cache, rows, seen))
 
     def verify(self, batch: int, width: int) -> Verified:
         """Run `verify_pass` over the first `batch` rows and `width` columns of the buffers.
@@ -142,10 +177,11 @@ class Passes:
         The result has `batch` rows, and on CUDA as many columns as the width's bucket.
         """
         padded, width = self.num_rows(batch), self._width_bucket(width)
-        rows, plan = self._first_rows(padded), self._full_plan[:padded]
+        rows, seen = self._first_rows(padded), self._seen
+        precisions = self._full_precisions[:padded]
         verified = self._run(
-            ("verify", padded, width),
-            lambda: verify_pass(self.model, self.cache, rows, width, plan),
+            self._key("verify", padded, width),
+            lambda: verify_pass(self.model, self.cache, rows, width, precisions, seen),
         )
         return Verified(verified.logits[:batch], verified.result[:batch])
 
@@ -164,6 +200,9 @@ class Passes:
         """How many rows of the buffers a pass over `batch` sequences reads: those of its bucket."""
         assert 0 < batch <= self._max_sequences, (batch, self._max_sequences)
         return min(bucket(batch), self._max_sequences) if self.is_padded else batch
+
+    def _key(self, *parts: Hashable) -> Hashable:
+        return parts if self._seen is None else (*parts, "penalties")
 
     def _first_rows(self, batch: int) -> RoundBuffers:
         if batch not in self._rows:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from engine.kv_cache import KVCache
-from models.llama import Llama, Rows, forward, full_plan, logits
+from kernels.operands import Rows
+from models.llama import Llama, forward, full_precisions, logits
 
 CHUNK_TOKENS = 512  # bounds the activations of a long prompt
 
@@ -21,7 +22,7 @@ def prefill(
     """
     assert 0 <= start < len(token_ids), (start, len(token_ids))
     device = model.device
-    plan = full_plan(model.config, 1, device)
+    precisions = full_precisions(model.config, 1, device)
     # All of the prompt before the first pass: a copy to a GPU waits for what runs there.
     ids = torch.tensor([token_ids[start:]], device=device)
     positions = torch.arange(start, len(token_ids), dtype=torch.int32, device=device)[None]
@@ -30,6 +31,6 @@ def prefill(
         chunk = slice(first, first + CHUNK_TOKENS)
         num_tokens = torch.full_like(slots, positions[:, chunk].shape[1])
         rows = Rows(ids[:, chunk].contiguous(), positions[:, chunk].contiguous(), num_tokens, slots)
-        x = forward(model, rows, cache.k, cache.v, plan, model.prefill_ops)
-        model.prefill_ops.keep_states(x, rows.positions, rows.slots, cache.states)
-    return logits(model, x[-1:], plan, model.prefill_ops)
+        x = forward(model, rows, cache.k, cache.v, precisions, model.prefill_ops)
+        model.prefill_ops.keep_states(x, rows, cache.states)
+    return logits(model, x[-1:], precisions, model.prefill_ops)

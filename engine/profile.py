@@ -12,7 +12,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from engine.costs import PassCosts
 from engine.kv_cache import make_kv_cache
 from engine.passes import Passes, widths
 from engine.round_buffers import MAX_WIDTH, RoundRow
-from kernels.cpu.cache import cache_path, own_folder, warn_once
+from kernels.cpu.cache import cache_path, own_folder, warn_once, write_whole
 from kernels.cpu.compile import code_digest
+from kernels.operands import RotaryTable
 from models.llama import Llama
 from models.model_files import read_json
 from models.plan import DraftPlan
@@ -72,7 +72,7 @@ def profile_draft(model: Llama, plan: DraftPlan) -> float:
     """R: the cost of a draft step under `plan` in units of a pass of plain decoding."""
     passes = _passes(model)
     passes.set_plan(0, plan)
-    model = replace(model, cos=passes.model.cos, sin=passes.model.sin)
+    model = replace(model, rotary=passes.model.rotary)
     _draft_seconds(model, passes)
     drafts, plain = [], []
     started = time.perf_counter()
@@ -96,8 +96,9 @@ def _passes(model: Llama) -> Passes:
     for part in cache:
         part.zero_()  # numbers like real ones, not what memory happens to hold
     # A short context has no rotations for later positions; the time does not depend on them.
-    turns = torch.arange(length, device=model.device).clamp(max=model.cos.shape[0] - 1)
-    model = replace(without_int8(model), cos=model.cos[turns], sin=model.sin[turns])
+    turns = torch.arange(length, device=model.device).clamp(max=model.num_positions - 1)
+    rotary = RotaryTable(*(table[turns] for table in model.rotary))
+    model = replace(without_int8(model), rotary=rotary)
     return Passes(model, cache, 2)
 
 
@@ -202,13 +203,8 @@ def _is_cost(key: str, value: object) -> bool:
 
 
 def _write(path: Path, stored: dict[str, object]) -> None:
-    """Replace the file in one step, so that no reader sees half of it."""
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
         own_folder(path.parent)
-        part.write_text(json.dumps(stored))
-        part.replace(path)
+        write_whole(path, json.dumps(stored).encode())
     except OSError as error:
         warn_once(f"what passes cost here is measured at every start: {error.strerror or error}")
-    with suppress(OSError):
-        part.unlink(missing_ok=True)  # of a full disk, or of what cannot be replaced

@@ -33,14 +33,16 @@ class RoundRow(NamedTuple):
     num_wanted: int = 0  # how far draft steps shall go
     stop_probability: float = 0.0  # a less likely token ends the draft
     sampling: Sampling = GREEDY
+    history: Sequence[int] = ()  # all tokens so far, for penalties on them
+    num_prompt: int = 0  # of these
 
 
 @dataclass(frozen=True)
 class RoundBuffers:
     """One row a sequence, those that draft most first; W = MAX_WIDTH.
 
-    num_drafted is -1 in a row without a sequence. slot_plans is no input of a round: a slot's row
-    is written when its sequence changes its plan, by the router on the device or by the host.
+    num_drafted is -1 in a row without a sequence. slot_precisions is no input of a round: a slot's
+    row is written when its sequence changes its plan, by the router on the device or by the host.
     """
 
     token_ids: torch.Tensor  # [B, W] int64: the newest token, then the draft
@@ -50,19 +52,19 @@ class RoundBuffers:
     num_wanted: torch.Tensor  # [B] int32
     stop_probability: torch.Tensor  # [B] float32
     sampling: SampleParams
-    slot_plans: torch.Tensor  # [slots, 2L + 1] uint8
+    slot_precisions: torch.Tensor  # [slots, 2L + 1] uint8
 
     def rows(self, batch: int) -> RoundBuffers:
         """The first `batch` rows: views at the same addresses."""
-        *columns, sampling, plans = vars(self).values()
-        return _round_buffers([column[:batch] for column in (*columns, *sampling)], plans)
+        *columns, sampling, precisions = vars(self).values()
+        return _round_buffers([column[:batch] for column in (*columns, *sampling)], precisions)
 
 
-def _round_buffers(columns: Iterable[torch.Tensor], slot_plans: torch.Tensor) -> RoundBuffers:
+def _round_buffers(columns: Iterable[torch.Tensor], slot_precisions: torch.Tensor) -> RoundBuffers:
     token_ids, first, slots, num_drafted, num_wanted, stop_probability, *sampling = columns
     return RoundBuffers(
         token_ids, first, slots, num_drafted, num_wanted, stop_probability,
-        SampleParams(*sampling), slot_plans,
+        SampleParams(*sampling), slot_precisions,
     )  # fmt: skip
 
 
@@ -116,11 +118,12 @@ def make_round_buffers(
     with torch.inference_mode(False):  # a capture changes the arena outside of it
         host = torch.zeros(size, dtype=torch.uint8, pin_memory=is_cuda)
         arena = torch.zeros(size, dtype=torch.uint8, device=device) if is_cuda else host
-    plans = torch.zeros(max_sequences, 2 * config.num_layers + 1, dtype=torch.uint8, device=device)
+    shape = (max_sequences, 2 * config.num_layers + 1)
+    precisions = torch.zeros(shape, dtype=torch.uint8, device=device)
     columns = tuple(view.numpy() for view in _views(host, max_sequences))
     copied = torch.cuda.Event() if is_cuda else None
     staging = Staging(columns, host, arena, copied, max_positions - 1)
-    return _round_buffers(_views(arena, max_sequences), plans), staging
+    return _round_buffers(_views(arena, max_sequences), precisions), staging
 
 
 def _aligned(num_bytes: int) -> int:

@@ -87,7 +87,7 @@ class RunningSequence:
         """The sequence's inputs of a round."""
         return RoundRow(
             (self.token_ids[-1], *drafted), len(self.token_ids) - 1, self.slot, num_wanted,
-            stop_probability, self.sampling,
+            stop_probability, self.sampling, self.token_ids, self.num_prompt,
         )  # fmt: skip
 
     def choose(self, costs: PassCosts, num_running: int) -> Choice:

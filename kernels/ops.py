@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
+import numpy as np
+from torch import Tensor
 
 from kernels.layer.attention import attention_ref
 from kernels.layer.linear_residual import linear_residual_ref
 from kernels.layer.norm_gated_mlp import norm_gated_mlp_ref
 from kernels.layer.norm_lm_head import norm_lm_head_ref
 from kernels.layer.norm_qkv_rope import norm_qkv_rope_append_ref
+from kernels.operands import LayerCache, RotaryTable, Rows
 from kernels.round.accept import accept_ref
 from kernels.round.keep_drafted import keep_drafted_ref
 from kernels.round.keep_states import keep_states_ref
-from kernels.round.rows import PassRows, draft_rows_ref, verify_rows_ref
+from kernels.round.rows import draft_rows_ref, verify_rows_ref
 from kernels.round.sample import SampleParams, sample_ref
 from kernels.route.nearest_anchor import nearest_anchor_ref
 from kernels.route.pool_states import pool_states_ref
+from kernels.weight import LayerWeights, Weight
+
+
+class RunLayers(Protocol):
+    """All layers of a pass in one launch; x [R, C] is updated, the caches [L, ...] are written."""
+
+    def __call__(
+        self, x: Tensor, layers: Sequence[LayerWeights], table: np.ndarray, eps: float,
+        rotary: RotaryTable, rows: Rows, k_cache: Tensor, v_cache: Tensor, precisions: Tensor,
+    ) -> None: ...  # fmt: skip
+
+
+# Of both operations that norm and project: x, norm weight, eps, matrix, precisions, sub-layer.
+NormLinear = Callable[[Tensor, Tensor, float, Weight, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,21 +51,23 @@ class Ops:
     """
 
     name: str
-    norm_qkv_rope_append: Callable[..., torch.Tensor]
-    attention: Callable[..., torch.Tensor]
-    linear_residual: Callable[..., None]
-    norm_gated_mlp: Callable[..., torch.Tensor]
-    norm_lm_head: Callable[..., torch.Tensor]
-    sample: Callable[[torch.Tensor, torch.Tensor, SampleParams], torch.Tensor]
-    keep_states: Callable[..., None]
-    draft_rows: Callable[..., tuple[PassRows, torch.Tensor]]
-    keep_drafted: Callable[..., None]
-    verify_rows: Callable[..., PassRows]
-    accept: Callable[..., torch.Tensor]
-    pool_states: Callable[..., torch.Tensor]
-    nearest_anchor: Callable[..., torch.Tensor]
+    norm_qkv_rope_append: Callable[
+        [Tensor, LayerWeights, float, RotaryTable, Rows, LayerCache, Tensor, int], Tensor
+    ]
+    attention: Callable[[Tensor, LayerCache, Rows, Tensor, int, Tensor], Tensor]
+    linear_residual: Callable[[Tensor, Weight, Tensor, Tensor, int, Tensor], None]
+    norm_gated_mlp: NormLinear
+    norm_lm_head: NormLinear
+    sample: Callable[[Tensor, Tensor, SampleParams], Tensor]
+    keep_states: Callable[[Tensor, Rows, Tensor], None]
+    draft_rows: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Rows, Tensor]]
+    keep_drafted: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    verify_rows: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Rows]
+    accept: Callable[[Tensor, Tensor, Tensor], Tensor]
+    pool_states: Callable[[Tensor, Tensor, float], Tensor]
+    nearest_anchor: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor], Tensor]
     is_row_invariant: bool
-    run_layers: Callable[..., None] | None = None
+    run_layers: RunLayers | None = None
 
 
 TORCH = Ops(

@@ -8,6 +8,8 @@ both decode with `TRITON` and prefill with `TRITON_PREFILL`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kernels.layer.attention_decode import attention_decode
 from kernels.layer.attention_prefill import attention_prefill
 from kernels.layer.linear_prefill import (
@@ -47,20 +49,13 @@ TRITON = Ops(
     is_row_invariant=True,
 )
 
-TRITON_PREFILL = Ops(
+TRITON_PREFILL = replace(
+    TRITON,
     name="triton-prefill",
     norm_qkv_rope_append=norm_qkv_rope_prefill,
     attention=attention_prefill,
     linear_residual=linear_residual_prefill,
     norm_gated_mlp=norm_gated_mlp_prefill,
     norm_lm_head=norm_lm_head_prefill,
-    sample=sample,
-    keep_states=keep_states,
-    draft_rows=draft_rows,
-    keep_drafted=keep_drafted,
-    verify_rows=verify_rows,
-    accept=accept,
-    pool_states=pool_states,
-    nearest_anchor=nearest_anchor_triton,
     is_row_invariant=False,
 )

@@ -113,9 +113,9 @@ class LayerWeights(NamedTuple):
     down: Weight  # [C, F]
 
 
-def addresses(*tensors: torch.Tensor | None) -> np.ndarray:
-    """[n] int64: where tensors lie in memory, 0 for one that there is not."""
-    return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
+def addresses(*tensors: torch.Tensor | None) -> list[int]:
+    """Where tensors lie in memory, 0 for one that there is not."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def layer_table(layers: Sequence[LayerWeights]) -> np.ndarray:
@@ -125,7 +125,7 @@ def layer_table(layers: Sequence[LayerWeights]) -> np.ndarray:
     """
     for layer in layers:
         _check_layer(layer, layers[0])
-    return np.stack([addresses(*_tensors(layer)) for layer in layers])
+    return np.array([addresses(*_tensors(layer)) for layer in layers], np.int64)
 
 
 def _check_layer(layer: LayerWeights, first: LayerWeights) -> None:

@@ -111,7 +111,7 @@ def widened_model(
         dtype=dtype,
         device=device,
     )
-    return make_llama(config, weights, model.cos.shape[0], prefill_ops, decode_ops)
+    return make_llama(config, weights, model.num_positions, prefill_ops, decode_ops)
 
 
 def _larger_config(

@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from kernels.cpu.cache import write_whole
 from models.config import MAX_HIDDEN_SIZE
 from models.messages import MAX_QUOTED, cause_of, quoted
 from models.plan import DraftPlan
@@ -131,17 +131,12 @@ class RouterLibrary:
             for name in ("anchors", "anchor_domains", "anchor_plans")
         }
         data = save(tensors, {"format": FORMAT, "library": json.dumps(document)})
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            part.write_bytes(data)
-            part.replace(path)
+            write_whole(path, data)
         except OSError as error:
             raise ValueError(
                 f"{path}: cannot be written: {error.strerror or error}; choose another place"
             ) from error
-        finally:
-            with suppress(OSError):  # it is there only where something went wrong
-                part.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RouterLibrary:

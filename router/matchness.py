@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
+from kernels.operands import LayerCache, Rows
+from models.llama import Llama, forward, full_precisions, logits, precision_table
 from models.plan import SKIP, DraftPlan
 
 PREFILL_TOKENS = 512  # rows of a full-precision pass
@@ -110,7 +111,7 @@ class Matchness:
     def _record(self, slot: int, trace: Trace) -> None:
         """Write the model's keys and values of a trace into its slot."""
         model, inputs = self._model, torch.tensor([trace.inputs], device=self._model.device)
-        plan = full_plan(model.config, 1, model.device)
+        precisions = full_precisions(model.config, 1, model.device)
 
         def int32(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32, device=model.device)
@@ -120,12 +121,12 @@ class Matchness:
             count = token_ids.shape[1]
             positions = int32(list(range(first, first + count)))[None]
             rows = Rows(token_ids, positions, int32([count]), int32([slot]))
-            forward(model, rows, self._k, self._v, plan, model.prefill_ops)
+            forward(model, rows, self._k, self._v, precisions, model.prefill_ops)
 
     def _pass(self, plan: DraftPlan, first: int, last: int) -> torch.Tensor:
         """Flags of the positions [first, last), each a sequence of its own with one new token."""
         model, count = self._model, last - first
-        table = plan_table([plan], model.device).repeat(count, 1)
+        precisions = precision_table([plan], model.device).repeat(count, 1)
         attention = partial(_attention, plan, self._k, self._v, self._spans(first, last))
         ops = replace(model.decode_ops, attention=attention, run_layers=None)
         rows = Rows(
@@ -134,10 +135,10 @@ class Matchness:
             num_tokens=torch.ones(count, dtype=torch.int32, device=model.device),
             slots=self._slots[first:last],
         )
-        x = forward(model, rows, self._draft_k, self._draft_v, table, ops)
+        x = forward(model, rows, self._draft_k, self._draft_v, precisions, ops)
         step = max(1, LOGIT_ELEMENTS // model.config.vocab_size)
-        pieces = zip(x.split(step), table.split(step), strict=True)
-        best = torch.cat([logits(model, part, plans, ops).argmax(-1) for part, plans in pieces])
+        pieces = zip(x.split(step), precisions.split(step), strict=True)
+        best = torch.cat([logits(model, *piece, ops).argmax(-1) for piece in pieces])
         return (best == self._answers[first:last]).cpu()
 
     def _spans(self, first: int, last: int) -> list[_Span]:
@@ -168,7 +169,7 @@ def _empty(model: Llama, shape: tuple[int, ...]) -> torch.Tensor:
 def _check_traces(model: Llama, traces: Sequence[Trace]) -> None:
     if not traces:
         raise ValueError("traces: got none, expected one or more; record some answers first")
-    limit, vocab_size = model.cos.shape[0], model.config.vocab_size
+    limit, vocab_size = model.num_positions, model.config.vocab_size
     for index, trace in enumerate(traces):
         if len(trace.inputs) > limit:
             raise ValueError(
@@ -189,12 +190,9 @@ def _attention(
     full_v: torch.Tensor,  # [L, slots, H_kv, S, D]
     spans: Sequence[_Span],
     q: torch.Tensor,  # [R, H, D], any row stride
-    draft_k: torch.Tensor,  # [slots, H_kv, S, D]
-    draft_v: torch.Tensor,  # [slots, H_kv, S, D]
-    positions: torch.Tensor,  # [R, 1] int32
-    _num_tokens: torch.Tensor,
-    slots: torch.Tensor,  # [R] int32
-    _plan_table: torch.Tensor,
+    draft: LayerCache,
+    rows: Rows,  # one for each sequence
+    _precisions: torch.Tensor,
     sublayer: int,
     _counters: torch.Tensor,
 ) -> torch.Tensor:
@@ -202,11 +200,11 @@ def _attention(
     out = q.new_zeros(q.shape)
     if plan.sublayers[sublayer] != SKIP:
         k, v = full_k[sublayer // 2], full_v[sublayer // 2]
-        here = positions[:, 0].long()
-        own_k, own_v = draft_k[slots.long(), :, here], draft_v[slots.long(), :, here]
-        for slot, rows, end in spans:
+        here, slots = rows.positions[:, 0].long(), rows.slots.long()
+        own_k, own_v = draft.k[slots, :, here], draft.v[slots, :, here]
+        for slot, part, end in spans:
             past = k[slot, :, :end], v[slot, :, :end]
-            out[rows] = _attend(q[rows], *past, own_k[rows], own_v[rows], here[rows])
+            out[part] = _attend(q[part], *past, own_k[part], own_v[part], here[part])
     return out.flatten(1)
 
 

@@ -6,8 +6,8 @@
 A ratio below the library's means that the prompt is unlike anything known, or between two plans:
 then the default plan, which was best over all domains together.
 
-The device decides, and writes the plan's row where its kernels read it; the host reads the decision
-later, for its own accounts.
+The device decides, and writes the plan's precisions where its kernels read them; the host reads
+the decision later, for its own accounts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.route.nearest_anchor import Nearest
-from models.llama import Llama, plan_table
+from models.llama import Llama, precision_table
 from models.plan import DraftPlan
 from router.feature import as_feature
 from router.library import PlanRates, RouterLibrary
@@ -73,8 +73,8 @@ class Router:
         runs = [
             plan if plan.kind == "self" else _whole(library.num_layers) for plan in library.plans
         ]
-        self._plan_rows = plan_table(runs, device)
-        self._table = self._plan_rows[:1].clone()
+        self._plan_precisions = precision_table(runs, device)
+        self._precisions = self._plan_precisions[:1].clone()
         self._norm_weight, self._eps = model.weights.final_norm, model.config.norm_eps
         self._nearest_anchor, self._pool_states = nearest_anchor, pool_states
         # The plans that a prompt can be routed to, and n-grams where the library knows them.
@@ -83,16 +83,16 @@ class Router:
             p for i, p in enumerate(library.plans) if i in used or p.kind == "ngram"
         )
 
-    def launch(self, states: torch.Tensor, plan_row: torch.Tensor) -> PendingRoute:
-        """Have the plan of a prompt's `states` [n, C] written into `plan_row` [1, W] uint8.
+    def launch(self, states: torch.Tensor, precisions: torch.Tensor) -> PendingRoute:
+        """Have a plan for a prompt's `states` [n, C] written into `precisions` [1, 2L + 1] uint8.
 
         The states are what the prompt's tokens left after the last layer. Only queues work on the
         device: nothing here waits for it, and a CUDA graph can hold it.
         """
         total = self._pool_states(states, self._norm_weight, self._eps)
         record = self._nearest_anchor(
-            total[None], self._anchors, self._anchor_plans, self._plan_rows,
-            self.library.default_plan, self.library.min_ratio, plan_row,
+            total[None], self._anchors, self._anchor_plans, self._plan_precisions,
+            self.library.default_plan, self.library.min_ratio, precisions,
         )  # fmt: skip
         return PendingRoute(record, total)
 
@@ -111,8 +111,8 @@ class Router:
         )
 
     def route(self, states: torch.Tensor) -> Route:
-        """`launch` and `read`, for those who have no table of plans: waits for the device."""
-        return self.read(self.launch(states, self._table))
+        """`launch` and `read`, for those who only ask: waits for the device."""
+        return self.read(self.launch(states, self._precisions))
 
     def rates(self, route: Route) -> PlanRates:
         """Acceptance as it was measured on prompts such as this one."""
@@ -133,5 +133,5 @@ class Router:
 
 
 def _whole(num_layers: int) -> DraftPlan:
-    """The row of a plan that runs no cheaper model: the model itself."""
+    """What a plan that runs no cheaper model stands for: the model itself."""
     return DraftPlan.skipping("whole", num_layers, (), ())

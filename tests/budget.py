@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-
-from kernels.weight import Dense, Int8, Weight
+from operands import with_tensors
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -22,12 +21,8 @@ T = TypeVar("T")
 
 
 def promote(value: T) -> Any:
-    """The same argument in float64: tensors and weights of floats; anything else as it is."""
-    if isinstance(value, (Weight, Dense, Int8)):
-        return type(value)(*(promote(part) for part in value))
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.double()
-    return value
+    """The same argument in float64: tensors and records of floats; anything else as it is."""
+    return with_tensors(value, lambda t: t.double() if t.is_floating_point() else t)
 
 
 def assert_within_budget(

@@ -20,8 +20,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from operands import qkv_layer, rows_at  # noqa: E402
+
 from bench.compile import Launch, compile_launch, recorded_launches  # noqa: E402
 from kernels.gpu.launch import NUM_COUNTERS  # noqa: E402
+from kernels.operands import LayerCache, RotaryTable  # noqa: E402
 from kernels.ops_gpu import TRITON, TRITON_PREFILL  # noqa: E402
 from kernels.round.sample import SampleParams  # noqa: E402
 from kernels.route.nearest_anchor import nearest_anchor_triton  # noqa: E402
@@ -87,25 +90,24 @@ def launch_model(run: Run, batch: int, width: int, layers: int) -> None:
     rows, positions = batch * width, 4096
     c, d, f = shape.hidden, shape.head_dim, shape.ffn
     i32 = {"dtype": torch.int32}
-    where = (meta(batch, width, **i32), meta(batch, **i32), meta(batch, **i32))
+    where = rows_at(meta(batch, width, **i32), meta(batch, **i32), meta(batch, **i32))
     counters = meta(NUM_COUNTERS, **i32)
-    plan = (meta(batch, 2 * layers, dtype=torch.uint8), 2)
-    caches = tuple(meta(batch, shape.kv_heads, positions, d) for _ in "kv")
-    tables = tuple(meta(positions, d // 2, dtype=torch.float32) for _ in ("cos", "sin"))
+    asked = (meta(batch, 2 * layers, dtype=torch.uint8), 2)
+    cache = LayerCache(*(meta(batch, shape.kv_heads, positions, d) for _ in "kv"))
+    rotary = RotaryTable(*(meta(positions, d // 2, dtype=torch.float32) for _ in ("cos", "sin")))
     n = (shape.heads + 2 * shape.kv_heads) * d
     bias = meta(n) if shape.has_bias else None
     head_norms = tuple(meta(d) if shape.has_qk_norm else None for _ in "qk")
     x, norm = meta(rows, c), meta(c)
     for ops in (TRITON, TRITON_PREFILL):
-        ops.norm_qkv_rope_append(
-            x, norm, 1e-5, weight(n, c), bias, *head_norms, *tables, *where, *caches, *plan
-        )
-        ops.attention(meta(rows, shape.heads, d), *caches, *where, *plan, counters)
+        layer = qkv_layer(norm, weight(n, c), bias, *head_norms)
+        ops.norm_qkv_rope_append(x, layer, 1e-5, rotary, where, cache, *asked)
+        ops.attention(meta(rows, shape.heads, d), cache, where, *asked, counters)
     out = weight(c, shape.heads * d)
-    TRITON.linear_residual(meta(rows, shape.heads * d), out, x, *plan, counters)
-    TRITON.norm_gated_mlp(x, norm, 1e-5, weight(2 * f, c), *plan)
-    TRITON.linear_residual(meta(rows, f), weight(c, f), x, *plan, counters)
-    TRITON.norm_lm_head(x, norm, 1e-5, weight(shape.vocab, c), *plan)
+    TRITON.linear_residual(meta(rows, shape.heads * d), out, x, *asked, counters)
+    TRITON.norm_gated_mlp(x, norm, 1e-5, weight(2 * f, c), *asked)
+    TRITON.linear_residual(meta(rows, f), weight(c, f), x, *asked, counters)
+    TRITON.norm_lm_head(x, norm, 1e-5, weight(shape.vocab, c), *asked)
 
 
 def launch_round(shape: Shape, batch: int, width: int, layers: int) -> None:
@@ -118,9 +120,10 @@ def launch_round(shape: Shape, batch: int, width: int, layers: int) -> None:
     counts = tuple(meta(batch) for _ in range(3))  # first, num_drafted, num_wanted
     token_ids, end_ids = meta(batch, 16, **i64), meta(batch, 128)
     TRITON.draft_rows(token_ids, *counts, meta(batch), meta(4, 2 * layers + 1, **u8))
-    TRITON.verify_rows(token_ids, *counts[:2], width, 4096)
+    TRITON.verify_rows(token_ids, *counts[:2], meta(batch), width, 4096)
     filters = (meta(batch, **f32), meta(batch), meta(batch, **f32), meta(batch, **f32))
-    params = SampleParams(*filters, meta(batch, **i64), end_ids, meta(batch))
+    penalties = (meta(batch, **f32) for _ in range(3))
+    params = SampleParams(*filters, meta(batch, **i64), end_ids, meta(batch), *penalties)
     logits = meta(batch * width, shape.vocab, **f32)
     TRITON.sample(logits, meta(batch * width, **i64), params)
     drawn, unsure = meta(batch, **i64), meta(batch, **f32)
@@ -147,9 +150,8 @@ def launch_all(run: Run) -> None:
     for channels in (c, 8192, MAX_HIDDEN_SIZE):
         for tokens in (1, 300, 32768):
             TRITON.pool_states(meta(tokens, channels), meta(channels), 1e-5)
-    TRITON.keep_states(
-        meta(batch * width, c), meta(batch, width, **i32), meta(batch, **i32), meta(4, 4096, c)
-    )
+    rows = rows_at(meta(batch, width, **i32), meta(batch, **i32), meta(batch, **i32))
+    TRITON.keep_states(meta(batch * width, c), rows, meta(4, 4096, c))
 
 
 def distinct_launches(capability: int) -> Iterator[tuple[Run, Launch]]:

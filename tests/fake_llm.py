@@ -18,7 +18,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import engine.chat.__main__
-from engine.chat.terminal import loading_progress
+from engine.command import progress_bar
 from engine.params import SamplingParams, Speculative
 from engine.types import CompletionOutput, RequestOutput, RequestStats, TokenEvent
 from router.route import Router
@@ -172,11 +172,11 @@ class FakeLLM:
 
 def load_fake(args: Namespace) -> FakeLLM:
     """Stands in for `engine.chat.__main__.load_llm`, progress bar included."""
-    with loading_progress() as on_progress:
-        if on_progress is not None:
-            on_progress(1, 2)
+    with progress_bar(in_bytes=True) as show:
+        if sys.stderr.isatty():
+            show("loading", 1, 2)
             time.sleep(0.2)
-            on_progress(2, 2)
+            show("loading", 2, 2)
     return FakeLLM(speculative=args.speculative)
 
 

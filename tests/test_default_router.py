@@ -13,7 +13,7 @@ import torch
 
 import router
 from engine import LLM, SamplingParams
-from engine.calibrate.__main__ import read_prompts
+from engine.calibrate.prompts import read_prompts
 from engine.routing import LIBRARIES
 from router.fingerprint import fingerprint
 from router.library import RouterLibrary

@@ -59,7 +59,7 @@ def no_clock(monkeypatch, tmp_path):
     """A pass takes the bits that it reads, and a decode as many seconds as it has rounds."""
 
     def verify_seconds(passes, rows):
-        return float(passes._full_plan[0].sum()) * (1 + 0.1 * (rows - 1))
+        return float(passes._full_precisions[0].sum()) * (1 + 0.1 * (rows - 1))
 
     def draft_seconds(model, passes):
         return float(passes.plan_row(0).sum())

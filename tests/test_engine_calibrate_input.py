@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tiny import tiny_llm
 
-from engine.calibrate.__main__ import main, read_prompts
+from engine.calibrate.__main__ import main
+from engine.calibrate.prompts import read_prompts
 from router.fingerprint import fingerprint
 from router.library import RouterLibrary
 

@@ -28,7 +28,7 @@ from engine.chat.conversation import (
     save_conversation,
 )
 from engine.chat.repl import handle_input
-from engine.chat.terminal import one_line, visible
+from engine.command import one_line, visible
 from engine.params import SamplingParams
 from models.plan import DraftPlan
 
@@ -85,7 +85,7 @@ def test_usage_errors_exit_2_before_loading(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.chat.__main__, "load_llm", lambda args: pytest.fail("loaded"))
-    monkeypatch.setattr(engine.chat.__main__, "_read_stdin", lambda: "")
+    monkeypatch.setattr(engine.chat.once, "_read_stdin", lambda: "")
     with pytest.raises(SystemExit) as raised:
         engine.chat.__main__.main(arguments)
     out, err = capsys.readouterr()
@@ -96,7 +96,7 @@ def test_usage_errors_exit_2_before_loading(
 def test_json_needs_a_prompt_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.chat.__main__, "_read_prompt", lambda prompt: None)
+    monkeypatch.setattr(engine.chat.__main__, "read_prompt", lambda prompt: None)
     with pytest.raises(SystemExit) as raised:
         engine.chat.__main__.main(["--json"])
     assert raised.value.code == 2 and "--json" in capsys.readouterr().err
@@ -109,13 +109,15 @@ def test_every_flag_reaches_the_model(
     monkeypatch.setattr(engine.chat.__main__, "load_llm", lambda args: seen.append(args) or fake)
     flags = "-m M --revision R -p hi -s be --max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4"
     more = "--min-p 0.1 --seed 7 --max-length 64 --device cpu --dtype float32 --stats"
+    more += " --repetition-penalty 1.2 --presence-penalty 0.5 --frequency-penalty -0.5"
     assert engine.chat.__main__.main((flags + " " + more).split()) == 0
     (args,) = seen
     loading = (args.model, args.revision, args.max_length, args.device, args.dtype)
     assert loading == ("M", "R", 64, "cpu", "float32")
     assert fake.params == SamplingParams(
-        max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=7
-    )
+        max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=7,
+        repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=-0.5,
+    )  # fmt: skip
     assert [message["role"] for message in fake.asked[0]] == ["system", "user"]
 
 

@@ -15,6 +15,10 @@ BAD = [
     {"stop_token_ids": (-1,)}, {"stop_token_ids": ("a",)}, {"min_tokens": -1},
     {"top_k": 2**31}, {"stop": 5}, {"stop_token_ids": 5}, {"temperature": 10**400},
     {"min_tokens": 5, "max_tokens": 4}, {"logprobs": -1}, {"logprobs": 21}, {"ignore_eos": 1},
+    {"repetition_penalty": 0}, {"repetition_penalty": -1.0}, {"repetition_penalty": 2.1},
+    {"repetition_penalty": float("nan")}, {"repetition_penalty": "1"}, {"presence_penalty": -2.1},
+    {"presence_penalty": 2.1}, {"presence_penalty": float("inf")}, {"presence_penalty": True},
+    {"frequency_penalty": -2.1}, {"frequency_penalty": 3}, {"frequency_penalty": float("nan")},
 ]  # fmt: skip
 
 
@@ -37,6 +41,10 @@ def test_defaults_come_from_the_generation_configuration():
     generation = {"temperature": 0.6, "top_k": 20, "top_p": None, "repetition_penalty": 1.1}
     params = SamplingParams(top_k=5).with_defaults(generation)
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.6, 5, 1.0, 0.0)
+    assert params.repetition_penalty == 1.1
+    assert SamplingParams(repetition_penalty=1).with_defaults(generation).repetition_penalty == 1
+    greedy = SamplingParams().with_defaults(generation | {"do_sample": False})
+    assert (greedy.temperature, greedy.top_k, greedy.repetition_penalty) == (0.0, 0, 1.1)
     assert SamplingParams().with_defaults({}).temperature == 1.0
     assert SamplingParams().with_defaults({"do_sample": False}).temperature == 0.0
     assert SamplingParams(temperature=0.3).with_defaults({"do_sample": False}).temperature == 0.3

@@ -102,7 +102,7 @@ def test_output_that_cannot_be_delivered_is_an_error(arguments: str, env: dict[s
 def test_a_closed_stream_leaves_its_number_to_no_file(env: dict[str, str]) -> None:
     """Else what is meant for the terminal would be written into the next file that is opened."""
     script = (
-        "import os, sys\nfrom engine.chat.terminal import run_program\n"
+        "import os, sys\nfrom engine.command import run_program\n"
         "sys.exit(run_program(lambda: 7 if os.open(os.devnull, os.O_RDWR) > 2 else 8))"
     )
     for closing in ("<&-", "2>&-", "<&- 2>&-"):

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
+from operands import rows_at
 
 import kernels.layer.attention_decode as attention_decode_module
 from kernels.gpu.launch_table import DECODE, DecodeLaunch
 from kernels.layer.attention import attention_ref
 from kernels.layer.attention_decode import attention_decode
 from kernels.layer.attention_prefill import attention_prefill
+from kernels.operands import LayerCache
 
 SUBLAYER = 2
 BLOCK_S = 64  # of every row of the launch table
@@ -50,10 +52,10 @@ def make(case: Case, dtype: torch.dtype, device: torch.device) -> tuple:
     q = torch.randn(batch * case.width, heads, case.head_dim, generator=generator)
     positions = torch.tensor(case.lengths)[:, None] + torch.arange(case.width)
     num_tokens = torch.tensor(case.valid)
-    rows = (t.to(device, torch.int32) for t in (positions, num_tokens, slots))
-    plan = torch.full((batch, 6), 16, dtype=torch.uint8, device=device)
+    rows = rows_at(*(t.to(device, torch.int32) for t in (positions, num_tokens, slots)))
+    precisions = torch.full((batch, 6), 16, dtype=torch.uint8, device=device)
     counters = torch.zeros(64, dtype=torch.int32, device=device)
-    return (q.to(device, dtype), *caches, *rows, plan, SUBLAYER, counters)
+    return (q.to(device, dtype), LayerCache(*caches), rows, precisions, SUBLAYER, counters)
 
 
 def check(attention, args: tuple) -> torch.Tensor:
@@ -120,7 +122,7 @@ def test_prefill(case, dtype, device):
 @pytest.mark.parametrize("attention", [attention_decode, attention_prefill])
 def test_skipped_sequences_and_padding_are_zero(attention, device):
     args = make(Case(16, 1, 2, 5, (200, 9, 130), (4, 5, 0)), torch.float32, device)
-    args[6][1, SUBLAYER] = 0
+    args[3][1, SUBLAYER] = 0
     out = check(attention, args).view(3, 5, -1)
     assert torch.equal(out[1:], torch.zeros_like(out[1:]))
     assert torch.equal(out[0, 4:], torch.zeros_like(out[0, 4:]))
@@ -129,12 +131,12 @@ def test_skipped_sequences_and_padding_are_zero(attention, device):
 
 def rows_of_width(args: tuple, width: int, first: int = 0) -> tuple:
     """The same pass with the `width` tokens of each sequence from token `first` on."""
-    q, k, v, positions, _, slots, *rest = args
-    batch, full_width = positions.shape
+    q, cache, rows, *rest = args
+    batch, full_width = rows.positions.shape
     q = q.view(batch, full_width, *q.shape[1:])[:, first : first + width].flatten(0, 1).contiguous()
-    positions = positions[:, first : first + width].contiguous()
-    num_tokens = torch.full_like(slots, width)
-    return (q, k, v, positions, num_tokens, slots, *rest)
+    positions = rows.positions[:, first : first + width].contiguous()
+    rows = rows_at(positions, torch.full_like(rows.slots, width), rows.slots)
+    return (q, cache, rows, *rest)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 64])
@@ -161,18 +163,18 @@ def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(
 
 def only_sequence(args: tuple, b: int) -> tuple:
     """The same pass with one of its sequences."""
-    q, k, v, positions, num_tokens, slots, plan, *rest = args
-    one, width = slice(b, b + 1), positions.shape[1]
+    q, cache, rows, precisions, *rest = args
+    one, width = slice(b, b + 1), rows.positions.shape[1]
     q = q[b * width : (b + 1) * width]
-    return (q, k, v, positions[one], num_tokens[one], slots[one], plan[one], *rest)
+    return (q, cache, rows_at(*(part[one] for part in rows[1:4])), precisions[one], *rest)
 
 
 def test_bits_of_a_row_do_not_depend_on_the_room_of_the_cache(dtype, device, dots_in_order):
     """A shorter cache has fewer programs, but none of those that its sequences need."""
     case = Case(32, 1, 2, 3, (BLOCK_S + 5, 2), (3, 3))
-    q, k, v, *rest = make(case, dtype, device)
-    short = [cache[:, :, : 2 * BLOCK_S].contiguous() for cache in (k, v)]
-    assert torch.equal(attention_decode(q, *short, *rest), attention_decode(q, k, v, *rest))
+    q, cache, *rest = make(case, dtype, device)
+    short = LayerCache(*(part[:, :, : 2 * BLOCK_S].contiguous() for part in cache))
+    assert torch.equal(attention_decode(q, short, *rest), attention_decode(q, cache, *rest))
 
 
 def test_invariance_check_notices_splits_chosen_from_the_tokens(device):
@@ -188,13 +190,14 @@ def test_invariance_check_notices_splits_chosen_from_the_tokens(device):
 def test_slots_beyond_two_billion_elements(attention, device):
     """Offsets into a large cache need 64 bits. Of this one only the pages of a slot are touched."""
     case = Case(64, 2, 2, 3, (5,), (3,), room=BLOCK_S)
-    q, k, v, positions, num_tokens, slots, *rest = make(case, torch.float16, device)
+    q, (k, v), rows, *rest = make(case, torch.float16, device)
     slot = 2**31 // k[0].numel() + 1
     # The caches share a memory, the values one slot further on.
     memory = torch.empty(slot + 2, *k.shape[1:], dtype=k.dtype, device=device)
-    memory[slot], memory[slot + 1] = k[slots[0]], v[slots[0]]
-    far = (q, memory[:-1], memory[1:], positions, num_tokens, torch.full_like(slots, slot), *rest)
-    near = (q, k, v, positions, num_tokens, slots, *rest)
+    memory[slot], memory[slot + 1] = k[rows.slots[0]], v[rows.slots[0]]
+    far_rows = rows._replace(slots=torch.full_like(rows.slots, slot))
+    far = (q, LayerCache(memory[:-1], memory[1:]), far_rows, *rest)
+    near = (q, LayerCache(k, v), rows, *rest)
     assert torch.equal(attention(*far), attention(*near))
 
 
@@ -235,7 +238,7 @@ def test_a_captured_launch_follows_the_positions(device):
     with torch.cuda.graph(graph):
         out = attention_decode(*args)
     for start in (0, BLOCK_S - 3, 4 * BLOCK_S):
-        args[3][0] = torch.arange(start, start + 5)
+        args[2].positions[0] = torch.arange(start, start + 5)
         for _ in range(2):
             graph.replay()
             assert torch.equal(out, attention_decode(*args))

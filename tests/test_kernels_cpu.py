@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from operands import qkv_layer, rows_at
 
 from kernels.cpu.product import piece_of
 from kernels.cpu.scalars import exp
 from kernels.layer.planned_linear import quantise
+from kernels.operands import LayerCache, RotaryTable
 from kernels.ops import TORCH
 from kernels.ops_cpu import NUMBA
 from kernels.weight import Dense, Weight
@@ -49,51 +51,48 @@ class Case:
         self.positions = (start + torch.arange(width)).repeat(batch, 1).int()
         self.num_tokens = torch.full((batch,), width, dtype=torch.int32)
         self.slots = torch.arange(batch).flip(0).int()
-        self.plan = torch.full((batch, 4), 16, dtype=torch.uint8)
+        self.precisions = torch.full((batch, 4), 16, dtype=torch.uint8)
 
     def run_qkv(self, ops, dtype=torch.float32, with_bias=True, with_norm=True):
         k, v = self.cache.to(dtype, copy=True)
         up = lambda t: t.to(dtype)  # noqa: E731
-        q = ops.norm_qkv_rope_append(
-            up(self.x), up(self.norm), 1e-5, Weight(Dense(up(self.qkv))),
-            up(self.bias) if with_bias else None,
+        layer = qkv_layer(
+            up(self.norm), Weight(Dense(up(self.qkv))), up(self.bias) if with_bias else None,
             up(self.q_norm) if with_norm else None, up(self.k_norm) if with_norm else None,
-            up(self.cos), up(self.sin), self.positions, self.num_tokens, self.slots, k, v,
-            self.plan, 2,
         )  # fmt: skip
-        return q, k, v
+        return self.append(ops, up(self.x), layer, k, v), k, v
+
+    def rows(self):
+        return rows_at(self.positions, self.num_tokens, self.slots)
+
+    def append(self, ops, x, layer, k, v):
+        rotary = RotaryTable(self.cos.to(x.dtype), self.sin.to(x.dtype))
+        cache = LayerCache(k, v)
+        return ops.norm_qkv_rope_append(
+            x, layer, 1e-5, rotary, self.rows(), cache, self.precisions, 2
+        )
 
     def run_attention(self, ops, dtype=torch.float32):
-        k, v = self.cache.to(dtype)
-        return ops.attention(
-            self.q.to(dtype),
-            k,
-            v,
-            self.positions,
-            self.num_tokens,
-            self.slots,
-            self.plan,
-            2,
-            COUNTERS,
-        )
+        cache = LayerCache(*self.cache.to(dtype))
+        return ops.attention(self.q.to(dtype), cache, self.rows(), self.precisions, 2, COUNTERS)
 
     def run_mlp(self, ops, dtype=torch.float32):
         up = lambda t: t.to(dtype)  # noqa: E731
         return ops.norm_gated_mlp(up(self.x), up(self.norm), 1e-5, Weight(Dense(up(self.gate_up))),
-                                  self.plan, 3)  # fmt: skip
+                                  self.precisions, 3)  # fmt: skip
 
     def run_residual(self, ops, dtype=torch.float32):
         residual = self.x.to(dtype, copy=True)
         o = self.q.flatten(1).to(dtype)
         ops.linear_residual(
-            o, Weight(Dense(self.attn_out.to(dtype))), residual, self.plan, 2, COUNTERS
+            o, Weight(Dense(self.attn_out.to(dtype))), residual, self.precisions, 2, COUNTERS
         )
         return residual
 
     def run_head(self, ops, dtype=torch.float32):
         up = lambda t: t.to(dtype)  # noqa: E731
         return ops.norm_lm_head(
-            up(self.x), up(self.norm), 1e-5, Weight(Dense(up(self.head))), self.plan, 3
+            up(self.x), up(self.norm), 1e-5, Weight(Dense(up(self.head))), self.precisions, 3
         )
 
     def all_outputs(self, ops, dtype=torch.float32):
@@ -186,7 +185,7 @@ def test_the_invariance_check_can_fail():
 def test_padding_and_skipped_sequences_are_left_alone():
     case = Case("odd", batch=3, width=6, start=9)
     case.num_tokens = torch.tensor([6, 2, 4], dtype=torch.int32)
-    case.plan[2, 2:] = 0  # the third sequence skips layer 1
+    case.precisions[2, 2:] = 0  # the third sequence skips layer 1
     before = case.cache.clone()
     _, k, v = case.run_qkv(NUMBA)
     _, k_ref, v_ref = case.run_qkv(TORCH)
@@ -227,10 +226,10 @@ PRECISIONS = [(8,), (8, 8, 8), (16, 8, 0), (0, 8, 8)]
 @pytest.mark.parametrize("precisions", PRECISIONS, ids=str)
 @pytest.mark.parametrize("width", (1, 2, 3, 5, 8, 9))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int8_weights_and_mixed_plans_match_the_reference(shape, width, precisions):
+def test_int8_weights_and_mixed_precisions_match_the_reference(shape, width, precisions):
     case = Case(shape, batch=len(precisions), width=width, start=3)
-    case.plan[:] = torch.tensor(precisions, dtype=torch.uint8)[:, None]
-    case.plan[:, 3] = torch.tensor([p or 16 for p in precisions], dtype=torch.uint8)
+    case.precisions[:] = torch.tensor(precisions, dtype=torch.uint8)[:, None]
+    case.precisions[:, 3] = torch.tensor([p or 16 for p in precisions], dtype=torch.uint8)
     weights = [
         quantise(Weight(Dense(w))) for w in (case.qkv, case.attn_out, case.gate_up, case.head)
     ]
@@ -242,14 +241,11 @@ def test_int8_weights_and_mixed_plans_match_the_reference(shape, width, precisio
         )
         up = lambda t: t.to(dtype)  # noqa: E731
         k, v = case.cache.to(dtype, copy=True)
-        q = ops.norm_qkv_rope_append(
-            up(case.x), up(case.norm), 1e-5, qkv, up(case.bias), None, None, up(case.cos),
-            up(case.sin), case.positions, case.num_tokens, case.slots, k, v, case.plan, 2,
-        )  # fmt: skip
+        q = case.append(ops, up(case.x), qkv_layer(up(case.norm), qkv, up(case.bias)), k, v)
         residual = up(case.x).clone()
-        ops.linear_residual(up(case.q.flatten(1)), attn_out, residual, case.plan, 2, COUNTERS)
-        h = ops.norm_gated_mlp(up(case.x), up(case.norm), 1e-5, gate_up, case.plan, 2)
-        logits = ops.norm_lm_head(up(case.x), up(case.norm), 1e-5, head, case.plan, 3)
+        ops.linear_residual(up(case.q.flatten(1)), attn_out, residual, case.precisions, 2, COUNTERS)
+        h = ops.norm_gated_mlp(up(case.x), up(case.norm), 1e-5, gate_up, case.precisions, 2)
+        logits = ops.norm_lm_head(up(case.x), up(case.norm), 1e-5, head, case.precisions, 3)
         return {"q": q[runs], "k": k, "v": v, "h": h[runs], "x": residual, "logits": logits}
 
     outs, lows = outputs(NUMBA, torch.float32), outputs(TORCH, torch.float32)
@@ -258,8 +254,8 @@ def test_int8_weights_and_mixed_plans_match_the_reference(shape, width, precisio
         assert_within_budget(name, outs[name], lows[name], highs[name])
 
 
-def test_a_plan_of_8_needs_int8_weights():
+def test_a_precision_of_8_needs_int8_weights():
     case = Case("aligned", batch=1, width=1)
-    case.plan[:] = 8
+    case.precisions[:] = 8
     with pytest.raises(AssertionError, match="no int8 form"):
         case.all_outputs(NUMBA)

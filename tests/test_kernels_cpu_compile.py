@@ -15,15 +15,15 @@ import threading, torch
 from kernels.ops_cpu import NUMBA
 from kernels.weight import Dense, Weight
 x, norm, head = torch.randn(2, 32), torch.ones(32), Weight(Dense(torch.randn(40, 32)))
-plan = torch.full((1, 3), 16, dtype=torch.uint8)
+precisions = torch.full((1, 3), 16, dtype=torch.uint8)
 def run():
     for _ in range(20):
-        NUMBA.norm_lm_head(x, norm, 1e-5, head, plan, 2)
+        NUMBA.norm_lm_head(x, norm, 1e-5, head, precisions, 2)
 run()
 threads = [threading.Thread(target=run) for _ in range(3)]
 [t.start() for t in threads], [t.join() for t in threads]
 import numba
-logits = NUMBA.norm_lm_head(x, norm, 1e-5, head, plan, 2)
+logits = NUMBA.norm_lm_head(x, norm, 1e-5, head, precisions, 2)
 print(numba.threading_layer(), logits.isfinite().all().item())
 """
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from operands import qkv_layer, rows_at
 
 from kernels.cpu.sample import sample, top_probability
+from kernels.operands import LayerCache, RotaryTable
 from kernels.ops_cpu import NUMBA, run_layers
 from kernels.round.sample import SampleParams
 from kernels.weight import Dense, Int8, LayerWeights, Weight, layer_table
@@ -38,7 +40,7 @@ def cache(*lead: int) -> dict[str, Any]:
     return {name: torch.zeros(*lead, SLOTS, H_KV, S, D) for name in ("k_cache", "v_cache")}
 
 
-def plan() -> torch.Tensor:
+def precisions() -> torch.Tensor:
     return torch.full((B, 2 * L + 1), 16, dtype=torch.uint8)
 
 
@@ -61,30 +63,30 @@ def qkv_operands() -> dict[str, Any]:
     return {
         "x": torch.randn(B * T, C), "norm_weight": w.attn_norm, "eps": 1e-5, "qkv": w.qkv,
         "qkv_bias": w.qkv_bias, "q_norm": w.q_norm, "k_norm": w.k_norm, **angles(), **rows(),
-        **cache(), "plan": plan(), "sublayer": 0,
+        **cache(), "precisions": precisions(), "sublayer": 0,
     }  # fmt: skip
 
 
 def attention_operands() -> dict[str, Any]:
     counters = torch.zeros(1, dtype=torch.int32)
-    return {"q": torch.randn(B * T, H, D), **cache(), **rows(), "plan": plan(), "sublayer": 0,
-            "counters": counters}  # fmt: skip
+    return {"q": torch.randn(B * T, H, D), **cache(), **rows(), "precisions": precisions(),
+            "sublayer": 0, "counters": counters}  # fmt: skip
 
 
 def residual_operands() -> dict[str, Any]:
     counters = torch.zeros(1, dtype=torch.int32)
     return {"x": torch.randn(B * T, F), "weight": layer().down, "residual": torch.randn(B * T, C),
-            "plan": plan(), "sublayer": 1, "counters": counters}  # fmt: skip
+            "precisions": precisions(), "sublayer": 1, "counters": counters}  # fmt: skip
 
 
 def mlp_operands() -> dict[str, Any]:
     return {"x": torch.randn(B * T, C), "norm_weight": torch.ones(C), "eps": 1e-5,
-            "gate_up": layer().gate_up, "plan": plan(), "sublayer": 1}  # fmt: skip
+            "gate_up": layer().gate_up, "precisions": precisions(), "sublayer": 1}  # fmt: skip
 
 
 def head_operands() -> dict[str, Any]:
     return {"x": torch.randn(B * T, C), "norm_weight": torch.ones(C), "eps": 1e-5,
-            "lm_head": dense(V, C), "plan": plan(), "sublayer": 2 * L}  # fmt: skip
+            "lm_head": dense(V, C), "precisions": precisions(), "sublayer": 2 * L}  # fmt: skip
 
 
 def layer_of(dtype: torch.dtype) -> LayerWeights:
@@ -98,7 +100,7 @@ def layer_of(dtype: torch.dtype) -> LayerWeights:
 def layers_operands(**changes: Any) -> dict[str, Any]:
     layers = [layer(**changes) for _ in range(L)]
     return {"x": torch.randn(B * T, C), "layers": layers, "table": layer_table(layers),
-            "eps": 1e-5, **angles(), **rows(), **cache(L), "plan": plan()}  # fmt: skip
+            "eps": 1e-5, **angles(), **rows(), **cache(L), "precisions": precisions()}  # fmt: skip
 
 
 def sample_operands() -> dict[str, Any]:
@@ -110,6 +112,8 @@ def sample_params(**changes: torch.Tensor) -> SampleParams:
     return SampleParams(
         temperature=torch.ones(B), top_k=ints(0, 0), top_p=torch.ones(B), min_p=torch.zeros(B),
         seed=ints(1, 2, dtype=torch.int64), end_ids=ints((V - 1,), (-1,)), min_position=ints(9, 9),
+        repetition_penalty=torch.ones(B), presence_penalty=torch.zeros(B),
+        frequency_penalty=torch.zeros(B),
     )._replace(**changes)  # fmt: skip
 
 
@@ -132,11 +136,12 @@ OUTSIDE_THE_CACHE = [
     rows() | {"positions": ints((0, 1, 2, 15), (0, 1, 2, 3))},  # of which a tile is read to 19
     rows() | {"positions": ints((0, 1, 2, 3))}, rows() | {"slots": ints(0, 1, dtype=torch.int64)},
 ]  # fmt: skip
-PLANS = [
-    {"plan": plan()[:1].repeat(3, 1)}, {"plan": plan().int()}, {"plan": plan().T.contiguous().T},
+PRECISIONS = [
+    {"precisions": precisions()[:1].repeat(3, 1)}, {"precisions": precisions().int()},
+    {"precisions": precisions().T.contiguous().T},
 ]  # fmt: skip
 SUBLAYERS = [{"sublayer": 2 * L + 1}, {"sublayer": -1}]
-NO_INT8 = {"plan": torch.full((B, 2 * L + 1), 8, dtype=torch.uint8)}
+NO_INT8 = {"precisions": torch.full((B, 2 * L + 1), 8, dtype=torch.uint8)}
 NORMS = [{"norm_weight": torch.ones(C - 1)}, {"norm_weight": torch.ones(C, dtype=HALF)}]
 CACHES = [
     {"v_cache": torch.zeros(SLOTS, H_KV, S - 1, D)}, {"v_cache": cache()["v_cache"].to(HALF)},
@@ -144,28 +149,28 @@ CACHES = [
 ]  # fmt: skip
 BEYOND: dict[str, list[dict[str, Any]]] = {
     "qkv": [
-        *OUTSIDE_THE_CACHE, *PLANS, *SUBLAYERS, NO_INT8, *NORMS, *CACHES,
+        *OUTSIDE_THE_CACHE, *PRECISIONS, *SUBLAYERS, NO_INT8, *NORMS, *CACHES,
         {"cos": torch.ones(S - 1, D // 2), "sin": torch.ones(S - 1, D // 2)},
         {"cos": torch.ones(S - 1, D // 2)}, {"q_norm": torch.ones(D - 1)},
         {"qkv_bias": torch.ones(NUM_QKV - 1)}, {"qkv": dense(NUM_QKV, C - 1)},
         {"qkv": dense(2 * H_KV * D, C)}, {"x": torch.randn(B * T - 1, C)},
     ],
     "attention": [
-        *OUTSIDE_THE_CACHE, *PLANS, *SUBLAYERS, *CACHES, {"q": torch.randn(B * T + 1, H, D)},
+        *OUTSIDE_THE_CACHE, *PRECISIONS, *SUBLAYERS, *CACHES, {"q": torch.randn(B * T + 1, H, D)},
         {"q": torch.randn(B * T, 3, D)}, {"q": torch.randn(B * T, H, D + 1)},
     ],
     "residual": [
-        *PLANS, *SUBLAYERS, NO_INT8, {"residual": torch.randn(B * T - 1, C)},
+        *PRECISIONS, *SUBLAYERS, NO_INT8, {"residual": torch.randn(B * T - 1, C)},
         {"residual": torch.randn(B * T, C - 1)}, {"x": torch.randn(B * T, F + 1)},
         {"residual": torch.randn(C, B * T).T}, {"x": torch.randn(B * T, F, dtype=HALF)},
     ],
     "mlp": [
-        *PLANS, *SUBLAYERS, NO_INT8, *NORMS, {"x": torch.randn(B * T, C + 1)},
+        *PRECISIONS, *SUBLAYERS, NO_INT8, *NORMS, {"x": torch.randn(B * T, C + 1)},
         {"gate_up": dense(2 * F + 1, C)},
     ],
-    "head": [*PLANS, *SUBLAYERS, NO_INT8, *NORMS, {"x": torch.randn(B * T, C - 1)}],
+    "head": [*PRECISIONS, *SUBLAYERS, NO_INT8, *NORMS, {"x": torch.randn(B * T, C - 1)}],
     "layers": [
-        *OUTSIDE_THE_CACHE, *PLANS, NO_INT8, {"plan": plan()[:, :-1].contiguous()},
+        *OUTSIDE_THE_CACHE, *PRECISIONS, NO_INT8, {"precisions": precisions()[:, :-1].contiguous()},
         {"layers": [layer()]}, {"table": layer_table([layer()])}, {"x": torch.randn(B * T + B, C)},
         {"x": torch.randn(B * T, C + 1)}, {"x": torch.randn(C, B * T).T},
         {"cos": torch.ones(S - 1, D // 2), "sin": torch.ones(S - 1, D // 2)},
@@ -189,18 +194,35 @@ BEYOND: dict[str, list[dict[str, Any]]] = {
 CASES = [(name, i) for name, changes in BEYOND.items() for i in range(len(changes))]
 
 
+def launch(name: str, operands: dict[str, Any]) -> None:
+    """Call a launcher: what a record holds is given here by the names of its tensors."""
+    given = dict(operands)
+
+    def take(names: str) -> list[Any]:
+        return [given.pop(name) for name in names.split()]
+
+    if "positions" in given:
+        given["rows"] = rows_at(*take("positions num_tokens slots"))
+    if "cos" in given:
+        given["rotary"] = RotaryTable(*take("cos sin"))
+    if "qkv" in given:
+        given["layer"] = qkv_layer(*take("norm_weight qkv qkv_bias q_norm k_norm"))
+    if "k_cache" in given and name != "layers":
+        given["cache"] = LayerCache(*take("k_cache v_cache"))
+    LAUNCHERS[name][0](**given)
+
+
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_operands_at_the_very_end_are_taken(name):
-    launch, operands = LAUNCHERS[name]
-    launch(**operands())
+    launch(name, LAUNCHERS[name][1]())
 
 
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_one_value_beyond_is_refused(name, i):
-    launch, operands = LAUNCHERS[name]
+    operands = LAUNCHERS[name][1]() | BEYOND[name][i]
     # An index that torch itself looks up is refused by torch.
     with pytest.raises((AssertionError, IndexError)):
-        launch(**operands() | BEYOND[name][i])
+        launch(name, operands)
 
 
 OWN = Dense(torch.randn(C, F))

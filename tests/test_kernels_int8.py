@@ -14,11 +14,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
+from operands import qkv_layer, rows_at
 
 from kernels.gpu import launch
 from kernels.gpu.tiles_int8 import linear_int8_activations_ref
 from kernels.layer import linear_residual, norm_gated_mlp, norm_lm_head, norm_qkv_rope
 from kernels.layer.planned_linear import quantise
+from kernels.operands import LayerCache, RotaryTable
 from kernels.weight import Dense, Weight
 
 SUBLAYER, EPS = 2, 1e-5
@@ -68,41 +70,44 @@ def make(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -
     )
 
 
-def table(precisions: list[int] | int, case: Case) -> torch.Tensor:
-    """A plan table with `precisions` in the column that is looked at and 16 beside it."""
-    plan = torch.full((case.x.shape[0], 5), 16, dtype=torch.uint8)
-    plan[:, SUBLAYER] = torch.as_tensor(precisions, dtype=torch.uint8)
-    return plan.to(case.x.device)
+def table(column: list[int] | int, case: Case) -> torch.Tensor:
+    """[B, 5]: these precisions in the column that is looked at and 16 beside it."""
+    precisions = torch.full((case.x.shape[0], 5), 16, dtype=torch.uint8)
+    precisions[:, SUBLAYER] = torch.as_tensor(column, dtype=torch.uint8)
+    return precisions.to(case.x.device)
 
 
-def run(name: str, operation: Callable[..., torch.Tensor | None], case: Case, plan: torch.Tensor):
+def run(
+    name: str, operation: Callable[..., torch.Tensor | None], case: Case, precisions: torch.Tensor
+):
     """The operation's results for each row [R, ...]: of QKV, what it returns and what it caches."""
     x, (batch, width) = case.x.flatten(0, 1), case.positions.shape
     if name == "linear_residual":
         residual = case.residual.flatten(0, 1).clone()
         counters = torch.zeros(64, dtype=torch.int32, device=x.device)
-        operation(x, case.weight, residual, plan, SUBLAYER, counters)
+        operation(x, case.weight, residual, precisions, SUBLAYER, counters)
         return residual
     if name != "norm_qkv_rope_append":
-        return operation(x, case.norm, EPS, case.weight, plan, SUBLAYER)
+        return operation(x, case.norm, EPS, case.weight, precisions, SUBLAYER)
     slots = torch.arange(batch, dtype=torch.int32, device=x.device)
     num_tokens = torch.full_like(slots, width)
-    caches = [x.new_zeros(batch, KV_HEADS, 40, HEAD_DIM) for _ in "kv"]
+    caches = LayerCache(*(x.new_zeros(batch, KV_HEADS, 40, HEAD_DIM) for _ in "kv"))
     angles = case.angles.float()
     q = operation(
-        *(x, case.norm, EPS, case.weight, case.bias, None, None, angles.cos(), angles.sin()),
-        *(case.positions, num_tokens, slots, *caches, plan, SUBLAYER),
+        *(x, qkv_layer(case.norm, case.weight, case.bias), EPS),
+        *(RotaryTable(angles.cos(), angles.sin()), rows_at(case.positions, num_tokens, slots)),
+        *(caches, precisions, SUBLAYER),
     )
     rows = (slots.repeat_interleave(width).long(), slice(None), case.positions.flatten().long())
     return torch.cat((q, *(cache[rows] for cache in caches)), dim=1).flatten(1)
 
 
-def run_kernel(name: str, case: Case, plan: torch.Tensor) -> torch.Tensor:
-    return run(name, getattr(MODULES[name], name), case, plan)
+def run_kernel(name: str, case: Case, precisions: torch.Tensor) -> torch.Tensor:
+    return run(name, getattr(MODULES[name], name), case, precisions)
 
 
-def run_ref(name: str, case: Case, plan: torch.Tensor) -> torch.Tensor:
-    return run(name, getattr(MODULES[name], f"{name}_ref"), case, plan)
+def run_ref(name: str, case: Case, precisions: torch.Tensor) -> torch.Tensor:
+    return run(name, getattr(MODULES[name], f"{name}_ref"), case, precisions)
 
 
 def group_width(name: str, case: Case) -> int:
@@ -151,8 +156,8 @@ def test_against_quantised_activations(name, size, dtype, device):
 def test_near_the_reference(name, dtype, device):
     """Quantising activations may cost a draft little: within 2.6 degrees of 8-bit weights alone."""
     case = make((2, 5, 600), dtype, device)
-    plan = table(8, case)
-    out, ref = run_kernel(name, case, plan).double(), run_ref(name, case, plan).double()
+    precisions = table(8, case)
+    out, ref = run_kernel(name, case, precisions).double(), run_ref(name, case, precisions).double()
     similarity = torch.cosine_similarity(out, ref, dim=1)
     assert similarity.min() > 0.999, similarity
 
@@ -173,16 +178,16 @@ def test_zeros_specks_and_massive_activations(name, dtype, device):
     check(name, case)
 
 
-@pytest.mark.parametrize("precisions", [[16, 0, 8, 16, 8], [0, 8, 0, 8, 8], [8, 16, 16, 0, 0]])
-def test_mixed_precisions_in_a_tile(name, precisions, dtype, device):
+@pytest.mark.parametrize("column", [[16, 0, 8, 16, 8], [0, 8, 0, 8, 8], [8, 16, 16, 0, 0]])
+def test_mixed_precisions_in_a_tile(name, column, dtype, device):
     """A row has the bits that it has where all rows share its precision, whatever skips."""
     case = make((5, 3, 123), dtype, device)
-    plan = table(precisions, case)
+    precisions = table(column, case)
     expected = {p: run_kernel(name, case, table(p, case)).view(5, 3, -1) for p in (8, 16)}
-    skips = plan[:, SUBLAYER] == 0
+    skips = precisions[:, SUBLAYER] == 0
     case.x[skips] = float("nan")
-    out = run_kernel(name, case, plan).view(5, 3, -1)
-    for i, precision in enumerate(precisions):
+    out = run_kernel(name, case, precisions).view(5, 3, -1)
+    for i, precision in enumerate(column):
         if precision:
             assert torch.equal(out[i], expected[precision][i]), (i, precision)
     if name == "linear_residual":

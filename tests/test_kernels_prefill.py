@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
-from test_kernels_linear import EPS, SIZE_IDS, SIZES, full_plan, make_weight, randn
+from operands import with_tensors
+from test_kernels_linear import EPS, SIZE_IDS, SIZES, full_precisions, make_weight, randn
 from test_kernels_qkv import (
+    CACHE,
     CANARY,
     CASES,
-    K_CACHE,
-    PLAN,
+    LAYER,
+    PRECISIONS,
+    ROWS,
     SUBLAYER,
-    V_CACHE,
     Case,
     check,
     make,
@@ -40,11 +42,11 @@ from kernels.layer.norm_qkv_rope import norm_qkv_rope_append_ref
 from kernels.layer.norm_qkv_rope_prefill import norm_qkv_rope_prefill
 from kernels.layer.planned_linear import quantise
 from kernels.layer.rms_norm import rms_norm, rms_norm_ref
+from kernels.operands import LayerCache, Rows
 from kernels.ops import TORCH, Ops
 from kernels.ops_gpu import TRITON_PREFILL
-from kernels.weight import Weight
-from models.llama import Llama, Rows, forward, logits
-from models.llama import full_plan as model_plan
+from models.llama import Llama, forward, logits
+from models.llama import full_precisions as model_precisions
 
 # Blocks of 1024 elements: heads of 128 make several, whose edges cut queries, keys and values.
 PREFILL_CASES = [
@@ -89,11 +91,11 @@ def test_qkv_rounds_where_the_reference_does(case, dtype, device):
 def test_qkv_of_sequences_that_skip(device):
     """They leave the cache alone, whatever their rows hold."""
     args = make(Case(4, 2, 16, 60, 4, (0, 3, 9, 20, 5), (4,) * 5), torch.float32, device)
-    args[PLAN][:, SUBLAYER] = torch.tensor([16, 0, 16, 0, 16], dtype=torch.uint8)
+    args[PRECISIONS][:, SUBLAYER] = torch.tensor([16, 0, 16, 0, 16], dtype=torch.uint8)
     args[0][4:8] = float("nan")
     args[0][12:16] = float("inf")
     check(args, norm_qkv_rope_prefill)
-    args[PLAN][:, SUBLAYER] = 0
+    args[PRECISIONS][:, SUBLAYER] = 0
     _, k_cache, v_cache = run(norm_qkv_rope_prefill, args)
     assert (k_cache == CANARY).all() and (v_cache == CANARY).all()
 
@@ -102,11 +104,12 @@ def test_qkv_of_sequences_that_skip(device):
 def test_qkv_padding_rows_are_not_looked_up(case, device):
     """Positions of padding, and slots of sequences without a token, may be anything."""
     args = make(case, torch.float32, device)
-    args[10][-1] = 0
+    positions, num_tokens, slots = args[ROWS][1:4]
+    num_tokens[-1] = 0
     clean, rows = run(norm_qkv_rope_prefill, args), used_rows(args)
-    args[9].view(-1)[~rows] = 2**30
-    args[9][-1, ::2] = -(2**30)
-    args[11][-1] = 2**30
+    positions.view(-1)[~rows] = 2**30
+    positions[-1, ::2] = -(2**30)
+    slots[-1] = 2**30
     args[0][~rows] = float("nan")
     dirty = run(norm_qkv_rope_prefill, args)
     assert torch.equal(clean[0][rows], dirty[0][rows])
@@ -116,9 +119,10 @@ def test_qkv_padding_rows_are_not_looked_up(case, device):
 def test_qkv_writes_infinite_values_as_they_are(device):
     """A value is not rotated, not even by an angle of zero, which would make it NaN."""
     args = make(Case(2, 1, 64, 60, 2, (0,), (2,)), torch.float32, device)
-    args[3].own.values[-5:] = 0
-    args[4] = torch.zeros(4 * 64, device=device)
-    args[4][-5] = float("inf")
+    args[LAYER].qkv.own.values[-5:] = 0
+    bias = torch.zeros(4 * 64, device=device)
+    bias[-5] = float("inf")
+    args[LAYER] = args[LAYER]._replace(qkv_bias=bias)
     _, _, v_cache = run(norm_qkv_rope_prefill, args)
     _, _, expected = run(norm_qkv_rope_append_ref, args)
     assert torch.isinf(v_cache).sum() == 2 and torch.equal(v_cache.isinf(), expected.isinf())
@@ -128,17 +132,17 @@ def test_qkv_writes_infinite_values_as_they_are(device):
 def test_qkv_of_slots_beyond_two_billion_elements(device):
     """Offsets into a large cache need 64 bits. Of this one only the pages of a slot are touched."""
     args = make(Case(2, 2, 64, 60, 3, (5,), (3,)), torch.float16, device)
-    shape = args[K_CACHE].shape[1:]
+    shape, slots = args[CACHE].k.shape[1:], args[ROWS].slots
     slot = 2**31 // shape.numel() + 1
     # The caches share a memory, the values one slot further on.
     memory = torch.empty(slot + 2, *shape, dtype=torch.float16, device=device)
     memory[slot:] = CANARY
     far, (q, *caches) = list(args), run(norm_qkv_rope_prefill, args)
-    far[K_CACHE], far[V_CACHE] = memory[:-1], memory[1:]
-    far[11] = torch.full_like(args[11], slot)
+    far[CACHE] = LayerCache(memory[:-1], memory[1:])
+    far[ROWS] = args[ROWS]._replace(slots=torch.full_like(slots, slot))
     assert torch.equal(norm_qkv_rope_prefill(*far), q)
     for written, cache in zip(memory[slot:], caches, strict=True):
-        assert torch.equal(written, cache[args[11][0]])
+        assert torch.equal(written, cache[slots[0]])
 
 
 @EACH_DTYPE
@@ -157,33 +161,33 @@ def test_rms_norm(shape, dtype, device):
 def test_other_matrices_against_reference(size, dtype, device, counters):
     rows, k, n = size
     x = randn(rows, k, dtype=dtype, device=device, scale=3.0)
-    norm, plan = randn(k, dtype=dtype, device=device), full_plan(1, device)
+    norm, precisions = randn(k, dtype=dtype, device=device), full_precisions(1, device)
     for operation, ref, outputs in (
         (norm_gated_mlp_prefill, norm_gated_mlp_ref, 2 * n),
         (norm_lm_head_prefill, norm_lm_head_ref, n),
     ):
-        args = (x, norm, EPS, make_weight(outputs, k, dtype, device), plan, 1)
+        args = (x, norm, EPS, make_weight(outputs, k, dtype, device), precisions, 1)
         high = ref(*map(promote, args))
         assert_within_budget(operation(*args), ref(*args), high, operation.__name__)
     weight, residual = make_weight(n, k, dtype, device), randn(rows, n, dtype=dtype, device=device)
     out, low, high = residual.clone(), residual.clone(), residual.double()
-    linear_residual_prefill(x, weight, out, plan, 2, counters)
-    linear_residual_ref(x, weight, low, plan, 2, counters)
-    linear_residual_ref(x.double(), promote(weight), high, plan, 2, counters)
+    linear_residual_prefill(x, weight, out, precisions, 2, counters)
+    linear_residual_ref(x, weight, low, precisions, 2, counters)
+    linear_residual_ref(x.double(), promote(weight), high, precisions, 2, counters)
     assert_within_budget(out, low, high, "linear_residual_prefill")
 
 
 @pytest.mark.parametrize("mixed", [[16, 0, 16, 0], [0, 0, 0, 16], [0] * 4], ids=str)
 def test_residual_of_sequences_that_skip_is_kept(mixed, device, counters):
-    plan = full_plan(4, device)
-    plan[:, 3] = torch.tensor(mixed, dtype=torch.uint8)
-    runs = (plan[:, 3] > 0).repeat_interleave(5)
+    precisions = full_precisions(4, device)
+    precisions[:, 3] = torch.tensor(mixed, dtype=torch.uint8)
+    runs = (precisions[:, 3] > 0).repeat_interleave(5)
     x, residual = torch.randn(20, 60, device=device), torch.randn(20, 77, device=device)
     x[~runs] = float("nan")
     weight = make_weight(77, 60, torch.float32, device)
     out, low = residual.clone(), residual.clone()
-    linear_residual_prefill(x, weight, out, plan, 3, counters)
-    linear_residual_ref(x, weight, low, plan, 3, counters)
+    linear_residual_prefill(x, weight, out, precisions, 3, counters)
+    linear_residual_ref(x, weight, low, precisions, 3, counters)
     assert torch.equal(out[~runs], residual[~runs])
     torch.testing.assert_close(out[runs], low[runs])
     assert mixed == [0] * 4 or not torch.equal(out[runs], residual[runs])
@@ -192,16 +196,17 @@ def test_residual_of_sequences_that_skip_is_kept(mixed, device, counters):
 def test_eight_bit_forms_are_not_looked_at(device, counters):
     """A model that drafts in 8 bits has them, and its prompts are read at full precision."""
     args = make(CASES[1], torch.float32, device)
-    with_int8 = [quantise(arg) if isinstance(arg, Weight) else arg for arg in args]
+    with_int8 = list(args)
+    with_int8[LAYER] = args[LAYER]._replace(qkv=quantise(args[LAYER].qkv))
     for got, want in zip(
         run(norm_qkv_rope_prefill, with_int8), run(norm_qkv_rope_prefill, args), strict=True
     ):
         assert torch.equal(got, want)
-    weight, plan = make_weight(16, 60, torch.float32, device), full_plan(1, device)
+    weight, precisions = make_weight(16, 60, torch.float32, device), full_precisions(1, device)
     x, out, want = (torch.randn(3, n, device=device) for n in (60, 16, 16))
     want[:] = out
-    linear_residual_prefill(x, quantise(weight), out, plan, 0, counters)
-    linear_residual_prefill(x, weight, want, plan, 0, counters)
+    linear_residual_prefill(x, quantise(weight), out, precisions, 0, counters)
+    linear_residual_prefill(x, weight, want, precisions, 0, counters)
     assert torch.equal(out, want)
 
 
@@ -217,8 +222,8 @@ def test_logits_and_cache_of_a_model_match_torch(family, device):
     for each, ops in ((model, TRITON_PREFILL), (model, TORCH), (exact, TORCH)):
         cache, scores = new_cache(each, 1), []
         for start, stop in ((0, 18), (18, 29)):
-            rows = Rows(*(part.to(device) for part in rows_of(token_ids[start:stop], start)))
-            scores.append(run_model(each, rows, cache, model_plan(config, 1, device), ops))
+            rows = with_tensors(rows_of(token_ids[start:stop], start), lambda t: t.to(device))
+            scores.append(run_model(each, rows, cache, model_precisions(config, 1, device), ops))
         results.append((torch.cat(scores), *cache))
     for name, *values in zip(("logits", "k", "v"), *results, strict=True):
         assert_within_budget(*values, name)
@@ -230,8 +235,10 @@ def new_cache(model: Llama, batch: int) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in "kv"]
 
 
-def run_model(model: Llama, rows: Rows, cache: list, plan: torch.Tensor, ops: Ops) -> torch.Tensor:
-    return logits(model, forward(model, rows, *cache, plan, ops), plan, ops)
+def run_model(
+    model: Llama, rows: Rows, cache: list, precisions: torch.Tensor, ops: Ops
+) -> torch.Tensor:
+    return logits(model, forward(model, rows, *cache, precisions, ops), precisions, ops)
 
 
 class HostWaitsError(AssertionError):
@@ -276,9 +283,9 @@ def prompts_pass(device) -> Callable[[Ops], torch.Tensor]:
     positions[1, 4:] = 2**30
     parts = (torch.randint(0, config.vocab_size, (3, 6)), positions, counts)
     rows = Rows(*(part.to(device) for part in (*parts, torch.arange(3, dtype=torch.int32))))
-    plan = model_plan(config, 3, device)
-    plan[2, 1:3] = 0
-    return lambda ops: run_model(model, rows, new_cache(model, 3), plan, ops)
+    precisions = model_precisions(config, 3, device)
+    precisions[2, 1:3] = 0
+    return lambda ops: run_model(model, rows, new_cache(model, 3), precisions, ops)
 
 
 @torch.inference_mode()

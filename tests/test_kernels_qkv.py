@@ -7,12 +7,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget, promote
+from operands import qkv_layer, rows_at
 
 from kernels.layer.norm_qkv_rope import norm_qkv_rope_append, norm_qkv_rope_append_ref
+from kernels.operands import LayerCache, RotaryTable
 from kernels.weight import Dense, Weight
 
 SUBLAYER, EPS, ROOM, CANARY = 2, 1e-5, 40, 7.0
-K_CACHE, V_CACHE, PLAN = 12, 13, 14  # places in the argument list
+LAYER, ROWS, CACHE, PRECISIONS = 1, 4, 5, 6  # places in the argument list
 
 
 class Case(NamedTuple):
@@ -59,38 +61,37 @@ def make(case: Case, dtype: torch.dtype, device: torch.device) -> list:
     positions = torch.tensor(case.lengths)[:, None] + torch.arange(case.width)
     slots = torch.randperm(batch + 2)[:batch]
     cache = torch.full((batch + 2, case.kv_heads, ROOM, case.head_dim), CANARY)
-    return [
-        randn(batch * case.width, case.hidden) * 3,
+    x = randn(batch * case.width, case.hidden) * 3
+    layer = qkv_layer(
         randn(case.hidden),
-        EPS,
         weight,
         randn(outputs) if case.has_bias else None,
         randn(case.head_dim) if case.has_qk_norm else None,
         randn(case.head_dim) if case.has_qk_norm else None,
-        angles.cos(),
-        angles.sin(),
+    )
+    rows = rows_at(
         positions.clamp(max=ROOM - 1).to(device, torch.int32),
         torch.tensor(case.valid, dtype=torch.int32, device=device),
         slots.to(device, torch.int32),
-        cache.to(device, dtype),
-        cache.to(device, dtype),
-        torch.full((batch, 6), 16, dtype=torch.uint8, device=device),
-        SUBLAYER,
-    ]
+    )
+    caches = LayerCache(cache.to(device, dtype), cache.to(device, dtype))
+    precisions = torch.full((batch, 6), 16, dtype=torch.uint8, device=device)
+    rotary = RotaryTable(angles.cos(), angles.sin())
+    return [x, layer, EPS, rotary, rows, caches, precisions, SUBLAYER]
 
 
 def run(operation, args: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q and both caches; the caller's caches stay as they are."""
     args = list(args)
-    args[K_CACHE], args[V_CACHE] = args[K_CACHE].clone(), args[V_CACHE].clone()
-    return operation(*args), args[K_CACHE], args[V_CACHE]
+    args[CACHE] = LayerCache(*(part.clone() for part in args[CACHE]))
+    return operation(*args), *args[CACHE]
 
 
 def used_rows(args: list) -> torch.Tensor:
     """Rows whose q is read by anyone: valid tokens of the sequences that run the sub-layer."""
-    positions, num_tokens, plan = args[9], args[10], args[PLAN]
+    positions, num_tokens = args[ROWS].positions, args[ROWS].num_tokens
     is_valid = torch.arange(positions.shape[1], device=positions.device) < num_tokens[:, None]
-    return (is_valid & (plan[:, SUBLAYER, None] > 0)).flatten()
+    return (is_valid & (args[PRECISIONS][:, SUBLAYER, None] > 0)).flatten()
 
 
 def check(args: list, operation=norm_qkv_rope_append) -> None:
@@ -115,10 +116,10 @@ def test_against_reference(case, dtype, device):
     check(make(case, dtype, device))
 
 
-def test_mixed_plans_in_a_tile(device):
+def test_mixed_precisions_in_a_tile(device):
     """Sequences that skip the sub-layer leave the cache alone, whatever their rows hold."""
     args = make(Case(4, 2, 16, 60, 4, (0, 3, 9, 20, 5), (4,) * 5), torch.float32, device)
-    args[PLAN][:, SUBLAYER] = torch.tensor([16, 0, 16, 0, 16], dtype=torch.uint8)
+    args[PRECISIONS][:, SUBLAYER] = torch.tensor([16, 0, 16, 0, 16], dtype=torch.uint8)
     args[0][4:8] = float("nan")
     args[0][12:16] = float("inf")
     check(args)
@@ -126,7 +127,7 @@ def test_mixed_plans_in_a_tile(device):
 
 def test_nothing_is_written_when_no_sequence_runs(device):
     args = make(CASES[2], torch.float32, device)
-    args[PLAN][:, SUBLAYER] = 0
+    args[PRECISIONS][:, SUBLAYER] = 0
     _, k_cache, v_cache = run(norm_qkv_rope_append, args)
     assert (k_cache == CANARY).all() and (v_cache == CANARY).all()
 
@@ -135,8 +136,9 @@ def test_padding_rows_are_not_looked_up(device):
     """Positions and slots of padding may be anything."""
     args = make(CASES[2], torch.float32, device)
     clean = run(norm_qkv_rope_append, args)
-    args[9][0, 5:], args[9][1], args[9][2, 3:] = 2**30, 2**30, -(2**30)
-    args[11][1] = 2**30
+    positions = args[ROWS].positions
+    positions[0, 5:], positions[1], positions[2, 3:] = 2**30, 2**30, -(2**30)
+    args[ROWS].slots[1] = 2**30
     dirty = run(norm_qkv_rope_append, args)
     rows = used_rows(args)
     assert torch.equal(clean[0][rows], dirty[0][rows])
@@ -152,29 +154,32 @@ def test_bits_of_a_row_do_not_depend_on_tokens_or_batch(head_dim, dtype, device,
     for width in (1, 2, 5, 8):
         part = list(args)
         part[0] = args[0].view(2, 16, -1)[:, :width].flatten(0, 1).contiguous()
-        part[9] = args[9][:, :width].contiguous()
-        part[10] = torch.full_like(args[10], width)
+        _, positions, num_tokens, slots, _ = args[ROWS]
+        positions = positions[:, :width].contiguous()
+        part[ROWS] = rows_at(positions, torch.full_like(num_tokens, width), slots)
         q, *caches = run(norm_qkv_rope_append, part)
         assert torch.equal(q.view(2, width, 3, head_dim), by_token[:, :width]), width
         for cache, full in zip(caches, whole[1:], strict=True):
             is_written = cache != CANARY
             assert torch.equal(cache[is_written], full[is_written]), width
-    alone = [*args[:9], *(arg[1:] for arg in args[9:12]), *args[12:14], args[PLAN][1:], SUBLAYER]
-    alone[0] = args[0][16:]
+    alone = list(args)
+    alone[0], alone[PRECISIONS] = args[0][16:], args[PRECISIONS][1:]
+    alone[ROWS] = rows_at(*(part[1:] for part in args[ROWS][1:4]))
     assert torch.equal(run(norm_qkv_rope_append, alone)[0], whole[0][16:])
 
 
 def test_slots_beyond_two_billion_elements(device):
     """Offsets into a large cache need 64 bits. Of this one only the pages of a slot are touched."""
     args = make(Case(2, 2, 64, 60, 3, (5,), (3,)), torch.float16, device)
-    shape = args[K_CACHE].shape[1:]
+    shape = args[CACHE].k.shape[1:]
     slot = 2**31 // shape.numel() + 1
     # The caches share a memory, the values one slot further on.
     memory = torch.empty(slot + 2, *shape, dtype=torch.float16, device=device)
     memory[slot:] = CANARY
     far, (q, *caches) = list(args), run(norm_qkv_rope_append, args)
-    far[K_CACHE], far[V_CACHE] = memory[:-1], memory[1:]
-    far[11] = torch.full_like(args[11], slot)
+    far[CACHE] = LayerCache(memory[:-1], memory[1:])
+    slots = args[ROWS].slots
+    far[ROWS] = args[ROWS]._replace(slots=torch.full_like(slots, slot))
     assert torch.equal(norm_qkv_rope_append(*far), q)
     for written, cache in zip(memory[slot:], caches, strict=True):
-        assert torch.equal(written, cache[args[11][0]])
+        assert torch.equal(written, cache[slots[0]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operands import rows_at
 
 from kernels.ops_cpu import keep_drafted as keep_drafted_on_a_cpu
 from kernels.round.keep_drafted import keep_drafted, keep_drafted_ref
@@ -30,10 +31,10 @@ def test_rows_of_a_draft_step(op, device):
     num_drafted = i32(0, 3, 2, -1, 8, device=device)
     num_wanted = i32(4, 4, 2, -1, 9, device=device)
     slots = i32(2, 0, 4, 0, 1, device=device)
-    slot_plans = torch.randint(1, 255, (6, NUM_PRECISIONS), dtype=torch.uint8).to(device)
-    (newest, positions, num_tokens, next_position), plan = op(
-        token_ids, first, num_drafted, num_wanted, slots, slot_plans
-    )
+    slot_precisions = torch.randint(1, 255, (6, NUM_PRECISIONS), dtype=torch.uint8).to(device)
+    rows, precisions = op(token_ids, first, num_drafted, num_wanted, slots, slot_precisions)
+    newest, positions, num_tokens, _, next_position = rows
+    assert rows.slots is slots
     drafting = [True, True, False, False, True]
     columns = [0, 3, 2, 0, 8]
     assert newest.tolist() == [[token_ids[b, c].item()] for b, c in enumerate(columns)]
@@ -41,9 +42,9 @@ def test_rows_of_a_draft_step(op, device):
     assert next_position.tolist() == [11, 4, 10, 40, 40]
     assert num_tokens.tolist() == [int(d) for d in drafting]
     for b, is_drafting in enumerate(drafting):
-        want = slot_plans[slots[b]] if is_drafting else torch.zeros_like(slot_plans[0])
-        assert torch.equal(plan[b], want)
-    types = [t.dtype for t in (newest, positions, num_tokens, next_position, plan)]
+        want = slot_precisions[slots[b]] if is_drafting else torch.zeros_like(slot_precisions[0])
+        assert torch.equal(precisions[b], want)
+    types = [t.dtype for t in (newest, positions, num_tokens, next_position, precisions)]
     assert types == [torch.int64, torch.int32, torch.int32, torch.int64, torch.uint8]
 
 
@@ -53,7 +54,9 @@ def test_rows_of_a_verify_pass(op, width, device):
     token_ids = tokens(4, device)
     first = i32(5, 38, 0, 39, device=device)
     num_drafted = i32(width - 1, 0, 1, -1, device=device)
-    rows = op(token_ids, first, num_drafted, width, POSITIONS)
+    slots = i32(3, 1, 0, 2, device=device)
+    rows = op(token_ids, first, num_drafted, slots, width, POSITIONS)
+    assert rows.slots is slots
     assert torch.equal(rows.token_ids, token_ids[:, :width]) and rows.token_ids.is_contiguous()
     steps = range(width)
     assert rows.positions.tolist() == [[min(f + t, 39) for t in steps] for f in first.tolist()]
@@ -124,7 +127,7 @@ def test_states_are_stored_at_their_positions(op, channels, dtype, device):
     want = states.clone()
     for row in range(6):
         want[slots[row // 3], positions.flatten()[row]] = x[row]
-    op(x, positions, slots, states)
+    op(x, rows_at(positions, positions[:, 0], slots), states)
     assert torch.equal(states, want)
 
 
@@ -136,5 +139,6 @@ def test_a_cache_of_more_than_two_billion_states(device):
     states = torch.empty(slots, positions, channels, dtype=torch.float16)
     assert states.numel() > 2**31
     x = torch.randn(1, channels).half()
-    keep_states(x, torch.tensor([[3]], dtype=torch.int32), i32(slots - 1, device=device), states)
+    position, slot = i32(3, device=device)[:, None], i32(slots - 1, device=device)
+    keep_states(x, rows_at(position, slot, slot), states)
     assert torch.equal(states[-1, 3], x[0])

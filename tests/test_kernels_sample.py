@@ -65,7 +65,12 @@ def parameters(rows: int, temperature, top_k, top_p, min_p, device="cpu") -> lis
 def with_seed(filters: list[torch.Tensor], seed: torch.Tensor, ends=None) -> SampleParams:
     """A setting with seeds; without `ends`, which are end_ids and min_position, none is banned."""
     nothing = torch.full_like(seed, -1, dtype=torch.int32)
-    return SampleParams(*filters, seed, *(ends or (nothing[:, None], nothing)))
+    ends = ends or (nothing[:, None], nothing)
+    return SampleParams(*filters, seed, *ends, *no_penalties(len(seed), seed.device))
+
+
+def no_penalties(batch: int, device="cpu") -> list[torch.Tensor]:
+    return [torch.full((batch,), value, device=device) for value in (1.0, 0.0, 0.0)]
 
 
 def rows_of(args, index):

@@ -17,9 +17,10 @@ from tokenizers_for_tests import byte_tokenizer
 from engine import LLM, SamplingParams
 from engine.generate import _round
 from engine.sequence import RunningSequence
+from kernels.operands import Rows
 from kernels.ops import TORCH
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
-from models.llama import Rows, forward, full_plan, logits
+from models.llama import forward, full_precisions, logits
 from models.plan import NGRAM, DraftPlan
 
 VOCAB = byte_tokenizer().vocab_size
@@ -168,9 +169,9 @@ def pass_logits(model, cache, token_ids, start, ops, batch=1):
         torch.full((batch,), width, dtype=torch.int32, device=device),
         torch.arange(batch, dtype=torch.int32, device=device),
     )
-    plan = full_plan(model.config, batch, device)
-    x = forward(model, rows, cache.k, cache.v, plan, ops)
-    return logits(model, x, plan, ops).view(batch, width, -1)
+    precisions = full_precisions(model.config, batch, device)
+    x = forward(model, rows, cache.k, cache.v, precisions, ops)
+    return logits(model, x, precisions, ops).view(batch, width, -1)
 
 
 SHARED = ((1, 1), (2, 1), (5, 1), (8, 1), (1, 3), (2, 2), (5, 3), (16, 3))  # width, batch
@@ -216,7 +217,7 @@ def test_the_check_of_row_invariance_can_fail():
     llm = family_llm("llama2", max_sequences=3, speculative="off")
     whole_ops = llm.model.decode_ops
 
-    def split_by_rows(x, norm_weight, eps, lm_head, plan, sublayer):
+    def split_by_rows(x, norm_weight, eps, lm_head, precisions, sublayer):
         normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * norm_weight
         num_parts = min(x.shape[0], 8)
         columns = lm_head.own.values.chunk(num_parts, 1)

@@ -15,7 +15,7 @@ from kernels import weight
 from kernels.ops import TORCH
 from kernels.ops_cpu import NUMBA
 from models import plan as plan_module
-from models.llama import forward, full_plan, logits
+from models.llama import forward, full_precisions, logits
 
 OPS = {"torch": TORCH, "numba": NUMBA}
 PROMPT_TOKENS, NEW_TOKENS = 40, 32
@@ -35,9 +35,9 @@ def oracle(model):
 
 def run(model, cache, token_ids, start=0):
     """Logits of every token, in one pass."""
-    plan = full_plan(model.config, 1, model.device)
-    x = forward(model, rows_of(token_ids, start), *cache, plan, model.decode_ops)
-    return logits(model, x, plan, model.decode_ops)
+    precisions = full_precisions(model.config, 1, model.device)
+    x = forward(model, rows_of(token_ids, start), *cache, precisions, model.decode_ops)
+    return logits(model, x, precisions, model.decode_ops)
 
 
 def new_cache(model):
@@ -95,14 +95,17 @@ def test_one_launch_for_all_layers_is_the_five_operations_bit_for_bit(family):
     model = tiny_llama(family_config(family))
     five = replace(NUMBA, run_layers=None)
     prompt = torch.randint(3, model.config.vocab_size, (PROMPT_TOKENS,)).tolist()
-    for plan in (full_plan(model.config, 1, model.device), torch.tensor([[16, 0, 0, 16, 16]])):
+    for precisions in (
+        full_precisions(model.config, 1, model.device),
+        torch.tensor([[16, 0, 0, 16, 16]]),
+    ):
         caches = [new_cache(model) for _ in range(2)]
         for cache in caches:
             cache[0].zero_(), cache[1].zero_()
         for start, stop in ((0, 30), (30, 31), (31, 36), (36, 40)):
             rows = rows_of(prompt[start:stop], start)
             one, other = (
-                forward(model, rows, *cache, plan.to(torch.uint8), ops)
+                forward(model, rows, *cache, precisions.to(torch.uint8), ops)
                 for cache, ops in zip(caches, (NUMBA, five), strict=True)
             )
             assert torch.equal(one, other)

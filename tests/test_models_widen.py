@@ -19,7 +19,7 @@ from engine.kv_cache import make_kv_cache
 from engine.loading import load
 from kernels.ops import TORCH
 from kernels.ops_cpu import NUMBA
-from models.llama import Llama, forward, full_plan, logits, make_llama
+from models.llama import Llama, forward, full_precisions, logits, make_llama
 from models.weights import LlamaWeights, random_weights
 from models.widen import WIDENINGS, widened, widened_model
 
@@ -70,17 +70,22 @@ def prompt_of(model: Llama) -> list[int]:
 
 @torch.inference_mode()
 def run(
-    model: Llama, token_ids: list[int], step: int = PROMPT_TOKENS, plan: torch.Tensor | None = None
+    model: Llama,
+    token_ids: list[int],
+    step: int = PROMPT_TOKENS,
+    precisions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The last residual stream and the logits of every token, `step` tokens a pass."""
     cache = make_kv_cache(model.config, 1, 64, model.device, model.dtype)
-    plan = (full_plan(model.config, 1, model.device) if plan is None else plan).to(model.device)
+    precisions = (
+        full_precisions(model.config, 1, model.device) if precisions is None else precisions
+    ).to(model.device)
     states, scores = [], []
     for start in range(0, len(token_ids), step):
         rows = rows_of(token_ids[start : start + step], start)
         rows = type(rows)(*(tensor.to(model.device) for tensor in rows))
-        states.append(forward(model, rows, cache.k, cache.v, plan, TORCH))
-        scores.append(logits(model, states[-1], plan, TORCH))
+        states.append(forward(model, rows, cache.k, cache.v, precisions, TORCH))
+        scores.append(logits(model, states[-1], precisions, TORCH))
     return torch.cat(states), torch.cat(scores)
 
 
@@ -124,8 +129,8 @@ def test_a_draft_that_skips_sublayers_is_that_of_the_small_model(family: str) ->
     model = small(family)
     large = widen(model)
     for sublayers in ([16, 0, 0, 16, 16], [0, 16, 16, 0, 16]):
-        plan = torch.tensor([sublayers], dtype=torch.uint8)
-        assert error(model, large, plan=plan) <= budget(model, plan=plan)
+        precisions = torch.tensor([sublayers], dtype=torch.uint8)
+        assert error(model, large, precisions=precisions) <= budget(model, precisions=precisions)
 
 
 def test_states_keep_their_lengths_and_angles(family: str) -> None:
@@ -155,12 +160,12 @@ def test_greedy_tokens_in_float32(family: str) -> None:
     answers = []
     for each in (model, widen(model)):
         cache = make_kv_cache(each.config, 1, 64, each.device, each.dtype)
-        plan = full_plan(each.config, 1, each.device)
+        precisions = full_precisions(each.config, 1, each.device)
         token_ids, new = prompt_of(model), prompt_of(model)
         while len(token_ids) < PROMPT_TOKENS + NEW_TOKENS:
             rows = rows_of(new, len(token_ids) - len(new))
-            x = forward(each, rows, cache.k, cache.v, plan, NUMBA)
-            new = [int(logits(each, x, plan, NUMBA)[-1].argmax())]
+            x = forward(each, rows, cache.k, cache.v, precisions, NUMBA)
+            new = [int(logits(each, x, precisions, NUMBA)[-1].argmax())]
             token_ids += new
         answers.append(token_ids[PROMPT_TOKENS:])
     assert answers[0] == answers[1] and len(set(answers[0])) > 3
@@ -321,7 +326,7 @@ def test_a_named_size() -> None:
     )  # fmt: skip
     assert large.config.ffn_size == 9 * 77
     assert large.prefill_ops is TORCH and large.decode_ops is NUMBA
-    assert torch.equal(large.cos, model.cos) and torch.equal(large.sin, model.sin)
+    assert all(map(torch.equal, large.rotary, model.rotary))
     half = widened_model(model, "6b", TORCH, TORCH, seed=7, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.device == model.device
     assert not torch.equal(half.weights.embedding, large.weights.embedding.bfloat16())
@@ -345,7 +350,7 @@ def test_the_default_model_gives_its_own_answer() -> None:
     config, weights = widened(
         small.config, small.weights, hidden_size=1152, head_replicas=2, ffn_replicas=2
     )
-    model = make_llama(config, weights, small.cos.shape[0], small.prefill_ops, small.decode_ops)
+    model = make_llama(config, weights, small.num_positions, small.prefill_ops, small.decode_ops)
     llm = LLM.from_loaded(replace(loaded, model=model), profile=False)
     case = json.loads(GOLDEN.read_text())["cases"][0]
     params = SamplingParams(temperature=0, max_tokens=16)

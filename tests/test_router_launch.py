@@ -13,7 +13,7 @@ import kernels.route.pool_states as pool_module
 from kernels.ops import TORCH
 from kernels.ops_gpu import TRITON
 from kernels.route.nearest_anchor import Nearest
-from models.llama import plan_table
+from models.llama import precision_table
 
 BOTH = pytest.mark.parametrize("ops", [TRITON, TORCH], ids=lambda ops: ops.name)
 UNWRITTEN = 255  # no precision of a sub-layer
@@ -131,7 +131,7 @@ def test_launching_waits_for_nothing(ops, device):
 def test_reading_copies_once(ops, device, monkeypatch):
     copies, copy = [], torch.Tensor.cpu
     router = random_router(ops, device)
-    pending = router.launch(random_states(device), router._table)
+    pending = router.launch(random_states(device), router._precisions)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: copies.append(x) or copy(x))
     route = router.read(pending)
     assert len(copies) == 1 and copies[0] is pending.record
@@ -141,7 +141,7 @@ def test_reading_copies_once(ops, device, monkeypatch):
 @BOTH
 def test_the_plan_is_written_into_its_row_of_the_table(ops, device):
     """Of a table with a row for every slot of the cache; the others' rows stay."""
-    rows = {plan.name: plan_table([plan], device)[0] for plan in (INT8, EARLY, LATE)}
+    rows = {plan.name: precision_table([plan], device)[0] for plan in (INT8, EARLY, LATE)}
     for cosines, plan in (([1.0, 0.0, -1.0], INT8), ([0.0, 1.0, 0.5], EARLY), ([0, 0, 1.0], LATE)):
         router, states = on_a_line(ops, device, cosines, [2, 3, 4])
         for slot in range(4):

@@ -8,13 +8,14 @@ import pytest
 import torch
 from forced import random_plan
 from make_golden import GOLDEN
+from operands import with_tensors
 from tiny import family_config, rows_of, tiny_llama
 
 from engine.loading import load
 from kernels.ops import TORCH
 from kernels.ops_cpu import NUMBA
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
-from models.llama import Rows, forward, full_plan, logits, plan_table
+from models.llama import forward, full_precisions, logits, precision_table
 from models.plan import NGRAM, DraftPlan
 from models.quantise import with_int8
 from router import matchness
@@ -36,7 +37,7 @@ def make_model(family="llama2", prefill_ops=NUMBA, decode_ops=NUMBA):
 
 
 def to_device(rows, device):
-    return Rows(*(part.to(device) for part in rows))
+    return with_tensors(rows, lambda tensor: tensor.to(device))
 
 
 def make_cache(model, length):
@@ -53,7 +54,10 @@ def run(model, cache, token_ids, start, plan, ops):
 @torch.inference_mode()
 def greedy_trace(model, prompt, length):
     """What the model answers, a token at a time."""
-    cache, plan = make_cache(model, len(prompt) + length), full_plan(model.config, 1, model.device)
+    cache, plan = (
+        make_cache(model, len(prompt) + length),
+        full_precisions(model.config, 1, model.device),
+    )
     x = run(model, cache, prompt, 0, plan, model.prefill_ops)
     answer = [int(logits(model, x[-1:], plan, model.prefill_ops).argmax())]
     while len(answer) < length:
@@ -67,7 +71,10 @@ def greedy_trace(model, prompt, length):
 def slow_agreement(model, trace, plan):
     """Position by position, each over a past of full precision that is put back after it."""
     cache = make_cache(model, len(trace.inputs))
-    full, table = full_plan(model.config, 1, model.device), plan_table([plan], model.device)
+    full, table = (
+        full_precisions(model.config, 1, model.device),
+        precision_table([plan], model.device),
+    )
     run(model, cache, trace.inputs, 0, full, model.prefill_ops)
     flags = []
     for i, token_id in enumerate(trace.token_ids[:-1]):

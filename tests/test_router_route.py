@@ -20,7 +20,7 @@ from kernels.ops_cpu import NUMBA
 from kernels.ops_gpu import TRITON
 from kernels.route.pool_states import pool_states_ref
 from models.config import MAX_HIDDEN_SIZE
-from models.llama import forward, full_plan
+from models.llama import forward, full_precisions
 from models.plan import NGRAM, OFF, plans_from_skip_sets
 from router.feature import as_feature
 from router.library import MIN_RATIO, Rates, RouterLibrary
@@ -69,8 +69,8 @@ def test_the_feature_is_that_of_the_authors(family):
     prompt = torch.randint(3, model.config.vocab_size, (40,)).tolist()
     theirs = hf(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1].mean(1)[0]
     cache = make_kv_cache(model.config, 1, 64, model.device, model.dtype)
-    plan = full_plan(model.config, 1, model.device)
-    states = forward(model, rows_of(prompt), cache.k, cache.v, plan, NUMBA)
+    precisions = full_precisions(model.config, 1, model.device)
+    states = forward(model, rows_of(prompt), cache.k, cache.v, precisions, NUMBA)
     ours = pool_states_ref(states, model.weights.final_norm, model.config.norm_eps) / len(prompt)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from checkpoints import tiny_config
+from operands import with_tensors
 from tokenizers_for_tests import byte_tokenizer
 
 from engine import LLM
 from engine.loading import Loaded
+from kernels.operands import Rows
 from kernels.ops import Ops
 from kernels.ops_cpu import NUMBA
-from kernels.weight import Dense, LayerWeights, Weight
 from models.config import LlamaConfig, RopeScaling
-from models.llama import Llama, Rows, make_llama
+from models.llama import Llama, make_llama
 from models.weights import LlamaWeights, random_weights
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_positions=64)
@@ -45,19 +47,10 @@ def to_device(weights: LlamaWeights, device: torch.device) -> LlamaWeights:
     """Weights drawn on the CPU, so that a seed means the same model everywhere."""
     if device.type == "cpu":
         return weights
-
-    def moved(weight: Weight) -> Weight:
-        return Weight(Dense(weight.own.values.to(device)))
-
-    layers = tuple(
-        LayerWeights(*(t if t is None else moved(t) if isinstance(t, Weight) else t.to(device)
-                       for t in layer))
-        for layer in weights.layers
-    )  # fmt: skip
-    return LlamaWeights(
-        weights.embedding.to(device), layers, weights.final_norm.to(device),
-        moved(weights.lm_head),
-    )  # fmt: skip
+    move = partial(with_tensors, change=lambda tensor: tensor.to(device))
+    layers = tuple(map(move, weights.layers))
+    ends = move(weights.final_norm), move(weights.lm_head)
+    return LlamaWeights(move(weights.embedding), layers, *ends)
 
 
 def tiny_llama(

@@ -22,8 +22,10 @@ from hashlib import sha256
 import torch
 
 from engine.calibrate.costs_by_part import PlanCosts, from_parts, measure_parts
+from engine.calibrate.prompts import MIX
 from engine.calibrate.replay import ngram_rates, replay, smoothed
 from engine.calibrate.state import CalibrationState
+from engine.command import Report
 from engine.controller import NGRAM_PRIORS, SELF_PRIOR
 from engine.costs import PassCosts
 from engine.llm import LLM
@@ -56,10 +58,8 @@ class Settings:
     max_minutes: float | None = None
 
 
-Report = Callable[[str, int, int], None]  # (what, steps done, steps in all or 0)
 Judge = Callable[[DraftPlan], list[list[bool]]]  # of each trace, which tokens a plan drafts rightly
 Flags = dict[DraftPlan, list[list[bool]]]  # what it says, by plan
-MIX = "mix"  # the mixture of all domains; no domain may have this name
 
 
 class Calibration:

@@ -1,8 +1,8 @@
 """`python -m engine.chat`: one answer, or a conversation in the terminal.
 
-With --prompt or with text on a pipe the model answers once; otherwise the terminal becomes a
-conversation (repl.py). Only the model's text is written to stdout. Exit codes: 0 answered, 1 the
-machine failed, 2 the arguments, the model or the prompt are wrong, 130 Ctrl-C.
+With --prompt or with text on a pipe the model answers once (once.py); otherwise the terminal
+becomes a conversation (repl.py). Only the model's text is written to stdout. Exit codes: 0
+answered, 1 the machine failed, 2 the arguments, the model or the prompt are wrong, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,35 +13,25 @@ if __name__ == "__main__":
     handle_interrupts(leave_at_once)
 
 import argparse
-import io
-import json
-import math
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from engine.chat.conversation import Conversation, ask, check_text, unix_text
-from engine.chat.terminal import (
-    AnswerWriter,
-    Parser,
-    loading_progress,
-    note,
-    print_stats,
-    report_error,
-    run_program,
-)
-from engine.interrupts import EXIT_INTERRUPTED, noted_interrupts
+from engine.chat.conversation import Conversation, check_text, unix_text
+from engine.chat.once import answer_json, answer_text, read_prompt
+from engine.chat.terminal import print_stats
+from engine.command import EXIT_OK, Parser, note, number, progress_bar, run_program
+from engine.interrupts import noted_interrupts
 from engine.params import SamplingParams
-from engine.types import RequestStats
-from models.messages import cause_of
 
 if TYPE_CHECKING:
     from engine.llm import LLM
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-_PARAMETERS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+_PARAMETERS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
 end it. With --prompt, standard input is not read: a loop such as `while read line` can call this
@@ -68,58 +58,35 @@ def _main(argv: Sequence[str] | None) -> int:
         return EXIT_OK
     try:
         params = SamplingParams(**{name: getattr(args, name) for name in _PARAMETERS})
-        prompt = _read_prompt(args.prompt)
+        prompt = read_prompt(args.prompt)
         conversation = Conversation(check_text("--system", unix_text(args.system or "")) or None)
     except ValueError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     if prompt is None and args.json:
         parser.error("--json answers once: give --prompt or pipe the prompt in")
-    return _run(args, params, prompt, conversation)
+    llm = load_llm(args)
+    if prompt is None:
+        from engine.chat.commands import Repl
+        from engine.chat.repl import run_repl
 
-
-def _run(
-    args: argparse.Namespace,
-    params: SamplingParams,
-    prompt: str | None,
-    conversation: Conversation,
-) -> int:
-    try:
-        llm = load_llm(args)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        return _failed(error)
-    try:
-        if prompt is None:
-            from engine.chat.commands import Repl
-            from engine.chat.repl import run_repl
-
-            return run_repl(Repl(llm, params, conversation, is_showing_stats=args.stats))
-        conversation.add("user", prompt)
-        stats = (_answer_json if args.json else _answer_text)(llm, params, conversation)
-        if args.stats:
-            print_stats(stats, llm.int8_bytes)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        raise  # an OSError, but no failure: run_program knows that the reader has had enough
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        return _failed(error)
+        return run_repl(Repl(llm, params, conversation, is_showing_stats=args.stats))
+    conversation.add("user", prompt)
+    stats = (answer_json if args.json else answer_text)(llm, params, conversation)
+    if args.stats:
+        print_stats(stats, llm.int8_bytes)
     return EXIT_OK
 
 
 def load_llm(args: argparse.Namespace) -> LLM:
     """Load the model that the arguments name, with a progress bar where stderr is a terminal."""
-    with noted_interrupts() as is_interrupted, loading_progress() as show:
+    with noted_interrupts() as is_interrupted, progress_bar(in_bytes=True) as show:
 
         def on_progress(done: int, total: int) -> None:
             if is_interrupted():
                 raise KeyboardInterrupt
-            if show is not None:
-                show(done, total)
+            show("loading", done, total)
 
+        on_progress(0, 0)
         # Here and not above: it imports torch, which takes longer than --help may.
         from engine import LLM
         from kernels.cpu.compile import is_compiled
@@ -139,74 +106,6 @@ def load_llm(args: argparse.Namespace) -> LLM:
             profile=args.profile,
             on_progress=on_progress,
         )
-
-
-def _answer_text(llm: LLM, params: SamplingParams, conversation: Conversation) -> RequestStats:
-    writer = AnswerWriter(sys.stdout)
-    with noted_interrupts(lambda: writer.has_started) as is_stopped:
-        try:
-            answer = ask(llm, conversation.asked(), params, writer.write, is_stopped)
-        except (ValueError, RuntimeError, MemoryError):
-            if writer.has_started:
-                writer.end()
-            raise
-        if writer.has_started or not is_stopped():
-            writer.end()
-    return answer.stats
-
-
-def _answer_json(llm: LLM, params: SamplingParams, conversation: Conversation) -> RequestStats:
-    with noted_interrupts() as is_stopped:
-        answer = ask(llm, conversation.asked(), params, lambda text: None, is_stopped)
-    document = {
-        "model": llm.model_name,
-        "prompt_token_ids": answer.prompt_token_ids,
-        "text": answer.text,
-        "token_ids": [event.token_id for event in answer.events],
-        "finish_reason": answer.finish_reason,
-        "stats": _stats_document(answer.stats),
-    }
-    print(json.dumps(document), flush=True)
-    return answer.stats
-
-
-def _stats_document(stats: RequestStats) -> dict[str, Any]:
-    derived = ("acceptance_rate", "tokens_per_round", "acceptance_by_position")
-    document = {**asdict(stats), **{name: getattr(stats, name) for name in derived}}
-    if not math.isfinite(stats.ratio):
-        document["ratio"] = None  # JSON has no infinity
-    return document
-
-
-def _failed(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
-    report_error(error)
-    return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
-
-
-def _read_prompt(prompt: str | None) -> str | None:
-    if prompt is None:
-        if sys.stdin is not None and sys.stdin.isatty():
-            return None
-        name, prompt = "standard input", unix_text(_read_stdin()).rstrip("\n")
-    else:
-        name, prompt = "--prompt", unix_text(prompt)
-    if not prompt.strip():
-        raise ValueError(f"{name}: the prompt is empty")
-    return check_text(name, prompt)
-
-
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        return ""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input: not valid UTF-8: {error.reason}") from None
-    except OSError as error:
-        cause = error.strerror or cause_of(error)
-        raise ValueError(f"standard input: cannot be read: {cause}") from None
 
 
 def _version() -> str:
@@ -232,45 +131,31 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", metavar="REV", help="commit, tag or branch of the model's repository")
     add("-p", "--prompt", metavar="TEXT", help="answer this once and leave")
     add("-s", "--system", metavar="TEXT", help="system prompt")
-    add(
-        "--max-tokens", type=int, metavar="N", help="longest answer (default: to the context's end)"
-    )
+    add("--max-tokens", type=int, metavar="N",
+        help="longest answer (default: to the context's end)")  # fmt: skip
     add("--temperature", type=float, metavar="T", help="0 is greedy (default: the model's, or 0)")
     add("--top-p", type=float, metavar="P", help="nucleus, in (0, 1] (default: the model's, or 1)")
     add("--top-k", type=int, metavar="K", help="most likely tokens (default: the model's, or all)")
     add("--min-p", type=float, metavar="P", help="least share of the top token, in [0, 1]")
+    add("--repetition-penalty", type=float, metavar="R",
+        help="in (0, 2] (default: the model's, or 1)")  # fmt: skip
+    add("--presence-penalty", type=float, metavar="P", help="in [-2, 2] (default: 0)")
+    add("--frequency-penalty", type=float, metavar="F", help="in [-2, 2] (default: 0)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    add("--max-length", type=_positive, metavar="N", help="context in tokens, prompt and answers")
+    add("--max-length", type=number(int, 1), metavar="N",
+        help="context in tokens, prompt and answers")  # fmt: skip
     add("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (default: auto)")
     add("--dtype", default="auto", metavar="TYPE", help="auto or a torch type (default: auto)")
-    add(
-        "--speculative",
-        default="auto",
-        metavar="HOW",
-        help="drafts: auto, off, ngram, int8 or a plan file (default: auto)",
-    )
-    add(
-        "--router",
-        metavar="FILE",
-        help="library that picks drafts by prompt, or none (default: the model's own, if any)",
-    )
-    add(
-        "--no-profile",
-        dest="profile",
-        action="store_false",
-        help="estimate, do not measure, what drafts cost here",
-    )
+    add("--speculative", default="auto", metavar="HOW",
+        help="drafts: auto, off, ngram, int8 or a plan file (default: auto)")  # fmt: skip
+    picks = "library that picks drafts by prompt, or none (default: the model's own, if any)"
+    add("--router", metavar="FILE", help=picks)
+    add("--no-profile", dest="profile", action="store_false",
+        help="estimate, do not measure, what drafts cost here")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document instead of the text")
     add("--stats", action="store_true", help="print statistics of the answer on stderr")
     add("--version", action="store_true", help="print the version and leave")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
-    return number
 
 
 if __name__ == "__main__":

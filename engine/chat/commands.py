@@ -1,6 +1,7 @@
 """What a line of the chat does: a question is answered, a word that starts with "/" is a command.
 
-Everything but the model's text goes to stderr.
+Everything but the model's text goes to stderr. What fails raises ValueError, RuntimeError, OSError
+or MemoryError and leaves the conversation as it was.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from engine.chat.conversation import (
-    Answer,
     Conversation,
     ask,
     chat_params,
@@ -23,7 +23,8 @@ from engine.chat.conversation import (
     load_conversation,
     save_conversation,
 )
-from engine.chat.terminal import AnswerWriter, note, one_line, print_stats, report_error, visible
+from engine.chat.terminal import AnswerWriter, print_stats
+from engine.command import note, one_line, visible
 from engine.interrupts import handled_interrupts, say
 from engine.params import SamplingParams, Speculative
 from engine.types import RequestStats, TokenEvent
@@ -35,14 +36,16 @@ if TYPE_CHECKING:
 
 QUOTES = '"""'
 _INTEGERS = ("max_tokens", "top_k", "seed")
-_FLOATS = ("temperature", "top_p", "min_p")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_FLOATS = ("temperature", "top_p", "min_p", *_PENALTIES)
 _HELP = '''\
 /help, /?               this list
 /exit, /bye, /quit      leave (also Ctrl-D)
 /clear, /reset          forget the conversation, keep the system prompt
 /regen, /r              answer the last question again
-/set NAME VALUE         set max_tokens, temperature, top_p, top_k, min_p or seed (also NAME=VALUE);
-                        the value "default" unsets it
+/set NAME VALUE         set max_tokens, temperature, top_p, top_k, min_p, seed, repetition_penalty,
+                        presence_penalty or frequency_penalty (also NAME=VALUE); the value "default"
+                        unsets it
 /show                   model, context, system prompt and parameters
 /spec [HOW]             how answers are drafted; HOW is on, off, auto, ngram, int8 or a plan's file
 /plan                   how the router judged the last prompt, and the runners-up
@@ -71,48 +74,33 @@ class Repl:
         print_stats(self.last_stats, self.llm.int8_bytes)
 
 
-def answer_question(repl: Repl, question: str) -> bool:
-    """Ask, print the answer as it comes, and keep both; returns whether there was an answer.
+def answer_question(repl: Repl, question: str, *, is_again: bool = False) -> None:
+    """Ask, print the answer as it comes, and keep both unless it is stopped before its first word.
 
-    The conversation stays as it was when the request fails or is stopped before its first word.
+    is_again: in place of the last question and its answer.
     """
-    asked = [*repl.conversation.asked(), {"role": "user", "content": question}]
-    try:
-        answer = _print_answer(repl, asked)
-    except BrokenPipeError:
-        raise
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        report_error(error)
-        return False
+    earlier = repl.conversation.messages[:-2] if is_again else repl.conversation.messages
+    conversation = Conversation(repl.conversation.system, [*earlier])
+    conversation.add("user", question)
+    with (
+        AnswerWriter(sys.stdout) as writer,
+        _interrupt_as_flag(repl, lambda: writer.has_started) as is_stopped,
+    ):
+        answer = ask(repl.llm, conversation.asked(), repl.params, writer.write, is_stopped)
     repl.last_stats, repl.last_route = answer.stats, answer.route
     if answer.finish_reason is None and not answer.text:
         note("stopped before the first word; the conversation is as it was")
-        return False
-    repl.conversation.add("user", question)
-    repl.conversation.add("assistant", answer.text)
-    repl.conversation.last_answer = answer
+        return
+    conversation.add("assistant", answer.text)
+    conversation.last_answer = answer
+    repl.conversation = conversation
     if repl.is_showing_stats:
         repl.print_stats()
-    return True
-
-
-def _print_answer(repl: Repl, asked: list[dict[str, str]]) -> Answer:
-    writer = AnswerWriter(sys.stdout)
-    try:
-        with _interrupt_as_flag(repl, lambda: writer.has_started) as is_stopped:
-            return ask(repl.llm, asked, repl.params, writer.write, is_stopped)
-    finally:
-        if writer.has_started:
-            writer.end()
 
 
 @contextmanager
 def _interrupt_as_flag(repl: Repl, has_started: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C only set a flag; a second one ends the chat by KeyboardInterrupt.
-
-    An exception in the middle of a pass could leave the model's cache and the record of what is
-    in it disagreeing; the flag is looked at between two tokens.
-    """
+    """Yields whether Ctrl-C was pressed; a second one ends the chat by KeyboardInterrupt."""
     is_stopped = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -129,24 +117,20 @@ def _interrupt_as_flag(repl: Repl, has_started: Callable[[], bool]) -> Iterator[
 
 
 def unquote(text: str) -> str:
-    """The text between triple quotes, less the newlines beside them."""
+    """The text between triple quotes, less the newlines beside them; other text as it is."""
+    if not text.startswith(QUOTES):
+        return text
     inner = text.removeprefix(QUOTES).removesuffix(QUOTES)
     return inner.removeprefix("\n").removesuffix("\n")
 
 
 def run_command(repl: Repl, text: str) -> None:
-    """Run one command; what is wrong with it is one line, and the chat goes on."""
+    """Run one command."""
     name, *rest = text.split(None, 1)
-    command = COMMANDS.get(name)
-    if command is None:
+    if name in COMMANDS:
+        COMMANDS[name](repl, "".join(rest))
+    else:
         note(f"unknown command {one_line(name)}; /help lists the commands")
-        return
-    try:
-        command(repl, "".join(rest))
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        report_error(error)
 
 
 def _help(repl: Repl, argument: str) -> None:
@@ -163,13 +147,10 @@ def _clear(repl: Repl, argument: str) -> None:
 
 def _regen(repl: Repl, argument: str) -> None:
     messages = repl.conversation.messages
-    if not messages:
+    if messages:
+        answer_question(repl, messages[-2]["content"], is_again=True)
+    else:
         note("nothing to answer again")
-        return
-    last = messages[-2:]
-    del messages[-2:]
-    if not answer_question(repl, last[0]["content"]):
-        messages.extend(last)
 
 
 def _set(repl: Repl, argument: str) -> None:
@@ -207,7 +188,7 @@ def _system(repl: Repl, argument: str) -> None:
     if not argument:
         note(visible(repl.conversation.system or "(none)"))
         return
-    text = unquote(argument) if argument.startswith(QUOTES) else argument
+    text = unquote(argument)
     repl.conversation = Conversation(None if text.strip() in ("", '""', "''") else text)
 
 
@@ -295,30 +276,28 @@ def _token(event: TokenEvent | None) -> str:
 
 
 def _save(repl: Repl, argument: str) -> None:
-    if not argument:
-        raise ValueError("expected /save FILE")
-    path = Path(argument).expanduser()
+    path = _path("/save", argument)
     save_conversation(repl.conversation, repl.llm.model_name, path)
     note(f"saved {len(repl.conversation.messages)} messages to {one_line(path)}")
 
 
 def _load(repl: Repl, argument: str) -> None:
-    if not argument:
-        raise ValueError("expected /load FILE")
-    repl.conversation = load_conversation(Path(argument).expanduser())
+    repl.conversation = load_conversation(_path("/load", argument))
     note(f"loaded {len(repl.conversation.messages)} messages")
 
 
-COMMANDS: dict[str, Callable[[Repl, str], None]] = {
-    "/help": _help,
-    "/?": _help,
-    "/exit": _exit,
-    "/bye": _exit,
-    "/quit": _exit,
-    "/clear": _clear,
-    "/reset": _clear,
-    "/regen": _regen,
-    "/r": _regen,
+def _path(command: str, argument: str) -> Path:
+    if not argument:
+        raise ValueError(f"expected {command} FILE")
+    return Path(argument).expanduser()
+
+
+Command = Callable[[Repl, str], None]  # with what follows its name
+_COMMANDS: dict[str, Command] = {
+    "/help /?": _help,
+    "/exit /bye /quit": _exit,
+    "/clear /reset": _clear,
+    "/regen /r": _regen,
     "/set": _set,
     "/show": _show,
     "/spec": _spec,
@@ -329,6 +308,7 @@ COMMANDS: dict[str, Callable[[Repl, str], None]] = {
     "/save": _save,
     "/load": _load,
 }
+COMMANDS = {name: command for names, command in _COMMANDS.items() for name in names.split()}
 # What Tab offers for the beginning of a line.
 COMPLETIONS = [
     *COMMANDS,

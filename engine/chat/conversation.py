@@ -11,7 +11,6 @@ import codecs
 import json
 import os
 import random
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -199,15 +198,10 @@ def save_conversation(conversation: Conversation, model: str, path: Path) -> Non
     data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"the conversation is larger than the {MAX_FILE_BYTES} bytes of a file")
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    # Here and not above: it imports numba, which takes longer than --help may.
+    from kernels.cpu.cache import write_whole
+
+    write_whole(target, data, mode=0o600)
 
 
 def load_conversation(path: Path) -> Conversation:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from engine.chat.commands import COMPLETIONS, QUOTES, Repl, answer_question, run_command, unquote
 from engine.chat.conversation import unix_text
-from engine.chat.terminal import note, one_line
+from engine.command import EXIT_OK, FAILURES, note, one_line, report_error
 from engine.interrupts import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def run_repl(repl: Repl) -> int:
         f"{one_line(llm.model_name)} on {llm.device} ({llm.dtype}), "
         f"{llm.max_length} tokens of context; /help lists the commands"
     )
-    taken = {name: llm.generation.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    taken = {name: llm.generation.get(name) for name in names}
     shown = ", ".join(f"{name} {value}" for name, value in taken.items() if value is not None)
     if shown:
         note(f"the model's own sampling parameters: {one_line(shown)}; /set changes them")
@@ -46,7 +47,7 @@ def run_repl(repl: Repl) -> int:
             handle_input(repl, text.encode("utf-8", "replace").decode("utf-8"))
         except EOFError:
             note("")
-            return 0
+            return EXIT_OK
         except _LineAbandoned:
             num_interrupts = 0
         except KeyboardInterrupt:
@@ -54,21 +55,21 @@ def run_repl(repl: Repl) -> int:
             if repl.is_done or num_interrupts > 1:
                 return EXIT_INTERRUPTED
             note("press Ctrl-C again or type /exit to leave")
-    return 0
+    return EXIT_OK
 
 
 def handle_input(repl: Repl, text: str) -> None:
-    """Act on one complete input: a command, a question, or nothing."""
-    stripped = text.strip()
-    if stripped.startswith(QUOTES):
-        question = unquote(stripped)
-    elif stripped.startswith("/"):
-        run_command(repl, stripped)
-        return
-    else:
-        question = stripped
-    if question.strip():
-        answer_question(repl, question)
+    """Act on one complete input: a command, a question, or nothing. What fails is one line."""
+    text = text.strip()
+    try:
+        if text.startswith("/"):
+            run_command(repl, text)
+        elif (question := unquote(text)).strip():
+            answer_question(repl, question)
+    except BrokenPipeError:
+        raise  # an OSError, but no failure: nobody reads the answers any more
+    except FAILURES as error:
+        report_error(error)
 
 
 class _LineAbandoned(Exception):

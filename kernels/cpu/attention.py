@@ -112,7 +112,7 @@ def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
 
 @device
 def attend_item(
-    item, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+    item, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
     batch, width, heads, kv_heads, head_dim, cache_len, out,
 ):  # fmt: skip
     """One head of one tile of one sequence, by its number among batch * heads * tiles."""
@@ -123,7 +123,7 @@ def attend_item(
     tile = turn // 2 if turn % 2 == 0 else tiles - 1 - turn // 2
     first = tile * TILE_ROWS
     valid = ints_at(num_tokens, batch)[b]
-    runs = bytes_at(plan, b * plan_stride + 1)[b * plan_stride] > 0
+    runs = bytes_at(precisions, b * stride_p + 1)[b * stride_p] > 0
     slot = np.int64(ints_at(slots, batch)[b])
     place = (slot * kv_heads + h // (heads // kv_heads)) * cache_len * head_dim * 4
     out_stride = heads * head_dim * 4
@@ -145,7 +145,7 @@ def attend_item(
 
 @kernel
 def attention(
-    q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+    q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
     batch, width, heads, kv_heads, head_dim, cache_len, num_slots, out,
 ):  # fmt: skip
     if not rows_fit(positions, num_tokens, slots, batch, width, cache_len, num_slots):
@@ -153,7 +153,7 @@ def attention(
     for item in prange(batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads):
         attend_item(
             np.int64(item),
-            q, q_stride, k_cache, v_cache, positions, num_tokens, slots, plan, plan_stride,
+            q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
             batch, width, heads, kv_heads, head_dim, cache_len, out,
         )  # fmt: skip
     return True

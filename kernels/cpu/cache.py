@@ -90,7 +90,7 @@ class KernelCache(_Cache):  # type: ignore[misc]
         payload = dumps(data._reduce())
         try:
             path = self._path(sig, data.library.codegen)
-            _write_whole(path, hashlib.sha256(payload).digest() + payload)
+            write_whole(path, hashlib.sha256(payload).digest() + payload)
         except OSError as error:
             warn_once(NOT_KEPT + (error.strerror or str(error)))
 
@@ -106,14 +106,21 @@ class KernelCache(_Cache):  # type: ignore[misc]
         return own_folder(cache_path() / self._folder_name) / f"{self._name}-{key}.nbc"
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file in one step: a reader sees all of it or none."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file in one step: a reader sees all of it, or what was there before.
+
+    mode: as for `open`. Raises OSError where it cannot be written, and leaves no part of it.
+    """
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:6]}.part")
     try:
+        part.touch(mode, exist_ok=False)
         part.write_bytes(data)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())  # or a crash could leave an empty file under the name
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it is there only where something went wrong
+            part.unlink()
 
 
 @cache  # a full disk is full for every kernel

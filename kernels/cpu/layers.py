@@ -30,8 +30,8 @@ QKV, ATTN_OUT, GATE_UP, DOWN = 1 * 8, 7 * 8, 11 * 8, 14 * 8  # bytes from the ro
 @kernel
 def run_layers(
     table, num_layers, x, eps, cos, sin, positions, num_tokens, slots, k_caches, v_caches,
-    layer_bytes, plan, plan_stride, batch, width, hidden, heads, kv_heads, head_dim, cache_len, ffn,
-    num_positions, num_slots,
+    layer_bytes, precisions, stride_p, batch, width, hidden, heads, kv_heads, head_dim, cache_len,
+    ffn, num_positions, num_slots,
 ):  # fmt: skip
     if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
         return False
@@ -51,48 +51,49 @@ def run_layers(
         attn_norm, bias, q_norm, k_norm = fields[0], fields[4], fields[5], fields[6]
         mlp_norm = fields[10]
         k, v = k_caches + layer * layer_bytes, v_caches + layer * layer_bytes
-        attn_plan, mlp_plan = plan + 2 * layer, plan + 2 * layer + 1
-        precision = precision_of(attn_plan, plan_stride, batch)
+        attn_precisions, mlp_precisions = precisions + 2 * layer, precisions + 2 * layer + 1
+        precision = precision_of(attn_precisions, stride_p, batch)
         if precision != 0:
             norm_rows(x, attn_norm, eps, hidden, rows, normed)
             for block in prange((num_qkv + qkv_cols - 1) // qkv_cols):
                 first = np.int64(block) * qkv_cols
                 last = min(num_qkv, first + qkv_cols)
                 planned_matmul(
-                    precision, attn_plan, plan_stride, batch, normed, hidden * 4, rows, w + QKV,
+                    precision, attn_precisions, stride_p, batch, normed, hidden * 4, rows, w + QKV,
                     hidden, first, last, qkv + first * 4, num_qkv * 4,
                 )  # fmt: skip
             for r in prange(rows):
                 finish_qkv_row(
                     np.int64(r),
                     qkv, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots,
-                    k, v, attn_plan, plan_stride, batch, width, heads, kv_heads, head_dim,
+                    k, v, attn_precisions, stride_p, batch, width, heads, kv_heads, head_dim,
                     cache_len,
                 )  # fmt: skip
             for item in prange(items):
                 attend_item(
-                    np.int64(item), qkv, num_qkv * 4, k, v, positions, num_tokens, slots, attn_plan,
-                    plan_stride, batch, width, heads, kv_heads, head_dim, cache_len, o,
+                    np.int64(item), qkv, num_qkv * 4, k, v, positions, num_tokens, slots,
+                    attn_precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
+                    o,
                 )  # fmt: skip
             for block in prange((hidden + out_cols - 1) // out_cols):
                 residual_block(
                     np.int64(block),
-                    out_cols, o, w + ATTN_OUT, x, precision, attn_plan, plan_stride, batch,
+                    out_cols, o, w + ATTN_OUT, x, precision, attn_precisions, stride_p, batch,
                     rows, num_o, hidden, y,
                 )  # fmt: skip
-        precision = precision_of(mlp_plan, plan_stride, batch)
+        precision = precision_of(mlp_precisions, stride_p, batch)
         if precision != 0:
             norm_rows(x, mlp_norm, eps, hidden, rows, normed)
             for block in prange((ffn + ffn_cols - 1) // ffn_cols):
                 gated_mlp_block(
                     np.int64(block),
-                    ffn_cols, normed, w + GATE_UP, precision, mlp_plan, plan_stride, batch,
+                    ffn_cols, normed, w + GATE_UP, precision, mlp_precisions, stride_p, batch,
                     rows, hidden, ffn, up, h,
                 )  # fmt: skip
             for block in prange((hidden + out_cols - 1) // out_cols):
                 residual_block(
                     np.int64(block),
-                    out_cols, h, w + DOWN, x, precision, mlp_plan, plan_stride, batch, rows,
+                    out_cols, h, w + DOWN, x, precision, mlp_precisions, stride_p, batch, rows,
                     ffn, hidden, y,
                 )  # fmt: skip
     keep_alive(scratch)

@@ -52,7 +52,7 @@ def _rotate(head, weight, eps, head_dim, cos, sin):
 @device
 def finish_qkv_row(
     r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
-    plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
+    precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
 ):  # fmt: skip
     """Bias, Q/K norm and RoPE of row r of y; its keys and values go into the cache."""
     b, position = r // width, ints_at(positions, r + 1)[r]
@@ -69,7 +69,7 @@ def finish_qkv_row(
         weight = q_norm if h < heads else k_norm
         _rotate(row + h * head_dim * 4, weight, eps, head_dim, cos + angle, sin + angle)
     is_valid = r % width < ints_at(num_tokens, batch)[b]
-    if is_valid and bytes_at(plan, b * plan_stride + 1)[b * plan_stride] > 0:
+    if is_valid and bytes_at(precisions, b * stride_p + 1)[b * stride_p] > 0:
         for h in range(kv_heads):
             place = ((slot * kv_heads + h) * cache_len + position) * head_dim * 4
             ks, vs = floats_at(k_cache + place, head_dim), floats_at(v_cache + place, head_dim)
@@ -81,12 +81,12 @@ def finish_qkv_row(
 @kernel
 def norm_qkv_rope_append(
     x, norm_weight, eps, qkv, bias, q_norm, k_norm, cos, sin, positions, num_tokens, slots,
-    k_cache, v_cache, plan, plan_stride, batch, width, hidden, heads, kv_heads, head_dim,
+    k_cache, v_cache, precisions, stride_p, batch, width, hidden, heads, kv_heads, head_dim,
     cache_len, num_positions, num_slots, y,
 ):  # fmt: skip
     if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
         return False
-    precision = precision_of(plan, plan_stride, batch)
+    precision = precision_of(precisions, stride_p, batch)
     if precision == 0:
         return True
     rows, num_out = batch * width, (heads + 2 * kv_heads) * head_dim
@@ -98,32 +98,33 @@ def norm_qkv_rope_append(
         first = np.int64(block) * cols
         last = min(num_out, first + cols)
         planned_matmul(
-            precision, plan, plan_stride, batch, normed, hidden * 4, rows, qkv, hidden, first, last,
-            y + first * 4, num_out * 4,
+            precision, precisions, stride_p, batch, normed, hidden * 4, rows, qkv, hidden, first,
+            last, y + first * 4, num_out * 4,
         )  # fmt: skip
     keep_alive(scratch)
     for r in prange(rows):
         finish_qkv_row(
             np.int64(r),
             y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
-            v_cache, plan, plan_stride, batch, width, heads, kv_heads, head_dim, cache_len,
+            v_cache, precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
         )  # fmt: skip
     return True
 
 
 @device
 def residual_block(
-    block, cols, x, weight, residual, precision, plan, plan_stride, batch, rows, num_k, num_out, y
-):
+    block, cols, x, weight, residual, precision, precisions, stride_p, batch, rows, num_k, num_out,
+    y,
+):  # fmt: skip
     """residual += x W^T in one block of columns, for the sequences that run the sub-layer."""
     first, last = block * cols, min(num_out, (block + 1) * cols)
     planned_matmul(
-        precision, plan, plan_stride, batch, x, num_k * 4, rows, weight, num_k, first, last,
+        precision, precisions, stride_p, batch, x, num_k * 4, rows, weight, num_k, first, last,
         y + first * 4, num_out * 4,
     )  # fmt: skip
-    precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
+    column = bytes_at(precisions, (batch - 1) * stride_p + 1)
     for r in range(rows):
-        if precisions[r // (rows // batch) * plan_stride] > 0:
+        if column[r // (rows // batch) * stride_p] > 0:
             place = (r * num_out + first) * 4
             ys = floats_at(y + place, last - first)
             sums = floats_at(residual + place, last - first)
@@ -132,8 +133,8 @@ def residual_block(
 
 
 @kernel
-def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, num_out):
-    precision = precision_of(plan, plan_stride, batch)
+def linear_residual(x, weight, residual, precisions, stride_p, batch, rows, num_k, num_out):
+    precision = precision_of(precisions, stride_p, batch)
     if precision == 0:
         return
     scratch = np.empty((rows, num_out), np.float32)
@@ -141,7 +142,7 @@ def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, 
     for block in prange((num_out + cols - 1) // cols):
         residual_block(
             np.int64(block),
-            cols, x, weight, residual, precision, plan, plan_stride, batch, rows, num_k,
+            cols, x, weight, residual, precision, precisions, stride_p, batch, rows, num_k,
             num_out, y,
         )  # fmt: skip
     keep_alive(scratch)
@@ -149,13 +150,13 @@ def linear_residual(x, weight, residual, plan, plan_stride, batch, rows, num_k, 
 
 @device
 def gated_mlp_block(
-    block, cols, normed, gate_up, precision, plan, plan_stride, batch, rows, hidden, ffn, up, h
+    block, cols, normed, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn, up, h
 ):
     """h = silu(gate) * up in one block of columns; up is scratch."""
     first, last = block * cols, min(ffn, (block + 1) * cols)
     for half in range(2):
         planned_matmul(
-            precision, plan, plan_stride, batch, normed, hidden * 4, rows, gate_up, hidden,
+            precision, precisions, stride_p, batch, normed, hidden * 4, rows, gate_up, hidden,
             half * ffn + first, half * ffn + last, (h if half == 0 else up) + first * 4, ffn * 4,
         )  # fmt: skip
     for r in range(rows):
@@ -166,8 +167,8 @@ def gated_mlp_block(
 
 
 @kernel
-def norm_gated_mlp(x, norm_weight, eps, gate_up, plan, plan_stride, batch, rows, hidden, ffn, h):
-    precision = precision_of(plan, plan_stride, batch)
+def norm_gated_mlp(x, norm_weight, eps, gate_up, precisions, stride_p, batch, rows, hidden, ffn, h):
+    precision = precision_of(precisions, stride_p, batch)
     if precision == 0:
         return
     scratch, scratch_up = np.empty((rows, hidden), np.float32), np.empty((rows, ffn), np.float32)
@@ -177,7 +178,7 @@ def norm_gated_mlp(x, norm_weight, eps, gate_up, plan, plan_stride, batch, rows,
     for block in prange((ffn + cols - 1) // cols):
         gated_mlp_block(
             np.int64(block),
-            cols, normed, gate_up, precision, plan, plan_stride, batch, rows, hidden, ffn,
+            cols, normed, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn,
             up, h,
         )  # fmt: skip
     keep_alive(scratch)
@@ -186,9 +187,9 @@ def norm_gated_mlp(x, norm_weight, eps, gate_up, plan, plan_stride, batch, rows,
 
 @kernel
 def norm_lm_head(
-    x, norm_weight, eps, lm_head, plan, plan_stride, batch, rows, hidden, vocab, logits
+    x, norm_weight, eps, lm_head, precisions, stride_p, batch, rows, hidden, vocab, logits
 ):
-    precision = precision_of(plan, plan_stride, batch)
+    precision = precision_of(precisions, stride_p, batch)
     scratch = np.empty((rows, hidden), np.float32)
     normed = np.int64(scratch.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
@@ -197,7 +198,7 @@ def norm_lm_head(
         first = np.int64(block) * cols
         last = min(vocab, first + cols)
         planned_matmul(
-            precision, plan, plan_stride, batch, normed, hidden * 4, rows, lm_head, hidden, first,
-            last, logits + first * 4, vocab * 4,
+            precision, precisions, stride_p, batch, normed, hidden * 4, rows, lm_head, hidden,
+            first, last, logits + first * 4, vocab * 4,
         )  # fmt: skip
     keep_alive(scratch)

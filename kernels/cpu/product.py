@@ -136,25 +136,25 @@ def _matmul_int8(x, x_stride, rows, w, scale, num_k, num_cols, out, out_stride):
 
 
 @device
-def precision_of(plan, plan_stride, batch):
-    """The precision that all sequences give the sub-layer of a plan column, or MIXED."""
-    precisions = bytes_at(plan, (batch - 1) * plan_stride + 1)
-    first = np.int64(precisions[0])
+def precision_of(precisions, stride_p, batch):
+    """The precision that all sequences give the sub-layer of a column, or MIXED."""
+    column = bytes_at(precisions, (batch - 1) * stride_p + 1)
+    first = np.int64(column[0])
     for b in range(1, batch):
-        if precisions[b * plan_stride] != first:
+        if column[b * stride_p] != first:
             return MIXED
     return first
 
 
 @device
 def planned_matmul(
-    precision, plan, plan_stride, batch, x, x_stride, rows, weight, num_k, first, last, out,
+    precision, precisions, stride_p, batch, x, x_stride, rows, weight, num_k, first, last, out,
     out_stride,
 ):  # fmt: skip
     """Columns [first, last) of x W^T for the sequences that run the sub-layer; out begins there.
 
-    `weight` is the address of a matrix's three addresses, those of a `Weight`; `precision` is what
-    `precision_of` says of the plan column. Rows of a sequence that skips are left as they were.
+    `weight` is the address of a `Weight`'s three addresses, `precisions` that of the sub-layer's
+    column, `precision` what `precision_of` says of it. Rows of a sequence that skips are unchanged.
     """
     forms = addresses_at(weight, 3)
     full = forms[0] + first * num_k * 4
@@ -165,11 +165,11 @@ def planned_matmul(
     elif precision == INT8:
         _matmul_int8(x, x_stride, rows, int8, scale, num_k, last - first, out, out_stride)
     else:
-        precisions, width = bytes_at(plan, (batch - 1) * plan_stride + 1), rows // batch
+        column, width = bytes_at(precisions, (batch - 1) * stride_p + 1), rows // batch
         is_cached = width > STREAM_ROWS
         for b in range(batch):
             xb, yb = x + b * width * x_stride, out + b * width * out_stride
-            if precisions[b * plan_stride] == INT8:
+            if column[b * stride_p] == INT8:
                 _matmul_int8(xb, x_stride, width, int8, scale, num_k, last - first, yb, out_stride)
-            elif precisions[b * plan_stride] > 0:
+            elif column[b * stride_p] > 0:
                 matmul(xb, x_stride, width, full, num_k, last - first, yb, out_stride, is_cached)

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from numba import prange
 
+from kernels.checks import assert_plain
 from kernels.cpu.compile import device, kernel
 from kernels.cpu.scalars import F, addresses_at, exp, floats_at, ints_at
-from kernels.gpu.launch import assert_plain
 from kernels.round.noise import MASK32, PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1
 from kernels.round.sample import SampleParams, assert_params, without_early_ends
 

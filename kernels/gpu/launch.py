@@ -1,4 +1,4 @@
-"""How the kernels are launched: parameters from the launch table, counters, what is asserted.
+"""How the kernels are launched: parameters from the launch table, and what depends on the device.
 
 Nothing here sees how many rows or sequences a pass has; launch_table.py says why.
 
@@ -103,59 +103,3 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     """
     is_dependent = capability_of(device) >= 90 and not triton.knobs.runtime.interpret
     return {"PDL": is_dependent, "launch_pdl": is_dependent}
-
-
-def assert_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> None:
-    """Kernels compute addresses from shapes alone: every tensor given is contiguous, of `dtype`."""
-    for tensor in tensors:
-        if tensor is not None:
-            assert tensor.dtype == dtype, (tensor.shape, tensor.dtype, dtype)
-            assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
-
-
-def assert_counters(counters: torch.Tensor, num_tiles: int) -> None:
-    """One counter a tile; the caller's duty, and the kernels' own, is that they are zero."""
-    assert_plain(torch.int32, counters)
-    assert counters.numel() >= num_tiles, (counters.numel(), num_tiles)
-
-
-def assert_qkv_operands(
-    x: torch.Tensor,  # [R, C]
-    norm_weight: torch.Tensor,  # [C]
-    qkv: Weight,  # [(H + 2*H_kv) * D, C]
-    head_norms: tuple[torch.Tensor | None, torch.Tensor | None],  # [D] each
-    tables: tuple[torch.Tensor, torch.Tensor],  # cos, sin: [S, D/2]
-    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # positions, num_tokens, slots
-    caches: tuple[torch.Tensor, torch.Tensor],  # [slots, H_kv, S, D] each
-    plan: torch.Tensor,  # [B, 2L]
-) -> None:
-    """What either Q/K/V projection relies on: whole heads, pairs to rotate, plain tensors."""
-    head_dim, shapes = caches[0].shape[3], [t.shape for t in (*tables, *rows, *caches)]
-    assert head_dim % 2 == 0 and qkv.shape[0] % head_dim == 0, (head_dim, qkv.shape)
-    assert norm_weight.shape == x.shape[1:] and rows[0].numel() == x.shape[0], shapes
-    assert caches[0].shape == caches[1].shape and tables[0].shape == tables[1].shape, shapes
-    assert tables[0].shape[1] == head_dim // 2, shapes
-    assert (head_norms[0] is None) == (head_norms[1] is None), "the norm of queries or keys only"
-    qkv.check((qkv.shape[0], x.shape[1]), x.dtype)
-    assert_plain(x.dtype, x, norm_weight, *head_norms, *caches)
-    assert_plain(torch.float32, *tables)
-    assert_plain(torch.int32, *rows)
-    assert_plain(torch.uint8, plan)
-
-
-def assert_attention_operands(
-    q: torch.Tensor,  # [R, H, D]
-    k_cache: torch.Tensor,  # [slots, H_kv, S, D]
-    v_cache: torch.Tensor,  # [slots, H_kv, S, D]
-    positions: torch.Tensor,  # [B, T]
-    num_tokens: torch.Tensor,  # [B]
-    slots: torch.Tensor,  # [B]
-    plan: torch.Tensor,  # [B, 2L]
-) -> None:
-    """What either attention kernel relies on: heads in whole groups, one layout, plain tensors."""
-    (num_rows, num_heads, head_dim), shapes = q.shape, (q.shape, k_cache.shape, v_cache.shape)
-    assert num_rows == positions.numel() and num_heads % k_cache.shape[1] == 0, shapes
-    assert k_cache.shape == v_cache.shape and k_cache.shape[3] == head_dim, shapes
-    assert_plain(q.dtype, q, k_cache, v_cache)
-    assert_plain(torch.int32, positions, num_tokens, slots)
-    assert_plain(torch.uint8, plan)

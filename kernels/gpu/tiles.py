@@ -26,10 +26,10 @@ def allow_next(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r):  # type: ignore[no-untyped-def]
-    """The plan's precision of `sublayer` for each row: 0 (skip), 8 or 16; 0 beyond the last row."""
-    plan_ptrs = plan_ptr + (offs_r // T) * stride_plan_b + sublayer
-    return tl.load(plan_ptrs, mask=mask_r, other=0)
+def load_precisions(precisions_ptr, stride_p, sublayer, T, offs_r, mask_r):  # type: ignore[no-untyped-def]
+    """The precision of `sublayer` for each row: 0 (skip), 8 or 16; 0 beyond the last row."""
+    precisions_ptrs = precisions_ptr + (offs_r // T) * stride_p + sublayer
+    return tl.load(precisions_ptrs, mask=mask_r, other=0)
 
 
 @triton.jit

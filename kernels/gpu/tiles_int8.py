@@ -9,8 +9,8 @@ one large activation spoils one group. The sum over k is exact in int32 and in t
 becomes; scales, the sum over groups and everything after it are float32. Halves round up, because
 Triton has no rounding to even that its interpreter and all targets share.
 
-A plan that says 8 of weights without an int8 form gets their own one. The host cannot refuse it
-without waiting for the device, so not to ask for it is the caller's duty.
+A row at 8 of weights without an int8 form gets their own one. The host cannot refuse that without
+waiting for the device, so not to ask for it is the caller's duty.
 """
 
 from __future__ import annotations

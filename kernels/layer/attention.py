@@ -10,35 +10,34 @@ from __future__ import annotations
 
 import torch
 
+from kernels.operands import LayerCache, Rows
+
 
 def attention_ref(
     q: torch.Tensor,  # [R, H, D]
-    k_cache: torch.Tensor,  # [slots, H_kv, S, D]
-    v_cache: torch.Tensor,  # [slots, H_kv, S, D]
-    positions: torch.Tensor,  # [B, T] int32, consecutive in a sequence
-    num_tokens: torch.Tensor,  # [B] int32
-    slots: torch.Tensor,  # [B] int32
-    plan: torch.Tensor,  # [B, 2L] uint8
+    cache: LayerCache,
+    rows: Rows,
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
     counters: torch.Tensor,  # [n] int32, for a kernel that splits its work (ops.py)
 ) -> torch.Tensor:
     """Return o [R, H*D]; zero for padding rows and for sequences that skip `sublayer`."""
-    batch, width = positions.shape
+    batch, width = rows.positions.shape
     _, num_heads, head_dim = q.shape
-    group = num_heads // k_cache.shape[1]
+    group = num_heads // cache.k.shape[1]
     out = torch.zeros(batch, width, num_heads, head_dim, dtype=q.dtype, device=q.device)
     for b in range(batch):
-        valid = int(num_tokens[b])
-        if valid == 0 or int(plan[b, sublayer]) == 0:
+        valid = int(rows.num_tokens[b])
+        if valid == 0 or int(precisions[b, sublayer]) == 0:
             continue
-        row_positions = positions[b, :valid]
-        length = int(row_positions[-1]) + 1
+        positions, slot = rows.positions[b, :valid], rows.slots[b]
+        length = int(positions[-1]) + 1
         acc_dtype = torch.promote_types(q.dtype, torch.float32)
         queries = q.view(batch, width, num_heads, head_dim)[b, :valid].transpose(0, 1).to(acc_dtype)
-        k = k_cache[slots[b], :, :length].to(acc_dtype).repeat_interleave(group, dim=0)
-        v = v_cache[slots[b], :, :length].to(acc_dtype).repeat_interleave(group, dim=0)
+        k = cache.k[slot, :, :length].to(acc_dtype).repeat_interleave(group, dim=0)
+        v = cache.v[slot, :, :length].to(acc_dtype).repeat_interleave(group, dim=0)
         scores = queries @ k.transpose(1, 2) * head_dim**-0.5  # [H, T, S]
-        is_future = torch.arange(length, device=q.device) > row_positions[:, None]
+        is_future = torch.arange(length, device=q.device) > positions[:, None]
         probs = scores.masked_fill(is_future, float("-inf")).softmax(-1)
         out[b, :valid] = (probs @ v).transpose(0, 1).to(q.dtype)
     return out.view(batch * width, num_heads * head_dim)

@@ -24,15 +24,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import (
-    BLOCK_ROWS,
-    assert_attention_operands,
-    assert_counters,
-    decode_launch,
-    dependent_launch,
-)
+from kernels.checks import assert_attention_operands, assert_counters, assert_plain
+from kernels.gpu.launch import BLOCK_ROWS, decode_launch, dependent_launch
 from kernels.gpu.launch_table import DecodeLaunch
 from kernels.gpu.tiles import allow_next, softmax_step, wait_for_previous
+from kernels.operands import LayerCache, Rows
 
 
 @triton.jit
@@ -114,13 +110,13 @@ def _attention_decode_kernel(  # type: ignore[no-untyped-def]
     positions_ptr,
     num_tokens_ptr,
     slots_ptr,
-    plan_ptr,
+    precisions_ptr,
     part_ptr,
     max_ptr,
     sum_ptr,
     counters_ptr,
     o_ptr,
-    stride_plan_b,
+    stride_p,
     T,
     H_KV,
     GROUP,
@@ -145,7 +141,7 @@ def _attention_decode_kernel(  # type: ignore[no-untyped-def]
     t = offs_r // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     num_tokens, slot = tl.load(num_tokens_ptr + b), tl.load(slots_ptr + b).to(tl.int64)
-    if tl.load(plan_ptr + b * stride_plan_b + sublayer) == 0:
+    if tl.load(precisions_ptr + b * stride_p + sublayer) == 0:
         num_tokens = 0
     valid = (t < T) & (t < num_tokens)
     position = tl.load(positions_ptr + b * T + t, mask=valid, other=-1)
@@ -194,23 +190,21 @@ def _attention_decode_kernel(  # type: ignore[no-untyped-def]
 
 def attention_decode(
     q: torch.Tensor,  # [R, H, D]
-    k_cache: torch.Tensor,  # [slots, H_kv, S, D]
-    v_cache: torch.Tensor,  # [slots, H_kv, S, D]
-    positions: torch.Tensor,  # [B, T] int32, consecutive in a sequence
-    num_tokens: torch.Tensor,  # [B] int32
-    slots: torch.Tensor,  # [B] int32
-    plan: torch.Tensor,  # [B, 2L] uint8
+    cache: LayerCache,
+    rows: Rows,
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
     counters: torch.Tensor,  # [n] int32, zero before and after
     *,
     launch: DecodeLaunch | None = None,
 ) -> torch.Tensor:
     """Return o [R, H*D]; zero for padding rows and for sequences that skip `sublayer`."""
-    batch, width = positions.shape
+    batch, width = rows.positions.shape
     num_rows, num_heads, head_dim = q.shape
-    _, num_kv_heads, max_positions, _ = k_cache.shape
+    _, num_kv_heads, max_positions, _ = cache.k.shape
     group = num_heads // num_kv_heads
-    assert_attention_operands(q, k_cache, v_cache, positions, num_tokens, slots, plan)
+    assert_plain(q.dtype, q)
+    assert_attention_operands(q, cache, rows, precisions, sublayer)
     launch = launch or decode_launch(q.device, head_dim, q.dtype)
     block_d, num_splits = max(16, triton.next_power_of_2(head_dim)), launch.num_splits(num_kv_heads)
     max_splits = min(num_splits, triton.cdiv(max_positions, launch.block_s))
@@ -221,8 +215,9 @@ def attention_decode(
     maxima, sums = (torch.empty(num_parts, dtype=torch.float32, device=q.device) for _ in "ms")
     o = torch.empty(num_rows, num_heads * head_dim, dtype=q.dtype, device=q.device)
     _attention_decode_kernel[(max_splits, num_tiles, batch)](
-        *(q, k_cache, v_cache, positions, num_tokens, slots, plan, parts, maxima, sums, counters),
-        *(o, plan.stride(0), width, num_kv_heads, group, max_positions, sublayer),
+        *(q, *cache, rows.positions, rows.num_tokens, rows.slots, precisions),
+        *(parts, maxima, sums, counters, o),
+        *(precisions.stride(0), width, num_kv_heads, group, max_positions, sublayer),
         head_dim**-0.5 * math.log2(math.e),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,

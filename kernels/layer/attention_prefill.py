@@ -16,9 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import assert_attention_operands, prefill_launch
+from kernels.checks import assert_attention_operands, assert_plain
+from kernels.gpu.launch import prefill_launch
 from kernels.gpu.launch_table import PrefillLaunch
 from kernels.gpu.tiles import softmax_step
+from kernels.operands import LayerCache, Rows
 
 
 @triton.jit
@@ -51,9 +53,9 @@ def _attention_prefill_kernel(  # type: ignore[no-untyped-def]
     positions_ptr,
     num_tokens_ptr,
     slots_ptr,
-    plan_ptr,
+    precisions_ptr,
     o_ptr,
-    stride_plan_b,
+    stride_p,
     T,
     GROUP,
     S,
@@ -72,7 +74,7 @@ def _attention_prefill_kernel(  # type: ignore[no-untyped-def]
     offs_t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     num_tokens = tl.load(num_tokens_ptr + b)
-    if tl.load(plan_ptr + b * stride_plan_b + sublayer) == 0:
+    if tl.load(precisions_ptr + b * stride_p + sublayer) == 0:
         num_tokens = 0
     valid = (offs_t < T) & (offs_t < num_tokens)
     offs_o = ((b * T + offs_t).to(tl.int64) * H + head)[:, None] * HEAD_DIM + offs_d[None, :]
@@ -103,28 +105,26 @@ def _attention_prefill_kernel(  # type: ignore[no-untyped-def]
 
 def attention_prefill(
     q: torch.Tensor,  # [R, H, D]
-    k_cache: torch.Tensor,  # [slots, H_kv, S, D]
-    v_cache: torch.Tensor,  # [slots, H_kv, S, D]
-    positions: torch.Tensor,  # [B, T] int32, consecutive in a sequence
-    num_tokens: torch.Tensor,  # [B] int32
-    slots: torch.Tensor,  # [B] int32
-    plan: torch.Tensor,  # [B, 2L] uint8
+    cache: LayerCache,
+    rows: Rows,
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
     counters: torch.Tensor,  # [n] int32, not needed
     *,
     launch: PrefillLaunch | None = None,
 ) -> torch.Tensor:
     """Return o [R, H*D]; zero for padding rows and for sequences that skip `sublayer`."""
-    batch, width = positions.shape
+    batch, width = rows.positions.shape
     num_rows, num_heads, head_dim = q.shape
-    _, num_kv_heads, max_positions, _ = k_cache.shape
+    _, num_kv_heads, max_positions, _ = cache.k.shape
     group = num_heads // num_kv_heads
-    assert_attention_operands(q, k_cache, v_cache, positions, num_tokens, slots, plan)
+    assert_plain(q.dtype, q)
+    assert_attention_operands(q, cache, rows, precisions, sublayer)
     o = torch.empty(num_rows, num_heads * head_dim, dtype=q.dtype, device=q.device)
     launch = launch or prefill_launch(q.device, head_dim, q.dtype)
     _attention_prefill_kernel[(triton.cdiv(width, launch.block_m), num_heads, batch)](
-        *(q, k_cache, v_cache, positions, num_tokens, slots, plan, o),
-        *(plan.stride(0), width, group, max_positions, sublayer),
+        *(q, *cache, rows.positions, rows.num_tokens, rows.slots, precisions, o),
+        *(precisions.stride(0), width, group, max_positions, sublayer),
         head_dim**-0.5 * math.log2(math.e),
         HEAD_DIM=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),

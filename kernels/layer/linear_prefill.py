@@ -1,7 +1,7 @@
 """The other matrices of prefill: the library's GEMM, and nothing read back to the host.
 
 The laws and the shapes are linear_residual_ref, norm_gated_mlp_ref and norm_lm_head_ref, and so is
-the rounding. Of the plan only 0 (skip) counts, and on the device: what
+the rounding. Of the precisions only 0 (skip) counts, and on the device: what
 norm_qkv_rope_prefill.py says of 8 holds here too. A value for skipped rows comes as an argument of
 a launch, by masked_fill: as a tensor that torch.where makes of a number it would be copied, and a
 copy waits for the device.
@@ -20,14 +20,14 @@ def linear_residual_prefill(
     x: torch.Tensor,  # [R, K]
     weight: Weight,  # [C, K]
     residual: torch.Tensor,  # [R, C], updated in place
-    plan: torch.Tensor,  # [B, 2L] uint8
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
     counters: torch.Tensor,  # [n] int32, not needed
 ) -> None:
     """Add x @ W^T to the rows of the sequences that run `sublayer`."""
     y = weight.own.linear(x)
-    skips = plan[:, sublayer, None, None] == 0
-    y.view(plan.shape[0], -1, y.shape[1]).masked_fill_(skips, 0.0)  # [B, T, C]
+    skips = precisions[:, sublayer, None, None] == 0
+    y.view(precisions.shape[0], -1, y.shape[1]).masked_fill_(skips, 0.0)  # [B, T, C]
     residual += y
 
 
@@ -36,10 +36,10 @@ def norm_gated_mlp_prefill(
     norm_weight: torch.Tensor,  # [C]
     eps: float,
     gate_up: Weight,  # [2*F, C]
-    plan: torch.Tensor,  # [B, 2L] uint8, not needed
+    precisions: torch.Tensor,  # [B, P] uint8, not needed
     sublayer: int,
 ) -> torch.Tensor:
-    """Return h [R, F]; rows of a sequence that skips `sublayer` hold nothing to be used."""
+    """Return h [R, F]; rows of a sequence that skips `sublayer` are undefined."""
     gate, up = gate_up.own.linear(rms_norm(x, norm_weight, eps)).chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -49,7 +49,7 @@ def norm_lm_head_prefill(
     norm_weight: torch.Tensor,  # [C]
     eps: float,
     lm_head: Weight,  # [V, C]
-    plan: torch.Tensor,  # [B, P] uint8, not needed
+    precisions: torch.Tensor,  # [B, P] uint8, not needed
     sublayer: int,
 ) -> torch.Tensor:
     """Return logits [R, V] in float32."""

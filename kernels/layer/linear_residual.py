@@ -18,14 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import (
-    BLOCK_ROWS,
-    assert_counters,
-    assert_plain,
-    dependent_launch,
-    matrix_constants,
-    matrix_launch,
-)
+from kernels.checks import assert_counters, assert_plain, assert_product
+from kernels.gpu.launch import BLOCK_ROWS, dependent_launch, matrix_constants, matrix_launch
 from kernels.gpu.launch_table import MatrixLaunch
 from kernels.gpu.tiles import allow_next, any_row, load_precisions, wait_for_previous
 from kernels.gpu.tiles_int8 import project_planned
@@ -37,13 +31,13 @@ def linear_residual_ref(
     x: torch.Tensor,  # [R, K]
     weight: Weight,  # [C, K]
     residual: torch.Tensor,  # [R, C], updated in place
-    plan: torch.Tensor,  # [B, 2L] uint8
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
     counters: torch.Tensor,  # [n] int32, for a kernel that splits its work (ops.py)
 ) -> None:
     """Add x @ W^T to the rows of the sequences that run `sublayer`."""
-    runs = row_precisions(plan, sublayer, x.shape[0])[:, None] > 0
-    residual += torch.where(runs, planned_linear_ref(x, weight, plan, sublayer), 0.0)
+    runs = row_precisions(precisions, sublayer, x.shape[0])[:, None] > 0
+    residual += torch.where(runs, planned_linear_ref(x, weight, precisions, sublayer), 0.0)
 
 
 @triton.jit
@@ -66,10 +60,10 @@ def _linear_residual_kernel(  # type: ignore[no-untyped-def]
     w8_ptr,
     w8_scale_ptr,
     residual_ptr,
-    plan_ptr,
+    precisions_ptr,
     part_ptr,
     counters_ptr,
-    stride_plan_b,
+    stride_p,
     R,
     T,
     N,
@@ -86,7 +80,7 @@ def _linear_residual_kernel(  # type: ignore[no-untyped-def]
     wait_for_previous(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
-    precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    precision = load_precisions(precisions_ptr, stride_p, sublayer, T, offs_r, mask_r)
     runs = precision != 0
     if not any_row(runs):
         return
@@ -125,7 +119,7 @@ def linear_residual(
     x: torch.Tensor,  # [R, K]
     weight: Weight,  # [C, K]
     residual: torch.Tensor,  # [R, C], updated in place
-    plan: torch.Tensor,  # [B, 2L] uint8
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
     counters: torch.Tensor,  # [n] int32, zero before and after
     *,
@@ -134,9 +128,8 @@ def linear_residual(
     """Add x @ W^T to the rows of the sequences that run `sublayer`."""
     (num_rows, k), n = x.shape, weight.shape[0]
     assert residual.shape == (num_rows, n), (residual.shape, x.shape, n)
-    assert_plain(x.dtype, x, residual)
-    weight.check((n, k), x.dtype)
-    assert_plain(torch.uint8, plan)
+    assert_plain(x.dtype, residual)
+    assert_product(x, weight, precisions, sublayer)
     launch = launch or matrix_launch(x.device, "linear_residual", n, k, x.dtype)
     tiles = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
     parts = None
@@ -145,18 +138,8 @@ def linear_residual(
         parts = torch.empty(launch.split_k, num_rows, n, dtype=torch.float32, device=x.device)
     grid = (*tiles, launch.split_k)
     _linear_residual_kernel[grid](
-        x,
-        *weight.tensors,
-        residual,
-        plan,
-        parts,
-        counters,
-        plan.stride(0),
-        num_rows,
-        num_rows // plan.shape[0],
-        n,
-        k,
-        sublayer,
+        *(x, *weight.tensors, residual, precisions, parts, counters),
+        *(precisions.stride(0), num_rows, num_rows // precisions.shape[0], n, k, sublayer),
         SPLIT_K=launch.split_k,
         **matrix_constants(launch, weight),
         **dependent_launch(x.device),

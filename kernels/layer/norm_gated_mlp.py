@@ -15,13 +15,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import (
-    BLOCK_ROWS,
-    assert_plain,
-    dependent_launch,
-    matrix_constants,
-    matrix_launch,
-)
+from kernels.checks import assert_product, assert_vectors
+from kernels.gpu.launch import BLOCK_ROWS, dependent_launch, matrix_constants, matrix_launch
 from kernels.gpu.launch_table import MatrixLaunch
 from kernels.gpu.tiles import (
     allow_next,
@@ -43,12 +38,12 @@ def norm_gated_mlp_ref(
     norm_weight: torch.Tensor,  # [C]
     eps: float,
     gate_up: Weight,  # [2*F, C]
-    plan: torch.Tensor,  # [B, 2L] uint8
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
 ) -> torch.Tensor:
-    """Return h [R, F]; rows of a sequence that skips `sublayer` hold nothing to be used."""
+    """Return h [R, F]; rows of a sequence that skips `sublayer` are undefined."""
     normed = rms_norm_ref(x, norm_weight, eps)
-    gate, up = planned_linear_ref(normed, gate_up, plan, sublayer).chunk(2, dim=-1)
+    gate, up = planned_linear_ref(normed, gate_up, precisions, sublayer).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
@@ -156,9 +151,9 @@ def _norm_gated_mlp_kernel(  # type: ignore[no-untyped-def]
     w_ptr,
     w8_ptr,
     w8_scale_ptr,
-    plan_ptr,
+    precisions_ptr,
     h_ptr,
-    stride_plan_b,
+    stride_p,
     R,
     T,
     N,
@@ -175,7 +170,7 @@ def _norm_gated_mlp_kernel(  # type: ignore[no-untyped-def]
     wait_for_previous(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
-    precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    precision = load_precisions(precisions_ptr, stride_p, sublayer, T, offs_r, mask_r)
     runs = precision != 0
     if not any_row(runs):
         return
@@ -198,34 +193,23 @@ def norm_gated_mlp(
     norm_weight: torch.Tensor,  # [C]
     eps: float,
     gate_up: Weight,  # [2*F, C]
-    plan: torch.Tensor,  # [B, 2L] uint8
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
     *,
     launch: MatrixLaunch | None = None,
 ) -> torch.Tensor:
-    """Return h [R, F]; rows of a sequence that skips `sublayer` hold nothing to be used."""
+    """Return h [R, F]; rows of a sequence that skips `sublayer` are undefined."""
     (num_rows, k), n = x.shape, gate_up.shape[0] // 2
-    assert norm_weight.shape == (k,), (norm_weight.shape, k)
-    assert_plain(x.dtype, x, norm_weight)
-    gate_up.check((2 * n, k), x.dtype)
-    assert_plain(torch.uint8, plan)
+    assert gate_up.shape[0] == 2 * n, gate_up.shape
+    assert_vectors(x.dtype, k, norm_weight)
+    assert_product(x, gate_up, precisions, sublayer)
     h = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     launch = launch or matrix_launch(x.device, "norm_gated_mlp", n, k, x.dtype)
     assert launch.split_k == 1, launch
     grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
     _norm_gated_mlp_kernel[grid](
-        x,
-        norm_weight,
-        *gate_up.tensors,
-        plan,
-        h,
-        plan.stride(0),
-        num_rows,
-        num_rows // plan.shape[0],
-        n,
-        k,
-        sublayer,
-        eps,
+        *(x, norm_weight, *gate_up.tensors, precisions, h),
+        *(precisions.stride(0), num_rows, num_rows // precisions.shape[0], n, k, sublayer, eps),
         **matrix_constants(launch, gate_up),
         **dependent_launch(x.device),
     )

@@ -2,7 +2,7 @@
 
     logits = rms_norm(x) @ W^T
 
-No plan skips the head: its column of the plan table, the last one, is 8 or 16. It is 0 in rows that
+No plan skips the head: its column of the precisions, the last one, is 8 or 16. It is 0 in rows that
 a draft step has no use for, whose logits are left as they were.
 Shapes: x [R, C], W [V, C] -> logits [R, V] in float32 whatever the weights' dtype. Moves the bytes
 of W, R*C elements in and 4*R*V bytes out. The kernel's sums stay in float32 to the end; the
@@ -15,13 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import (
-    BLOCK_ROWS,
-    assert_plain,
-    dependent_launch,
-    matrix_constants,
-    matrix_launch,
-)
+from kernels.checks import assert_product, assert_vectors
+from kernels.gpu.launch import BLOCK_ROWS, dependent_launch, matrix_constants, matrix_launch
 from kernels.gpu.launch_table import MatrixLaunch
 from kernels.gpu.tiles import allow_next, any_row, load_precisions, wait_for_previous
 from kernels.gpu.tiles_int8 import project_planned
@@ -35,11 +30,11 @@ def norm_lm_head_ref(
     norm_weight: torch.Tensor,  # [C]
     eps: float,
     lm_head: Weight,  # [V, C]
-    plan: torch.Tensor,  # [B, P] uint8
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
 ) -> torch.Tensor:
     """Return logits [R, V], float32 (float64 for float64 input)."""
-    logits = planned_linear_ref(rms_norm_ref(x, norm_weight, eps), lm_head, plan, sublayer)
+    logits = planned_linear_ref(rms_norm_ref(x, norm_weight, eps), lm_head, precisions, sublayer)
     return logits.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -50,9 +45,9 @@ def _norm_lm_head_kernel(  # type: ignore[no-untyped-def]
     w_ptr,
     w8_ptr,
     w8_scale_ptr,
-    plan_ptr,
+    precisions_ptr,
     logits_ptr,
-    stride_plan_b,
+    stride_p,
     R,
     T,
     N,
@@ -71,7 +66,7 @@ def _norm_lm_head_kernel(  # type: ignore[no-untyped-def]
     mask_r = offs_r < R
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    precision = load_precisions(precisions_ptr, stride_p, sublayer, T, offs_r, mask_r)
     runs = precision != 0
     if not any_row(runs):
         return
@@ -90,34 +85,22 @@ def norm_lm_head(
     norm_weight: torch.Tensor,  # [C]
     eps: float,
     lm_head: Weight,  # [V, C]
-    plan: torch.Tensor,  # [B, P] uint8
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
     *,
     launch: MatrixLaunch | None = None,
 ) -> torch.Tensor:
     """Return logits [R, V], float32."""
     (num_rows, k), n = x.shape, lm_head.shape[0]
-    assert norm_weight.shape == (k,), (norm_weight.shape, k)
-    assert_plain(x.dtype, x, norm_weight)
-    assert_plain(torch.uint8, plan)
-    lm_head.check((n, k), x.dtype)
+    assert_vectors(x.dtype, k, norm_weight)
+    assert_product(x, lm_head, precisions, sublayer)
     logits = torch.empty(num_rows, n, dtype=torch.float32, device=x.device)
     launch = launch or matrix_launch(x.device, "norm_lm_head", n, k, x.dtype)
     assert launch.split_k == 1, launch
     grid = (triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(n, launch.block_n))
     _norm_lm_head_kernel[grid](
-        x,
-        norm_weight,
-        *lm_head.tensors,
-        plan,
-        logits,
-        plan.stride(0),
-        num_rows,
-        num_rows // plan.shape[0],
-        n,
-        k,
-        sublayer,
-        eps,
+        *(x, norm_weight, *lm_head.tensors, precisions, logits),
+        *(precisions.stride(0), num_rows, num_rows // precisions.shape[0], n, k, sublayer, eps),
         **matrix_constants(launch, lm_head),
         **dependent_launch(x.device),
     )

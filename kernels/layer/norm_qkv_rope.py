@@ -17,20 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import (
-    BLOCK_ROWS,
-    assert_plain,
-    assert_qkv_operands,
-    dependent_launch,
-    matrix_constants,
-    qkv_launch,
-)
+from kernels.checks import assert_qkv_operands
+from kernels.gpu.launch import BLOCK_ROWS, dependent_launch, matrix_constants, qkv_launch
 from kernels.gpu.launch_table import MatrixLaunch
 from kernels.gpu.tiles import allow_next, any_row, load_precisions, wait_for_previous
 from kernels.gpu.tiles_int8 import project_planned
 from kernels.layer.planned_linear import planned_linear_ref
 from kernels.layer.rms_norm import rms_norm_ref
-from kernels.weight import Weight
+from kernels.operands import LayerCache, RotaryTable, Rows
+from kernels.weight import LayerWeights
 
 
 def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -44,41 +39,33 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 def norm_qkv_rope_append_ref(
     x: torch.Tensor,  # [R, C]
-    norm_weight: torch.Tensor,  # [C]
+    layer: LayerWeights,
     eps: float,
-    qkv: Weight,  # [(H + 2*H_kv) * D, C]
-    qkv_bias: torch.Tensor | None,  # [(H + 2*H_kv) * D]
-    q_norm: torch.Tensor | None,  # [D]
-    k_norm: torch.Tensor | None,  # [D]
-    cos: torch.Tensor,  # [S, D/2]
-    sin: torch.Tensor,  # [S, D/2]
-    positions: torch.Tensor,  # [B, T] int32
-    num_tokens: torch.Tensor,  # [B] int32
-    slots: torch.Tensor,  # [B] int32
-    k_cache: torch.Tensor,  # [slots, H_kv, S, D], written
-    v_cache: torch.Tensor,  # [slots, H_kv, S, D], written
-    plan: torch.Tensor,  # [B, 2L] uint8
+    rotary: RotaryTable,
+    rows: Rows,
+    cache: LayerCache,  # written
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
 ) -> torch.Tensor:
     """Return q [R, H, D] and append k, v of the valid rows of the sequences that run `sublayer`."""
-    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    y = planned_linear_ref(rms_norm_ref(x, norm_weight, eps), qkv, plan, sublayer)
-    if qkv_bias is not None:
-        y = y + qkv_bias
+    num_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
+    normed = rms_norm_ref(x, layer.attn_norm, eps)
+    y = planned_linear_ref(normed, layer.qkv, precisions, sublayer)
+    if layer.qkv_bias is not None:
+        y = y + layer.qkv_bias
     y = y.unflatten(-1, (-1, head_dim))  # [R, H + 2*H_kv, D]
     num_heads = y.shape[1] - 2 * num_kv_heads
     q, k, v = y.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    if q_norm is not None and k_norm is not None:
-        q, k = rms_norm_ref(q, q_norm, eps), rms_norm_ref(k, k_norm, eps)
-    row_positions = positions.flatten().long()
-    q = rope_ref(q, cos[row_positions], sin[row_positions])
-    k = rope_ref(k, cos[row_positions], sin[row_positions])
-    width = positions.shape[1]
-    is_valid = torch.arange(width, device=x.device) < num_tokens[:, None]  # [B, T]
-    rows = (is_valid & (plan[:, sublayer, None] > 0)).flatten().nonzero().squeeze(-1)
-    row_slots = slots.long().repeat_interleave(width)
-    k_cache[row_slots[rows], :, row_positions[rows]] = k[rows].to(k_cache.dtype)
-    v_cache[row_slots[rows], :, row_positions[rows]] = v[rows].to(v_cache.dtype)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = rms_norm_ref(q, layer.q_norm, eps), rms_norm_ref(k, layer.k_norm, eps)
+    positions, width = rows.positions.flatten().long(), rows.positions.shape[1]
+    cos, sin = rotary.cos[positions], rotary.sin[positions]
+    q, k = rope_ref(q, cos, sin), rope_ref(k, cos, sin)
+    is_valid = torch.arange(width, device=x.device) < rows.num_tokens[:, None]  # [B, T]
+    kept = (is_valid & (precisions[:, sublayer, None] > 0)).flatten().nonzero().squeeze(-1)
+    slots = rows.slots.long().repeat_interleave(width)
+    cache.k[slots[kept], :, positions[kept]] = k[kept].to(cache.k.dtype)
+    cache.v[slots[kept], :, positions[kept]] = v[kept].to(cache.v.dtype)
     return q
 
 
@@ -135,11 +122,11 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
     positions_ptr,
     num_tokens_ptr,
     slots_ptr,
-    plan_ptr,
+    precisions_ptr,
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    stride_plan_b,
+    stride_p,
     R,
     T,
     K,
@@ -162,7 +149,7 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
     wait_for_previous(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
-    precision = load_precisions(plan_ptr, stride_plan_b, sublayer, T, offs_r, mask_r)
+    precision = load_precisions(precisions_ptr, stride_p, sublayer, T, offs_r, mask_r)
     runs = precision != 0
     if not any_row(runs):
         return
@@ -203,52 +190,41 @@ def _norm_qkv_rope_append_kernel(  # type: ignore[no-untyped-def]
 
 def norm_qkv_rope_append(
     x: torch.Tensor,  # [R, C]
-    norm_weight: torch.Tensor,  # [C]
+    layer: LayerWeights,
     eps: float,
-    qkv: Weight,  # [(H + 2*H_kv) * D, C]
-    qkv_bias: torch.Tensor | None,  # [(H + 2*H_kv) * D]
-    q_norm: torch.Tensor | None,  # [D]
-    k_norm: torch.Tensor | None,  # [D]
-    cos: torch.Tensor,  # [S, D/2]
-    sin: torch.Tensor,  # [S, D/2]
-    positions: torch.Tensor,  # [B, T] int32
-    num_tokens: torch.Tensor,  # [B] int32
-    slots: torch.Tensor,  # [B] int32
-    k_cache: torch.Tensor,  # [slots, H_kv, S, D], written
-    v_cache: torch.Tensor,  # [slots, H_kv, S, D], written
-    plan: torch.Tensor,  # [B, 2L] uint8
+    rotary: RotaryTable,
+    rows: Rows,
+    cache: LayerCache,  # written
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
     *,
     launch: MatrixLaunch | None = None,
 ) -> torch.Tensor:
     """Return q [R, H, D] and append k, v of the valid rows of the sequences that run `sublayer`.
 
-    q of a padding row, or of a sequence that skips `sublayer`, holds nothing to be used.
+    q of a padding row, and of a sequence that skips `sublayer`, is undefined.
     """
-    num_rows, k = x.shape
-    num_kv_heads, max_positions, head_dim = k_cache.shape[1:]
-    num_heads = qkv.shape[0] // head_dim - 2 * num_kv_heads
+    (num_rows, k), num_cols, has_norm = x.shape, layer.qkv.shape[0], layer.q_norm is not None
+    num_kv_heads, max_positions, head_dim = cache.k.shape[1:]
+    num_heads = num_cols // head_dim - 2 * num_kv_heads
     assert head_dim >= 8, head_dim
-    rows, caches = (positions, num_tokens, slots), (k_cache, v_cache)
-    assert_qkv_operands(x, norm_weight, qkv, (q_norm, k_norm), (cos, sin), rows, caches, plan)
-    assert_plain(x.dtype, qkv_bias)
+    assert_qkv_operands(x, layer, rotary, rows, cache, precisions, sublayer)
     q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
-    num_cols, has_norm = qkv.shape[0], q_norm is not None
     launch = launch or qkv_launch(x.device, head_dim, num_cols, k, x.dtype, has_norm)
     block_d = triton.next_power_of_2(head_dim)
     # A head's norm needs all of its columns in one tile.
     assert launch.split_k == 1 and (launch.block_n % block_d == 0 or not has_norm), launch
     num_tiles = triton.cdiv(num_cols // head_dim * block_d, launch.block_n)
-    sizes = (num_rows, positions.shape[1], k, num_heads, num_kv_heads, max_positions)
+    sizes = (num_rows, rows.positions.shape[1], k, num_heads, num_kv_heads, max_positions)
     _norm_qkv_rope_append_kernel[(triton.cdiv(num_rows, BLOCK_ROWS), num_tiles)](
-        *(x, norm_weight, *qkv.tensors, qkv_bias, q_norm, k_norm, cos, sin, *rows, plan, q),
-        *caches,
-        *(plan.stride(0), *sizes, sublayer, eps),
+        *(x, layer.attn_norm, *layer.qkv.tensors, layer.qkv_bias, layer.q_norm, layer.k_norm),
+        *(*rotary, rows.positions, rows.num_tokens, rows.slots, precisions, q, *cache),
+        *(precisions.stride(0), *sizes, sublayer, eps),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
-        HAS_BIAS=qkv_bias is not None,
+        HAS_BIAS=layer.qkv_bias is not None,
         HAS_QK_NORM=has_norm,
-        **matrix_constants(launch, qkv),
+        **matrix_constants(launch, layer.qkv),
         **dependent_launch(x.device),
     )
     return q

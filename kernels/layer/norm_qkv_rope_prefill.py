@@ -10,7 +10,7 @@ BLOCK_H heads of a row, so that a row's angles are read once for many heads. It 
 norm, after the product with the norm's weight, and after the rotation, which is in float32.
 
 The host waits for nothing here, so a prompt's passes queue up. It can therefore not look at the
-plan: 0 skips a row and any other value is full precision. Not to plan an 8 is the caller's duty.
+precisions: 0 skips a row, any other is the own form. Not to ask for 8 is the caller's duty.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import assert_plain, assert_qkv_operands
+from kernels.checks import assert_qkv_operands
 from kernels.layer.rms_norm import rms_norm
-from kernels.weight import Weight
+from kernels.operands import LayerCache, RotaryTable, Rows
+from kernels.weight import LayerWeights
 
 BLOCK_ELEMENTS = 1024  # of the heads of a program: 16 bytes for each thread of four warps
 
@@ -65,11 +66,11 @@ def _norm_qkv_rope_prefill_kernel(  # type: ignore[no-untyped-def]
     positions_ptr,
     num_tokens_ptr,
     slots_ptr,
-    plan_ptr,
+    precisions_ptr,
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    stride_plan_b,
+    stride_p,
     T,
     H,
     H_KV,
@@ -84,7 +85,7 @@ def _norm_qkv_rope_prefill_kernel(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0)
     seq = row // T
-    runs = tl.load(plan_ptr + seq * stride_plan_b + sublayer) != 0
+    runs = tl.load(precisions_ptr + seq * stride_p + sublayer) != 0
     # Padding rows may carry any position and slot: neither is looked at.
     if not (runs & (row % T < tl.load(num_tokens_ptr + seq))):
         return
@@ -118,44 +119,35 @@ def _norm_qkv_rope_prefill_kernel(  # type: ignore[no-untyped-def]
 
 def norm_qkv_rope_prefill(
     x: torch.Tensor,  # [R, C]
-    norm_weight: torch.Tensor,  # [C]
+    layer: LayerWeights,
     eps: float,
-    qkv: Weight,  # [(H + 2*H_kv) * D, C]
-    qkv_bias: torch.Tensor | None,  # [(H + 2*H_kv) * D]
-    q_norm: torch.Tensor | None,  # [D]
-    k_norm: torch.Tensor | None,  # [D]
-    cos: torch.Tensor,  # [S, D/2]
-    sin: torch.Tensor,  # [S, D/2]
-    positions: torch.Tensor,  # [B, T] int32
-    num_tokens: torch.Tensor,  # [B] int32
-    slots: torch.Tensor,  # [B] int32
-    k_cache: torch.Tensor,  # [slots, H_kv, S, D], written
-    v_cache: torch.Tensor,  # [slots, H_kv, S, D], written
-    plan: torch.Tensor,  # [B, 2L] uint8
+    rotary: RotaryTable,
+    rows: Rows,
+    cache: LayerCache,  # written
+    precisions: torch.Tensor,  # [B, P] uint8
     sublayer: int,
 ) -> torch.Tensor:
     """Return q [R, H, D] and append k, v of the valid rows of the sequences that run `sublayer`.
 
-    q of a padding row, or of a sequence that skips `sublayer`, holds nothing to be used.
+    q of a padding row, and of a sequence that skips `sublayer`, is undefined.
     """
-    num_rows, width = x.shape[0], positions.shape[1]
-    num_kv_heads, max_positions, head_dim = k_cache.shape[1:]
-    num_heads = qkv.shape[0] // head_dim - 2 * num_kv_heads
-    rows, caches = (positions, num_tokens, slots), (k_cache, v_cache)
-    assert_qkv_operands(x, norm_weight, qkv, (q_norm, k_norm), (cos, sin), rows, caches, plan)
-    assert_plain(x.dtype, qkv_bias)
-    y = qkv.own.linear(rms_norm(x, norm_weight, eps))
+    num_rows, width = x.shape[0], rows.positions.shape[1]
+    num_kv_heads, max_positions, head_dim = cache.k.shape[1:]
+    num_heads = layer.qkv.shape[0] // head_dim - 2 * num_kv_heads
+    assert_qkv_operands(x, layer, rotary, rows, cache, precisions, sublayer)
+    y = layer.qkv.own.linear(rms_norm(x, layer.attn_norm, eps))
     q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
     block_d = triton.next_power_of_2(head_dim)
     block_h = max(1, BLOCK_ELEMENTS // block_d)
     _norm_qkv_rope_prefill_kernel[(num_rows, triton.cdiv(num_heads + 2 * num_kv_heads, block_h))](
-        *(y, qkv_bias, q_norm, k_norm, cos, sin, *rows, plan, q, *caches),
-        *(plan.stride(0), width, num_heads, num_kv_heads, max_positions, sublayer, eps),
+        *(y, layer.qkv_bias, layer.q_norm, layer.k_norm, *rotary),
+        *(rows.positions, rows.num_tokens, rows.slots, precisions, q, *cache),
+        *(precisions.stride(0), width, num_heads, num_kv_heads, max_positions, sublayer, eps),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_H=block_h,
-        HAS_BIAS=qkv_bias is not None,
-        HAS_QK_NORM=q_norm is not None,
+        HAS_BIAS=layer.qkv_bias is not None,
+        HAS_QK_NORM=layer.q_norm is not None,
         num_warps=4,
     )
     return q

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import assert_plain
+from kernels.checks import assert_plain
 
 
 def accept_ref(

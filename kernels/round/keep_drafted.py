@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import SAMPLE_BLOCK_V, assert_plain
+from kernels.checks import assert_plain
+from kernels.gpu.launch import SAMPLE_BLOCK_V
 from kernels.round.sample import top_probability_ref
 
 

@@ -13,19 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import assert_plain
+from kernels.checks import assert_plain
+from kernels.operands import Rows
 
 BLOCK_C = 1024
 
 
 def keep_states_ref(
     x: torch.Tensor,  # [R, C]
-    positions: torch.Tensor,  # [B, T] int32
-    slots: torch.Tensor,  # [B] int32
+    rows: Rows,
     states: torch.Tensor,  # [slots, S, C], written
 ) -> None:
     """Store the residual stream of a pass at its rows' positions."""
-    states[slots.long()[:, None], positions.long()] = x.view(*positions.shape, -1)
+    states[rows.slots.long()[:, None], rows.positions.long()] = x.view(*rows.positions.shape, -1)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -43,12 +43,12 @@ def _keep_states_kernel(  # type: ignore[no-untyped-def]
 
 def keep_states(
     x: torch.Tensor,  # [R, C]
-    positions: torch.Tensor,  # [B, T] int32
-    slots: torch.Tensor,  # [B] int32
+    rows: Rows,
     states: torch.Tensor,  # [slots, S, C], written
 ) -> None:
     """Store the residual stream of a pass at its rows' positions."""
     (num_rows, channels), (_, max_positions, _) = x.shape, states.shape
+    positions, slots = rows.positions, rows.slots
     assert positions.numel() == num_rows and slots.shape == positions.shape[:1], positions.shape
     assert states.shape[2] == channels, (states.shape, channels)
     assert_plain(x.dtype, x, states)

@@ -4,31 +4,22 @@ A round's buffers hold, for each sequence, its newest token and then the draft i
 [B, W], the position of the first of these, how many tokens are drafted so far, and how many are
 wanted (keep_drafted.py counts them):
 
-    draft_rows      column num_drafted of the sequences that want more, with the plan of their slot
+    draft_rows      column num_drafted of the sequences that want more, and the slot's precisions
     verify_rows     columns 0 .. T-1, of which 1 + num_drafted are valid
 
-A row that holds no sequence has num_drafted = -1: it is padding in every pass. The plan of a row
-that does not draft is all zeros, so that kernels pass it by. Each moves a few bytes a sequence.
+A row that holds no sequence has num_drafted = -1: it is padding in every pass. The precisions of a
+row that does not draft are all zeros, so that kernels pass it by. Each moves a few bytes per
+sequence.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import assert_plain
-
-
-class PassRows(NamedTuple):
-    """The rows of one pass, T to a sequence; `next_position` is where a row's own token belongs."""
-
-    token_ids: torch.Tensor  # [B, T] int64
-    positions: torch.Tensor  # [B, T] int32
-    num_tokens: torch.Tensor  # [B] int32, valid ones
-    next_position: torch.Tensor  # [B*T] int64
+from kernels.checks import assert_plain
+from kernels.operands import Rows
 
 
 def draft_rows_ref(
@@ -37,25 +28,27 @@ def draft_rows_ref(
     num_drafted: torch.Tensor,  # [B] int32
     num_wanted: torch.Tensor,  # [B] int32
     slots: torch.Tensor,  # [B] int32
-    slot_plans: torch.Tensor,  # [slots, P] uint8
-) -> tuple[PassRows, torch.Tensor]:
-    """The rows of the next draft step, T = 1, and its plan table [B, P] uint8."""
+    slot_precisions: torch.Tensor,  # [slots, P] uint8
+) -> tuple[Rows, torch.Tensor]:
+    """The rows of the next draft step, T = 1, and their precisions [B, P] uint8."""
     is_drafting = num_drafted < num_wanted
     column = num_drafted.clamp(0, token_ids.shape[1] - 1)
     positions = first + column
-    plan = torch.where(is_drafting[:, None], slot_plans.index_select(0, slots), 0)
+    precisions = torch.where(is_drafting[:, None], slot_precisions.index_select(0, slots), 0)
     newest = token_ids.gather(1, column[:, None].long())
-    rows = PassRows(newest, positions[:, None], is_drafting.int(), positions.long() + 1)
-    return rows, plan
+    next_position = positions.long() + 1
+    rows = Rows(newest, positions[:, None], is_drafting.int(), slots, next_position)
+    return rows, precisions
 
 
 def verify_rows_ref(
     token_ids: torch.Tensor,  # [B, W] int64
     first: torch.Tensor,  # [B] int32: position of column 0
     num_drafted: torch.Tensor,  # [B] int32
+    slots: torch.Tensor,  # [B] int32
     width: int,
     max_positions: int,
-) -> PassRows:
+) -> Rows:
     """The rows of a verify pass over T = `width` columns; padding ends at the cache's last place.
 
     Padding rows are computed and never looked at; their positions must exist all the same.
@@ -64,7 +57,7 @@ def verify_rows_ref(
     positions = (first[:, None] + steps).clamp(max=max_positions - 1)
     newest = token_ids[:, :width].contiguous()
     next_position = (first[:, None] + steps + 1).long().flatten()
-    return PassRows(newest, positions, num_drafted + 1, next_position)
+    return Rows(newest, positions, num_drafted + 1, slots, next_position)
 
 
 @triton.jit(do_not_specialize=["W"])
@@ -74,12 +67,12 @@ def _draft_rows_kernel(  # type: ignore[no-untyped-def]
     num_drafted_ptr,
     num_wanted_ptr,
     slots_ptr,
-    slot_plans_ptr,
+    slot_precisions_ptr,
     newest_ptr,
     position_ptr,
     num_tokens_ptr,
     next_position_ptr,
-    plan_ptr,
+    precisions_ptr,
     W,
     P,
     BLOCK_P: tl.constexpr,
@@ -95,9 +88,9 @@ def _draft_rows_kernel(  # type: ignore[no-untyped-def]
     tl.store(next_position_ptr + b, position.to(tl.int64) + 1)
     offs_p = tl.arange(0, BLOCK_P)
     mask_p = offs_p < P
-    plan_ptrs = slot_plans_ptr + tl.load(slots_ptr + b).to(tl.int64) * P + offs_p
-    plan = tl.where(is_drafting, tl.load(plan_ptrs, mask=mask_p, other=0), 0)
-    tl.store(plan_ptr + b.to(tl.int64) * P + offs_p, plan, mask=mask_p)
+    precisions_ptrs = slot_precisions_ptr + tl.load(slots_ptr + b).to(tl.int64) * P + offs_p
+    precisions = tl.where(is_drafting, tl.load(precisions_ptrs, mask=mask_p, other=0), 0)
+    tl.store(precisions_ptr + b.to(tl.int64) * P + offs_p, precisions, mask=mask_p)
 
 
 @triton.jit(do_not_specialize=["W", "T", "S"])
@@ -131,39 +124,42 @@ def draft_rows(
     num_drafted: torch.Tensor,  # [B] int32
     num_wanted: torch.Tensor,  # [B] int32
     slots: torch.Tensor,  # [B] int32
-    slot_plans: torch.Tensor,  # [slots, P] uint8
-) -> tuple[PassRows, torch.Tensor]:
-    """The rows of the next draft step, T = 1, and its plan table [B, P] uint8."""
-    (batch, columns), num_precisions = token_ids.shape, slot_plans.shape[1]
+    slot_precisions: torch.Tensor,  # [slots, P] uint8
+) -> tuple[Rows, torch.Tensor]:
+    """The rows of the next draft step, T = 1, and their precisions [B, P] uint8."""
+    (batch, columns), num_precisions = token_ids.shape, slot_precisions.shape[1]
     assert_plain(torch.int64, token_ids)
     assert_plain(torch.int32, first, num_drafted, num_wanted, slots)
-    assert_plain(torch.uint8, slot_plans)
-    rows = _empty_rows(batch, 1, token_ids.device)
-    plan = torch.empty(batch, num_precisions, dtype=torch.uint8, device=token_ids.device)
+    assert_plain(torch.uint8, slot_precisions)
+    rows = _empty_rows(token_ids, slots, 1)
+    precisions = torch.empty(batch, num_precisions, dtype=torch.uint8, device=token_ids.device)
     _draft_rows_kernel[(batch,)](
-        *(token_ids, first, num_drafted, num_wanted, slots, slot_plans, *rows, plan),
+        *(token_ids, first, num_drafted, num_wanted, slots, slot_precisions),
+        *(rows.token_ids, rows.positions, rows.num_tokens, rows.next_position, precisions),
         *(columns, num_precisions),
         BLOCK_P=triton.next_power_of_2(num_precisions),
         num_warps=1,
     )
-    return rows, plan
+    return rows, precisions
 
 
 def verify_rows(
     token_ids: torch.Tensor,  # [B, W] int64
     first: torch.Tensor,  # [B] int32: position of column 0
     num_drafted: torch.Tensor,  # [B] int32
+    slots: torch.Tensor,  # [B] int32
     width: int,
     max_positions: int,
-) -> PassRows:
+) -> Rows:
     """The rows of a verify pass over T = `width` columns, positions clipped to the cache."""
     batch, columns = token_ids.shape
     assert 1 <= width <= columns, (width, columns)
     assert_plain(torch.int64, token_ids)
-    assert_plain(torch.int32, first, num_drafted)
-    rows = _empty_rows(batch, width, token_ids.device)
+    assert_plain(torch.int32, first, num_drafted, slots)
+    rows = _empty_rows(token_ids, slots, width)
     _verify_rows_kernel[(batch,)](
-        *(token_ids, first, num_drafted, *rows),
+        *(token_ids, first, num_drafted),
+        *(rows.token_ids, rows.positions, rows.num_tokens, rows.next_position),
         *(columns, width, max_positions),
         BLOCK_T=triton.next_power_of_2(width),
         num_warps=1,
@@ -171,10 +167,13 @@ def verify_rows(
     return rows
 
 
-def _empty_rows(batch: int, width: int, device: torch.device) -> PassRows:
-    return PassRows(
-        torch.empty(batch, width, dtype=torch.int64, device=device),
-        torch.empty(batch, width, dtype=torch.int32, device=device),
-        torch.empty(batch, dtype=torch.int32, device=device),
-        torch.empty(batch * width, dtype=torch.int64, device=device),
+def _empty_rows(token_ids: torch.Tensor, slots: torch.Tensor, width: int) -> Rows:
+    """The rows of a pass of T = `width` over token_ids [B, W], to be filled in."""
+    batch = token_ids.shape[0]
+    return Rows(
+        token_ids.new_empty(batch, width),
+        slots.new_empty(batch, width),
+        slots.new_empty(batch),
+        slots,
+        token_ids.new_empty(batch * width),
     )

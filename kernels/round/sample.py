@@ -24,12 +24,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import SAMPLE_BLOCK_V, assert_plain
+from kernels.checks import assert_plain
+from kernels.gpu.launch import SAMPLE_BLOCK_V
 from kernels.round.noise import gumbel, gumbel_ref
 
 
 class SampleParams(NamedTuple):
-    """How each of B sequences draws its tokens. The kernels take the first five in this order."""
+    """How each of B sequences draws its tokens.
+
+    The order counts: kernels take the first five, and `penalise` (penalties.py) the last three.
+    """
 
     temperature: torch.Tensor  # [B] float32, 0 is greedy
     top_k: torch.Tensor  # [B] int32, <= 0 is off
@@ -38,10 +42,13 @@ class SampleParams(NamedTuple):
     seed: torch.Tensor  # [B] int64
     end_ids: torch.Tensor  # [B, E] int32, and then -1
     min_position: torch.Tensor  # [B] int32: no end token before it
+    repetition_penalty: torch.Tensor  # [B] float32, 1 is off
+    presence_penalty: torch.Tensor  # [B] float32, 0 is off
+    frequency_penalty: torch.Tensor  # [B] float32, 0 is off
 
 
 _F32, _I32, _I64 = torch.float32, torch.int32, torch.int64
-SAMPLE_DTYPES = (_F32, _I32, _F32, _F32, _I64, _I32, _I32)
+SAMPLE_DTYPES = (_F32, _I32, _F32, _F32, _I64, _I32, _I32, _F32, _F32, _F32)
 
 
 def filter_threshold_ref(

@@ -1,10 +1,10 @@
-"""Nearest anchor: from a prompt's pooled state to its draft plan, in the device's plan table.
+"""Nearest anchor: from a prompt's pooled state to its draft plan, written as precisions.
 
     cosine_n   = anchor_n . total / |total|                     n = 0 .. N-1, at most 1
     anchor     = argmax_n cosine_n,  similarity = cosine_anchor
     other      = max of cosine_n over anchors of another plan than the best anchor's
     plan       = default_plan  if  1 - other < min_ratio * (1 - similarity),  else the anchor's
-    plan_table[b] = plan_rows[plan]
+    precisions[b] = plan_precisions[plan]
 
 `total` is the sum over the prompt's tokens of the states after the final RMSNorm: the feature is
 their mean, and dividing by the count does not change the direction. The test is the ratio of the
@@ -13,12 +13,12 @@ its anchor passes. Without an anchor of another plan `other` is -inf, and the te
 without a direction (a norm of zero, that is under 2^-63, or a sum of squares that is not finite)
 has cosine 0 with every anchor: similarity 0, anchor 0, and always the default plan.
 
-Shapes: total [B, C], anchors [N, C], plan_rows [P, W], plan_table [B, W] -> record [B, 5], which is
-all that a host has to copy; `Nearest` names its columns. Everything is float32, indices included.
-Moves 4 * B * N * C bytes, less what the sequences of a batch share in the L2 cache. A program takes
-BLOCK_ANCHORS anchors of one sequence; the last one of a sequence to arrive reads all its cosines
-and decides. Neither B nor the order of arrival changes a bit of a result, and equal anchors have
-equal cosines (in the reference up to rounding), of which the first wins.
+Shapes: total [B, C], anchors [N, C], plan_precisions [P, W], precisions [B, W] -> record [B, 5],
+which is all that a host has to copy; `Nearest` names its columns. Everything is float32, indices
+included. Moves 4 * B * N * C bytes, less what the sequences of a batch share in the L2 cache. A
+program takes BLOCK_ANCHORS anchors of one sequence; the last one of a sequence to arrive reads all
+its cosines and decides. Neither B nor the order of arrival changes a bit of a result, and equal
+anchors have equal cosines (in the reference up to rounding), of which the first wins.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import assert_plain
+from kernels.checks import assert_plain
 
 MAX_ANCHORS = 4096  # the last arriver holds all cosines in registers
 BLOCK_ANCHORS = 4  # with BLOCK_CHANNELS: 16 KiB in flight a program, eight 16-byte loads a thread
@@ -51,13 +51,13 @@ class Nearest(NamedTuple):
 def nearest_anchor_ref(
     total: torch.Tensor,  # [B, C]
     anchors: torch.Tensor,  # [N, C], unit rows
-    anchor_plans: torch.Tensor,  # [N] int32, rows of plan_rows
-    plan_rows: torch.Tensor,  # [P, W] uint8
+    anchor_plans: torch.Tensor,  # [N] int32, rows of plan_precisions
+    plan_precisions: torch.Tensor,  # [P, W] uint8
     default_plan: int,
     min_ratio: float,
-    plan_table: torch.Tensor,  # [B, W] uint8
+    precisions: torch.Tensor,  # [B, W] uint8
 ) -> torch.Tensor:
-    """Choose a plan for each sequence and write its row into `plan_table`."""
+    """Choose a plan for each sequence and write its row into `precisions`."""
     norm = total.square().sum(-1, keepdim=True).sqrt()
     has_direction = (norm >= MIN_NORM.value) & (norm < float("inf"))
     cosines = torch.where(has_direction, (total @ anchors.T) / norm, 0.0).clamp_(max=1.0)  # [B, N]
@@ -67,7 +67,7 @@ def nearest_anchor_ref(
     other = cosines.masked_fill(is_same, float("-inf")).amax(-1)
     is_chosen = (1 - other >= min_ratio * (1 - similarity)) & has_direction[:, 0]
     plan = nearest_plan.where(is_chosen, default_plan)
-    plan_table.copy_(plan_rows.index_select(0, plan))
+    precisions.copy_(plan_precisions.index_select(0, plan))
     return torch.stack([plan, anchor, similarity, other, is_chosen], -1)
 
 
@@ -91,17 +91,17 @@ def _anchor_cosines(total_ptr, anchors_ptr, offs_n, N, C, BLOCK_C: tl.constexpr)
     return tl.where(has_direction, tl.minimum(cosines, 1.0), 0.0), has_direction
 
 
-# A row of the plan table may lie at any byte: its alignment must not make another kernel.
-@triton.jit(do_not_specialize=["plan_table_ptr", "N", "W", "default_plan", "min_ratio"])
+# A row of precisions may lie at any byte: its alignment must not make another kernel.
+@triton.jit(do_not_specialize=["precisions_ptr", "N", "W", "default_plan", "min_ratio"])
 def _nearest_anchor_kernel(  # type: ignore[no-untyped-def]
     total_ptr,
     anchors_ptr,
     anchor_plans_ptr,
-    plan_rows_ptr,
+    plan_precisions_ptr,
     cosines_ptr,
     counter_ptr,
     record_ptr,
-    plan_table_ptr,
+    precisions_ptr,
     N,
     C,
     W,
@@ -143,38 +143,38 @@ def _nearest_anchor_kernel(  # type: ignore[no-untyped-def]
     tl.store(record_ptr + 4, is_chosen.to(tl.float32))
     offs_w = tl.arange(0, BLOCK_W)
     mask_w = offs_w < W
-    row = tl.load(plan_rows_ptr + plan.to(tl.int64) * W + offs_w, mask=mask_w)
-    tl.store(plan_table_ptr + b * W + offs_w, row, mask=mask_w)
+    row = tl.load(plan_precisions_ptr + plan.to(tl.int64) * W + offs_w, mask=mask_w)
+    tl.store(precisions_ptr + b * W + offs_w, row, mask=mask_w)
 
 
 def nearest_anchor_triton(
     total: torch.Tensor,  # [B, C] float32
     anchors: torch.Tensor,  # [N, C] float32, unit rows
-    anchor_plans: torch.Tensor,  # [N] int32, rows of plan_rows: the host cannot check them here
-    plan_rows: torch.Tensor,  # [P, W] uint8
+    anchor_plans: torch.Tensor,  # [N] int32, rows of plan_precisions: unchecked, on the device
+    plan_precisions: torch.Tensor,  # [P, W] uint8
     default_plan: int,
     min_ratio: float,
-    plan_table: torch.Tensor,  # [B, W] uint8
+    precisions: torch.Tensor,  # [B, W] uint8
 ) -> torch.Tensor:
-    """Choose a plan for each sequence and write its row into `plan_table`; never waits."""
+    """Choose a plan for each sequence and write its row into `precisions`; never waits."""
     (batch, channels), (num_anchors, _), (num_plans, width) = (
-        tensor.shape for tensor in (total, anchors, plan_rows)
+        tensor.shape for tensor in (total, anchors, plan_precisions)
     )
     assert 1 <= num_anchors <= MAX_ANCHORS and channels >= 1, anchors.shape
     assert anchors.shape == (num_anchors, channels), (anchors.shape, total.shape)
     assert anchor_plans.shape == (num_anchors,), (anchor_plans.shape, anchors.shape)
-    assert plan_table.shape == (batch, width), (plan_table.shape, batch, width)
+    assert precisions.shape == (batch, width), (precisions.shape, batch, width)
     assert 0 <= default_plan < num_plans <= MAX_PLANS, (default_plan, num_plans)
     assert_plain(torch.float32, total, anchors)
     assert_plain(torch.int32, anchor_plans)
-    assert_plain(torch.uint8, plan_rows, plan_table)
+    assert_plain(torch.uint8, plan_precisions, precisions)
     device = total.device
     cosines = torch.empty(batch, num_anchors, dtype=torch.float32, device=device)
     counter = torch.zeros(batch, dtype=torch.int32, device=device)
     record = torch.empty(batch, len(Nearest._fields), dtype=torch.float32, device=device)
     # Sequences vary fastest, so that those of a batch find a block of anchors in the L2 cache.
     _nearest_anchor_kernel[(batch, triton.cdiv(num_anchors, BLOCK_ANCHORS))](
-        *(total, anchors, anchor_plans, plan_rows, cosines, counter, record, plan_table),
+        *(total, anchors, anchor_plans, plan_precisions, cosines, counter, record, precisions),
         *(num_anchors, channels, width, default_plan, min_ratio),
         ALL_ANCHORS=triton.next_power_of_2(num_anchors),
         BLOCK_N=BLOCK_ANCHORS,

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.launch import assert_plain
+from kernels.checks import assert_plain
 
 POOL_TOKENS = 256  # of one partial sum
 SCALE_TILE = 4096  # states in flight of a program of the first launch; of the second, 128 x 64
