@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import to_hf_state_dict
 from tiny import family_config, tiny_llama
 from tokenizers_for_tests import CHAT_TEMPLATE, byte_tokenizer
 from transformers import GenerationMixin
@@ -16,7 +17,6 @@ import bench.widened as widened_module
 from bench.pass_checks import CheckError
 from engine.loading import Loaded
 from models.chat_template import ChatTemplate
-from models.weights import to_hf_state_dict
 from models.widen import WIDENINGS, Widening
 
 pytestmark = pytest.mark.usefixtures("one_thread")
