@@ -140,7 +140,7 @@ def assemble(
         raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
     if max_sequences < 1:
         raise ValueError(f"max_sequences: got {max_sequences}, expected at least 1")
-    max_length = model.cos.shape[0]
+    max_length = model.rotary.cos.shape[0]
     cache = make_kv_cache(model.config, max_sequences, max_length, model.device, model.dtype)
     passes = Passes(model, cache, max_sequences)
     after_step()
