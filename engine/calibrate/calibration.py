@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 
 import torch
@@ -58,8 +58,8 @@ class Settings:
     max_minutes: float | None = None
 
 
-Judge = Callable[[DraftPlan], list[list[bool]]]  # of each trace, which tokens a plan drafts rightly
-Flags = dict[DraftPlan, list[list[bool]]]  # what it says, by plan
+Judge = Callable[[DraftPlan], list[list[bool]]]  # for each trace, which tokens a plan drafts right
+Flags = dict[DraftPlan, list[list[bool]]]  # the same, by plan
 
 
 class Calibration:
@@ -165,12 +165,11 @@ class Calibration:
 
     def _judge(self, name: str, traces: Sequence[Trace]) -> Judge:
         """Tells of a plan which tokens of the traces it drafts rightly; remembered by `name`."""
-        matchness: Matchness | None = None  # made when something has to be measured
+        # Made when something has to be measured.
+        matchness = cache(lambda: Matchness(self._llm.model, traces))
 
         def measure(plan: DraftPlan) -> list[str]:
-            nonlocal matchness
-            matchness = matchness or Matchness(self._llm.model, traces)
-            return ["".join("01"[int(f)] for f in one) for one in matchness.agreement(plan)]
+            return ["".join("01"[int(f)] for f in one) for one in matchness().agreement(plan)]
 
         def judge(plan: DraftPlan) -> list[list[bool]]:
             key = f"{name} {_digest(bytes(plan.sublayers))}"
@@ -178,13 +177,7 @@ class Calibration:
 
         return judge
 
-    def _best_skip_set(
-        self,
-        name: str,
-        base: int,
-        judge: Judge,
-        speed: Speed,
-    ) -> DraftPlan | None:
+    def _best_skip_set(self, name: str, base: int, judge: Judge, speed: Speed) -> DraftPlan | None:
         """The searched skip set with the highest expected speed, as far as the time allows."""
         seen: list[Scored] = []
 
@@ -226,14 +219,15 @@ class Calibration:
     ) -> DraftPlan:
         """The candidate that answers the domain's prompts soonest; the best three by the clock."""
         table = parts.fill(passes, flags)
-        expected = {
-            plan: sum(
-                replay(trace, plans_beside(plan, (NGRAM,)), _of_trace(flags, i), table)
+
+        def expected(plan: DraftPlan) -> float:
+            plans = plans_beside(plan, (NGRAM,))
+            return sum(
+                replay(trace, plans, {p: rows[i] for p, rows in flags.items()}, table)
                 for i, trace in enumerate(traces)
             )
-            for plan in (*flags, NGRAM, OFF)
-        }
-        best = sorted(expected, key=lambda plan: expected[plan])[:TIMED_PLANS]
+
+        best = sorted((*flags, NGRAM, OFF), key=expected)[:TIMED_PLANS]
         # Another search, or a longer one, may have other plans of the same names.
         name = f"seconds {domain} {self._where} {_digest(repr(best).encode())}"
         seconds = self._state.get(name, lambda: self._time(domain, traces, best))
@@ -310,10 +304,6 @@ def _enough(domain: str, traces: Sequence[Trace]) -> list[Trace]:
         raise ValueError(f"domain {domain!r}: got no answer of two tokens, expected at least one; "
                          "give it other prompts or more trace tokens")  # fmt: skip
     return kept
-
-
-def _of_trace(flags: Flags, i: int) -> dict[DraftPlan, list[bool]]:
-    return {plan: rows[i] for plan, rows in flags.items()}
 
 
 def _self_rates(flags: Flags) -> dict[str, dict[int, Rates]]:
