@@ -41,9 +41,9 @@ bench: $(VENV)/.dev
 
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m bench.ops
-	$(BIN)/python -m bench.decode --device cuda --shape llama-2-7b
-	$(BIN)/python -m bench.decode --device cuda --shape llama-2-7b --peer transformers
-	$(BIN)/python -m bench.decode --device cuda --shape llama-3-8b
+	$(BIN)/python -m bench.passes --shape llama-2-7b
+	$(BIN)/python -m bench.passes --shape llama-2-7b --peer transformers
+	$(BIN)/python -m bench.passes --shape llama-3-8b
 	$(BIN)/python -m bench.decode --device cuda --widen 6b
 
 sanitize: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""Plain decoding on a busy machine: alone, beside a busy loop a core, beside a second engine.
+"""Plain decoding on a busy machine: alone, beside a busy loop per core, beside a second engine.
 
     python -m bench.busy [--model M] [--new-tokens N] [--repeats N]
 
@@ -13,28 +13,40 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from bench.decode import MAX_LENGTH, PROMPT, Run, alternate, at_least, engine_run
-from bench.harness import print_machine, print_result
+from bench.peers import MAX_LENGTH, PROMPT, engine_run
+from bench.report import (
+    Default,
+    make_parser,
+    print_ceiling,
+    print_table,
+    print_verdict,
+    run_benchmark,
+    settle,
+)
+from bench.timing import Run, alternate, warm_up
 from engine import LLM
+from models.weights import sublayer_bytes
 
 LOOP = "while True: pass"
 ENGINE = """
-import itertools, sys
-from bench.decode import PROMPT, engine_run
-from engine import LLM
-model = sys.argv[1] or None
-llm = LLM(model, device="cpu", max_length=2048, speculative="off")
-prompt = llm.encode_chat([{"role": "user", "content": PROMPT}])
-run = engine_run(llm, prompt, 32)
+import sys
+from bench.busy import make_run
+run = make_run(sys.argv[1] or None, sys.argv[2], 32)[1]
 run()
 print("ready", flush=True)
-for _ in itertools.count():
+while True:
     run()
 """
+
+
+def make_run(model: str | None, device: str, new_tokens: int) -> tuple[LLM, Run]:
+    llm = LLM(model, device=device, max_length=MAX_LENGTH, speculative="off")
+    prompt = llm.encode_chat([{"role": "user", "content": PROMPT}])
+    return llm, engine_run(llm, prompt, new_tokens)
 
 
 class Neighbours:
@@ -89,46 +101,42 @@ def beside(neighbours: Neighbours, run: Run) -> Run:
     return run_beside
 
 
-def compare(model: str | None, new_tokens: int, repeats: int) -> dict[str, Any]:
+def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second in the three conditions, and the shares of the idle speed."""
     cores = len(os.sched_getaffinity(0))
     print(
-        f"method: batch 1, greedy, no drafts, {new_tokens} new tokens, one warm-up, then {repeats} "
-        f"runs of each condition in turn, {cores} busy loops, median [20%, 80%]"
+        f"method: batch 1, greedy, no drafts, {args.new_tokens} new tokens, one warm-up, then "
+        f"{args.repeats} runs of each condition in turn, {cores} busy loops, median [20%, 80%]"
     )
+    device = str(args.device)
     with ExitStack() as stack:
-        second = stack.enter_context(Neighbours(ENGINE, 1, model or ""))
+        second = stack.enter_context(Neighbours(ENGINE, 1, args.model or "", device))
         second.wait_until_ready()
         second.pause()
         loops = stack.enter_context(Neighbours(LOOP, cores))
         loops.pause()
-        llm = LLM(model, device="cpu", max_length=MAX_LENGTH, speculative="off")
-        prompt = llm.encode_chat([{"role": "user", "content": PROMPT}])
-        run = engine_run(llm, prompt, new_tokens)
+        llm, run = make_run(args.model, device, args.new_tokens)
+        result = print_ceiling(sum(sublayer_bytes(llm.model.weights)), args.device)
         runs = {"idle": run, "busy loops": beside(loops, run), "second engine": beside(second, run)}
-        tokens, rates = alternate(runs, repeats)
-    assert len({tuple(ids) for ids in tokens.values()}) == 1, "a neighbour changed a token"
+        tokens = warm_up(runs)
+        assert len({tuple(ids) for ids in tokens.values()}) == 1, "a neighbour changed a token"
+        print_verdict(True, "tokens are the same in every condition")
+        rates = alternate(runs, tokens, args.repeats)
     shares = {name: rates[name].median / rates["idle"].median for name in runs}
-    for name, value in rates.items():
-        print(f"{name:>14}: {value} tokens/s, {shares[name]:.2f} of idle")
-    return {
+    print_table(
+        {"": 14, "tokens/s, median [20%, 80%]": 27, "share of idle": 14},
+        ((name, value, f"{shares[name]:.2f}") for name, value in rates.items()),
+    )
+    return result | {
         "tokens_per_second": {name: round(value.median, 2) for name, value in rates.items()},
         "share_of_idle": {name: round(share, 3) for name, share in shares.items()},
         "identical": True,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--model", help="directory, .gguf file or hub id; default: default model")
-    parser.add_argument("--new-tokens", type=at_least(2), default=48, help="default: 48")
-    parser.add_argument("--repeats", type=at_least(1), default=5, help="default: 5")
-    args = parser.parse_args()
-    described = print_machine()
-    result = compare(args.model, args.new_tokens, args.repeats)
-    print_result(result | {"machine": described})
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__, model=True, repeats=Default(5, 1), new_tokens=Default(48, 8))
+    run_benchmark(settle(parser.parse_args(argv)), compare)
 
 
 if __name__ == "__main__":

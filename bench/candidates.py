@@ -1,20 +1,27 @@
-"""Launch parameters to try for a shape class, and what is made of their times.
+"""What is tried on each row of the launch table, and what is made of the times.
 
-What is tried lies around the table's present choice: all combinations of the steps below, nearest
-first. Nothing here knows how many rows a pass has, and a class gets one set of parameters for all
-of them (kernels/gpu/launch_table.py says why); times of one row and of eight only enter its rank.
+A row serves a shape class: the weights of several models, or heads of some size. Where two models
+have the same weight it is tried once. The launch parameters that are tried lie around the table's
+present choice: all combinations of the steps below, nearest first. Nothing here knows how many rows
+a pass has, and a class gets one set of parameters for all of them (kernels/gpu/launch_table.py says
+why); times of one row and of eight only enter its rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from statistics import fmean
 from typing import NamedTuple
 
-from bench.harness import Spread
+import torch
+
+from bench.cases import Case, Setting
+from bench.kernel_cases import MATRICES, attention_decode_cases, attention_prefill_cases
+from bench.timing import Spread
 from kernels.gpu.launch_table import (
     DECODE,
     MATRIX,
@@ -22,10 +29,25 @@ from kernels.gpu.launch_table import (
     DecodeLaunch,
     MatrixLaunch,
     PrefillLaunch,
+    fit,
+    head_class,
+    matrix_class,
+    qkv_class,
 )
+from kernels.weight import FULL, INT8
+from models.config import LlamaConfig
 
 Parameters = MatrixLaunch | DecodeLaunch | PrefillLaunch
 
+OPERATIONS = (
+    "norm_qkv_rope_append",
+    "attention_decode",
+    "linear_residual",
+    "norm_gated_mlp",
+    "norm_lm_head",
+    "attention_prefill",
+)
+DTYPE = torch.bfloat16
 # block_n, block_k, stages, warps
 MATRIX_STEPS = ((16, 32, 64, 128, 256), (64, 128, 256), (3, 4, 6, 8), (4, 8))
 SPLITS = (1, 2, 4)
@@ -47,6 +69,87 @@ class ShapeClass(NamedTuple):
 
     operation: str
     name: str
+
+
+class Problem(NamedTuple):
+    """A kernel of a model: `kind` is a name of `MATRICES`, or that of an attention kernel."""
+
+    model: str
+    kind: str
+    config: LlamaConfig
+
+    @property
+    def matrix(self) -> tuple[str, int, int] | None:
+        """The operation and its outputs and inputs, N and K; None for attention."""
+        config = self.config
+        c, f, d = config.hidden_size, config.ffn_size, config.head_dim
+        return {
+            "qkv": ("norm_qkv_rope_append", (config.num_heads + 2 * config.num_kv_heads) * d, c),
+            "attn_out": ("linear_residual", c, config.num_heads * d),
+            "gated_mlp": ("norm_gated_mlp", f, c),
+            "down": ("linear_residual", c, f),
+            "lm_head": ("norm_lm_head", config.vocab_size, c),
+        }.get(self.kind)
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What makes two problems the same."""
+        config = self.config
+        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        if self.kind == "qkv":
+            return (*heads, config.hidden_size, config.has_qkv_bias, config.has_qk_norm)
+        return self.matrix or heads
+
+    @property
+    def shape_class(self) -> ShapeClass:
+        """The row of the launch table by which the kernel is launched."""
+        config = self.config
+        if self.matrix is None:
+            return ShapeClass(self.kind, head_class(config.head_dim, DTYPE))
+        operation, n, k = self.matrix
+        if self.kind == "qkv":
+            return ShapeClass(operation, qkv_class(config.head_dim, n, config.has_qk_norm))
+        return ShapeClass(operation, matrix_class(operation, n, k))
+
+
+def shape_classes(
+    configs: Mapping[str, LlamaConfig], operations: Sequence[str] = OPERATIONS
+) -> dict[ShapeClass, list[Problem]]:
+    """What there is to try, in the order of the operations."""
+    found: dict[ShapeClass, list[Problem]] = {}
+    seen = set()
+    for model, config in configs.items():
+        for kind in (*MATRICES, "attention_decode", "attention_prefill"):
+            problem = Problem(model, kind, config)
+            key = (problem.shape_class, problem.sizes)
+            if problem.shape_class.operation in operations and key not in seen:
+                seen.add(key)
+                found.setdefault(problem.shape_class, []).append(problem)
+    return dict(sorted(found.items(), key=lambda item: OPERATIONS.index(item[0].operation)))
+
+
+def case_groups(problem: Problem, setting: Setting) -> Iterator[dict[str, Case]]:
+    """What is timed together: the fields of `Times`, one group for each length of an attention."""
+    if problem.kind == "attention_prefill":
+        yield from ({"one": case} for case in attention_prefill_cases(setting))
+    elif problem.kind == "attention_decode":
+        cases = attention_decode_cases(setting, (1, 8))
+        for one, eight in zip(cases, cases, strict=True):
+            yield {"one": one, "eight": eight}
+    else:
+        build = MATRICES[problem.kind]
+        one, eight = build(setting, (1, 8), FULL)
+        (int8,) = build(setting, (1,), INT8)
+        yield {"one": one, "eight": eight, "int8": int8}
+
+
+def with_launch(case: Case, launch: Parameters) -> Case:
+    """The same case launched otherwise; the table's tiles are fitted to K as the kernels do it."""
+    if isinstance(launch, MatrixLaunch):
+        x = case.sets[0][0]
+        launch = fit(launch, x.shape[1], x.dtype)
+        case = replace(case, group=launch.block_k)
+    return replace(case, kernel=partial(case.kernel, launch=launch))
 
 
 class Times(NamedTuple):
@@ -153,10 +256,10 @@ def choose(ranked: Sequence[Trial], now: Parameters) -> Trial:
 def paste_row(shape_class: ShapeClass, launch: Parameters) -> str:
     """The class's line of kernels/gpu/launch_table.py."""
     operation, name = shape_class
-    key = f'"{name}"' if operation.startswith("attn_") else f'("{operation}", "{name}")'
-    numbers: tuple[int, ...] = launch
-    if isinstance(launch, MatrixLaunch) and launch.split_k == 1:
-        numbers = launch[:-1]
+    key, numbers = f'"{name}"', tuple(launch)
+    if isinstance(launch, MatrixLaunch):
+        key = f'("{operation}", "{name}")'
+        numbers = launch[:-1] if launch.split_k == 1 else numbers
     values = ", ".join(map(str, numbers))
     return f"    {key}: Row({type(launch).__name__}({values}), TUNED),"
 
@@ -166,14 +269,9 @@ def paste_rows(
 ) -> list[str]:
     """All lines for the launch table, under the name of the table that each belongs to."""
     lines = [f'TUNED = "{source}"']
-    for table in ("MATRIX", "DECODE", "PREFILL"):
-        rows = [paste_row(key, launch) for key, launch in chosen if _table(key) == table]
+    tables = {"MATRIX": MatrixLaunch, "DECODE": DecodeLaunch, "PREFILL": PrefillLaunch}
+    for table, kind in tables.items():
+        rows = [paste_row(key, launch) for key, launch in chosen if isinstance(launch, kind)]
         if rows:
             lines += [f"# {table}_{capability}", *rows]
     return lines
-
-
-def _table(shape_class: ShapeClass) -> str:
-    return {"attention_decode": "DECODE", "attention_prefill": "PREFILL"}.get(
-        shape_class.operation, "MATRIX"
-    )

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.gpu_time import num_sets
-from kernels.layer.planned_linear import INT8_PRECISION, LEVELS
-from kernels.weight import Weight
+from bench.timing import num_sets
+from kernels.layer.planned_linear import LEVELS
+from kernels.operands import Rows
+from kernels.weight import INT8
 from models.config import LlamaConfig
 
 ROUNDINGS = 4 * torch.finfo(torch.float32).eps
@@ -55,13 +56,14 @@ class Setting:
         """How many sets of operands of that size a timing needs."""
         return num_sets(num_bytes, self.l2_bytes) if self.l2_bytes else 1
 
-    def where(self, num_rows: int, first: int) -> tuple[torch.Tensor, ...]:
-        """positions [1, R], num_tokens [1] and slots [1] of one sequence."""
-        i32 = torch.int32
-        positions = torch.arange(first, first + num_rows, dtype=i32, device=self.device)
-        return positions[None], self.full([1], num_rows, i32), self.full([1], 0, i32)
+    def rows(self, num_rows: int, first: int) -> Rows:
+        """So many tokens of one sequence, from position `first` on."""
+        positions = torch.arange(first, first + num_rows, dtype=torch.int32, device=self.device)
+        tokens = self.full([1, num_rows], 0, torch.int64)
+        counts = (self.full([1], count, torch.int32) for count in (num_rows, 0))
+        return Rows(tokens, positions[None], *counts)
 
-    def plan(self, precision: int, batch: int = 1) -> torch.Tensor:
+    def precisions(self, precision: int, batch: int = 1) -> torch.Tensor:
         """[B, 2L + 1]: everything in that precision."""
         return self.full([batch, 2 * self.config.num_layers + 1], precision, torch.uint8)
 
@@ -108,7 +110,7 @@ class Check(NamedTuple):
 
 def weight_bytes(n: int, k: int, precision: int, dtype: torch.dtype) -> int:
     """Of a matrix [N, K] in the form of that precision."""
-    return n * k + 4 * n if precision == INT8_PRECISION else n * k * dtype.itemsize
+    return n * k + 4 * n if precision == INT8 else n * k * dtype.itemsize
 
 
 class Expected(NamedTuple):
@@ -123,7 +125,7 @@ def expected(case: Case) -> Expected:
     low = results(case, case.reference, args)
     if case.is_exact:
         return Expected(low, low)
-    return Expected(low, results(case, case.reference, tuple(map(promote, args))))
+    return Expected(low, results(case, case.reference, changed(args, promote)))
 
 
 def check(case: Case, against: Expected | None = None) -> Check:
@@ -141,9 +143,8 @@ def check(case: Case, against: Expected | None = None) -> Check:
 
 def results(case: Case, function: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.Tensor]:
     """All that a call returns and changes; its arguments stay as they are."""
-    copied = [arg.clone() if i in case.written else arg for i, arg in enumerate(args)]
-    returned = list(_tensors(function(*copied)))
-    return returned + [copied[i] for i in case.written]
+    copied = [changed(a, torch.clone) if i in case.written else a for i, a in enumerate(args)]
+    return list(_tensors([function(*copied), *(copied[i] for i in case.written)]))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -176,12 +177,18 @@ def activation_error(x: torch.Tensor, group: int) -> float:
     return relative_error(rounded, groups)
 
 
-def promote(value: Any) -> Any:
-    """The same argument in float64: tensors and weights of floats; anything else as it is."""
-    if isinstance(value, Weight):
-        return Weight(*(promote(form) for form in value))
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.double()
+def promote(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in float64, if they are floats."""
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same argument with every tensor changed, also those in records; the rest as it is."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        parts = [changed(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
 
 

@@ -1,280 +1,311 @@
-"""Decoding speed of one sequence: drafts against plain decoding, or that against a peer.
+"""Decoding speed on prompts: drafts against plain decoding, or plain decoding against a peer.
 
-    python -m bench.decode --device cpu [--prompts DIR] [--domains A,B] [--per-domain N]
+    python -m bench.decode [--prompts DIR] [--domains A,B] [--per-domain N]
     python -m bench.decode --device cuda --widen 6b --prompts DIR
     python -m bench.decode --device cpu --peer transformers
-    python -m bench.decode --device cuda --shape llama-2-7b [--contexts 256,4096]
-    python -m bench.decode --device cuda --shape llama-2-7b --peer transformers
 
-Prompts: the arms of bench/arms.py, a table a domain, on the model itself or on a larger one that
-computes the same (bench/widened.py). A peer: plain decoding of one prompt by both engines in turn,
-in one process; a token's time is what passes between two tokens as a caller sees them, so that
-neither prefill nor start-up counts. A shape: what passes cost at the size of a published model
-(bench/passes.py), or whole requests there against a peer's (bench/peers.py).
+Each prompt of several domains is answered by each arm in turn, greedily, to its natural end or
+--new-tokens; a run's time goes from its first token to its last, so prefill does not count. Tokens
+and medians of seconds are added up over a domain's prompts. An arm whose tokens differ from plain
+decoding's anywhere gets no speed-up. All arms share one engine, plain decoding too, and find the
+same prompt in its cache (`read_afresh`). --widen measures on a larger model that computes the same
+function (models/widen.py): text, routing and what full-precision drafts skip are the small model's,
+what a pass costs is what a pass of the large one costs. --peer: see bench/peers.py; 5 runs, not 3.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean, median
+from typing import Any
 
 import torch
 
-from bench.arms import read_prompts, run_arms
-from bench.harness import Spread, print_machine, print_result, read_bandwidth, spread
-from bench.pass_arms import REPLAYS
-from bench.pass_checks import CheckError
-from bench.passes import measure_shape
-from bench.peers import compare_shape
-from bench.shapes import SHAPES
-from bench.widened import check_widening, widened_llm
+from bench.peers import MAX_LENGTH, compare_model
+from bench.report import (
+    Default,
+    make_parser,
+    print_ceiling,
+    print_table,
+    print_verdict,
+    refuse,
+    run_benchmark,
+    settle,
+)
+from bench.timing import rotated, spread
 from engine import LLM, SamplingParams
-from engine.loading import choose_device
-from models.hub import resolve_model
-from models.weights import LlamaWeights
-from models.widen import WIDENINGS
+from engine.loading import choose_dtype, choose_ops, load
+from engine.params import Speculative
+from engine.profile import profile_draft, profile_verify
+from engine.types import RequestStats
+from models.plan import DraftPlan
+from models.weights import sublayer_bytes
+from models.widen import WIDENINGS, widened_model
 
-PROMPT = "Explain in a few paragraphs how a bicycle stays upright while it is moving."
 DOMAINS = ("summarization", "math", "translation", "story_telling", "text_to_sql", "code", "chat")
-CONTEXTS = [256, 4096, 32768]
-MIN_CONTEXT = 64  # room for the widest pass, and a past before it
-MAX_LENGTH = 2048  # of prompts with their answers
-Run = Callable[[], tuple[list[int], float]]  # -> token ids, tokens per second
+ARMS = ("off", "ngram", "int8", "auto")
+OWN_PROMPTS = Path(__file__).parent / "prompts.jsonl"
+CPU_HIDDEN_SIZE = 1024  # a CPU reads wider models for minutes an answer
 
 
-def rate(times: Sequence[float]) -> float:
-    """Tokens per second from the moments at which tokens appeared."""
-    return (len(times) - 1) / (times[-1] - times[0])
+@dataclass
+class Run:
+    """All runs of one arm on one prompt."""
+
+    token_ids: tuple[int, ...] = ()
+    is_repeatable: bool = True
+    seconds: list[float] = field(default_factory=list)
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
-def engine_run(llm: LLM, prompt: Sequence[int], new_tokens: int) -> Run:
-    params = SamplingParams(
-        temperature=0, max_tokens=new_tokens, ignore_eos=True, speculative="off"
+def read_prompts(
+    path: Path | None, domains: Sequence[str], per_domain: int
+) -> dict[str, list[str]]:
+    """The first prompts of each domain, from DOMAIN.jsonl files of a folder or from our own file.
+
+    Raises ValueError for a domain without prompts.
+    """
+    files = [OWN_PROMPTS] if path is None else [path / f"{domain}.jsonl" for domain in domains]
+    found: dict[str, list[str]] = {domain: [] for domain in domains}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: is no file; expected prompts, one JSON object a line")
+        for line in file.read_text(encoding="utf-8-sig").splitlines():
+            row = json.loads(line)
+            if row["domain"] in found and len(found[row["domain"]]) < per_domain:
+                found[row["domain"]].append(row["prompt"])
+    for domain, prompts in found.items():
+        if not prompts:
+            raise ValueError(f"{domain}: has no prompts in {path or OWN_PROMPTS}")
+    return found
+
+
+def answer(
+    llm: LLM, token_ids: Sequence[int], speculative: Speculative, new_tokens: int, run: Run
+) -> RequestStats:
+    """Answer once and add what happened to `run`."""
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, speculative=speculative)
+    made, times = [], []
+    stream = llm.stream(token_ids, params)
+    for event in stream:
+        times.append(time.perf_counter())
+        made.append(event.token_id)
+    stats = stream.stats
+    run.is_repeatable &= not run.token_ids or run.token_ids == tuple(made)
+    run.token_ids = tuple(made)
+    run.seconds.append(times[-1] - times[0])
+    run.rounds, run.drafted, run.accepted = stats.rounds, stats.drafted, stats.accepted
+    return stats
+
+
+def read_afresh(llm: LLM, token_ids: Sequence[int]) -> None:
+    """Leave the prompt in the cache, read whole and in one go whatever was there before; not timed.
+
+    On a GPU the bits of a prefill depend on its number of rows, and in a near-tie so does the
+    answer. After this every answer finds all tokens but the last, with the same bits. The engine
+    must have a single slot.
+    """
+    other = (token_ids[0] + 1) % llm.model.config.vocab_size
+    answer(llm, [other], "off", 1, Run())  # the slot shares nothing with the prompt any more
+    answer(llm, token_ids, "off", 1, Run())
+
+
+def measure_prompt(llm: LLM, prompt: str, new_tokens: int, repeats: int) -> dict[str, Run]:
+    """Every arm on one prompt, by turns."""
+    token_ids = llm.encode_chat([{"role": "user", "content": prompt}])
+    read_afresh(llm, token_ids)
+    runs = {arm: Run() for arm in ARMS}
+    for repeat in range(repeats):
+        for arm in rotated(ARMS, repeat):
+            answer(llm, token_ids, arm, new_tokens, runs[arm])
+    return runs
+
+
+def num_timed(runs: Sequence[Run]) -> int:
+    """Tokens that took time: all but each answer's first."""
+    return sum(len(run.token_ids) - 1 for run in runs)
+
+
+def rate(runs: Sequence[Run]) -> float:
+    """Tokens per second over several prompts: all tokens after the first over all medians."""
+    return num_timed(runs) / sum(median(run.seconds) for run in runs)
+
+
+def speed_up(plain: Sequence[Run], arm: Sequence[Run]) -> float | None:
+    """Ratio of the seconds that the same tokens took; None where tokens differ."""
+    if any(a.token_ids != p.token_ids for a, p in zip(arm, plain, strict=True)):
+        return None
+    if not all(run.is_repeatable for run in (*plain, *arm)):
+        return None
+    return sum(median(r.seconds) for r in plain) / sum(median(r.seconds) for r in arm)
+
+
+def summarise(results: Sequence[Mapping[str, Run]]) -> dict[str, dict[str, Any]]:
+    """One domain: for each arm rate, speed-up, acceptance, tokens per round, whether identical."""
+    plain = [runs["off"] for runs in results]
+    arms = {}
+    for arm in ARMS:
+        runs = [result[arm] for result in results]
+        ratio = speed_up(plain, runs)
+        drafted = sum(run.drafted for run in runs)
+        ratios = [speed_up([p], [r]) for p, r in zip(plain, runs, strict=True)]
+        arms[arm] = {
+            "tokens_per_second": round(rate(runs), 1),
+            "speedup": None if ratio is None else round(ratio, 3),
+            "prompts": None if ratio is None else spread([r for r in ratios if r is not None]),
+            "acceptance": round(sum(r.accepted for r in runs) / drafted, 3) if drafted else None,
+            "tokens_per_round": round(num_timed(runs) / max(1, sum(r.rounds for r in runs)), 2),
+            "identical": ratio is not None,
+        }
+    return arms
+
+
+def print_domain(domain: str, arms: Mapping[str, Mapping[str, Any]]) -> None:
+    print(f"\n{domain}: plain {arms['off']['tokens_per_second']} tokens/s")
+    print_table(
+        {"arm": 8, "tokens/s": 9, "speed-up": 9, "of single prompts": 19, "accepted": 9,
+         "per round": 10, "identical": 10},
+        (
+            (name, arm["tokens_per_second"], arm["speedup"], arm["prompts"], arm["acceptance"],
+             arm["tokens_per_round"], "yes" if arm["identical"] else "NO")
+            for name, arm in arms.items()
+        ),
+    )  # fmt: skip
+
+
+def measure_costs(llm: LLM, repeats: int) -> dict[str, Any]:
+    """Passes in units of a one-row pass, of which `repeats` profiles are made now."""
+    plan = DraftPlan.int8(llm.model.config.num_layers)
+    profiles = [dict(profile_verify(llm.model)) for _ in range(repeats)]
+    drafts = spread([profile_draft(llm.model, plan) for _ in range(repeats)])
+    measured = [rows for rows in profiles[0] if all(rows in p for p in profiles)]
+    costs = {f"verify_{rows}_rows": spread([p[rows] for p in profiles]) for rows in measured}
+    costs["int8_draft"] = drafts
+    print("costs in single-row passes: " + ", ".join(f"{k} {v}" for k, v in costs.items()))
+    return {name: round(value.median, 3) for name, value in costs.items()}
+
+
+def run_arms(
+    llm: LLM, prompts: Mapping[str, Sequence[str]], new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Measure and print every domain; return what belongs into the result."""
+    list(llm.stream("warm up", SamplingParams(temperature=0, max_tokens=8, speculative="auto")))
+    result: dict[str, Any] = {"costs": measure_costs(llm, repeats), "int8_bytes": llm.int8_bytes}
+    used = ", ".join(f"{rows} rows {cost:.2f}" for rows, cost in llm.costs.verify)
+    drafts = ", ".join(f"{plan.name} {cost:.2f}" for plan, cost in llm.costs.drafts.items())
+    print(f"costs that the controller goes by, from the stored profile: {used}; drafts: {drafts}")
+    print(f"int8 copies of the weights: {llm.int8_bytes / 1e6:.0f} MB")
+    domains, everything = {}, []
+    for domain, texts in prompts.items():
+        results = [measure_prompt(llm, text, new_tokens, repeats) for text in texts]
+        results = [runs for runs in results if len(runs["off"].token_ids) > 1]  # else no time
+        if not results:
+            raise ValueError(f"{domain}: every answer has a single token, which takes no time")
+        domains[domain] = summarise(results)
+        print_domain(domain, domains[domain])
+        everything += results
+    is_identical = all(arm["identical"] for arms in domains.values() for arm in arms.values())
+    result |= {"identical": is_identical, "domains": domains}
+    print()
+    print_verdict(is_identical, "every arm made plain decoding's tokens in every run")
+    if not is_identical:
+        print("tokens differ: no mean is reported")
+        return result
+    result |= summarise_auto(domains, everything)
+    print(
+        f"auto: {result['auto_speedup_mean']:.2f} times plain decoding in the mean over "
+        f"domains, {result['auto_speedup_total']:.2f} over all tokens together, "
+        f"{result['auto_speedup_worst_prompt']:.2f} on the worst single prompt"
     )
-
-    def run() -> tuple[list[int], float]:
-        token_ids, times = [], []
-        for event in llm.stream(prompt, params):
-            token_ids.append(event.token_id)
-            times.append(time.perf_counter())
-        return token_ids, rate(times)
-
-    return run
-
-
-def transformers_run(path: Any, prompt: Sequence[int], new_tokens: int) -> tuple[Run, float]:
-    """The peer, loaded by its own loader, and the seconds that took."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    started = time.perf_counter()
-    where = {"pretrained_model_name_or_path": path}
-    if path.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    load_seconds = time.perf_counter() - started
-    token_ids = torch.tensor([list(prompt)])
-
-    def run() -> tuple[list[int], float]:
-        times: list[float] = []
-
-        def note_time(_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> bool:
-            times.append(time.perf_counter())
-            return False
-
-        with torch.inference_mode():
-            out = model.generate(
-                token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
-                stopping_criteria=[note_time],
-            )  # fmt: skip
-        return out[0, token_ids.shape[1] :].tolist(), rate(times)
-
-    return run, load_seconds
-
-
-def alternate(runs: dict[str, Run], repeats: int) -> tuple[dict[str, list[int]], dict[str, Spread]]:
-    """Warm each run up once, then run them in turn; return tokens and rates by name."""
-    tokens = {name: run()[0] for name, run in runs.items()}
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            token_ids, tokens_per_second = run()
-            assert token_ids == tokens[name], f"{name} does not repeat itself"
-            rates[name].append(tokens_per_second)
-    return tokens, {name: spread(values) for name, values in rates.items()}
-
-
-def measure_load(model: str | None, device: str) -> dict[str, Any]:
-    """Load time and peak memory, from a process of their own."""
-    command = [sys.executable, "-m", "bench.load", "--device", device]
-    command += ["--model", model] if model else []
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    result: dict[str, Any] = json.loads(lines[-1])
     return result
 
 
-def bytes_per_token(weights: LlamaWeights) -> int:
-    """Weight bytes that one decode step reads; the embedding counts only as the tied head."""
-    tensors = [weights.final_norm, weights.lm_head.full]
-    for layer in weights.layers:
-        tensors += [layer.qkv.full, layer.attn_out.full, layer.gate_up.full, layer.down.full]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def summarise_auto(
+    domains: Mapping[str, Mapping[str, Mapping[str, Any]]], results: Sequence[Mapping[str, Run]]
+) -> dict[str, float]:
+    """Speed-ups of "auto" where all tokens are plain decoding's: each the ratio of their seconds.
+
+    results: every prompt of every domain.
+    """
+    plain, auto = ([runs[arm] for runs in results] for arm in ("off", "auto"))
+    ratios = [speed_up([p], [a]) for p, a in zip(plain, auto, strict=True)]
+    mean, total = fmean(arms["auto"]["speedup"] for arms in domains.values()), speed_up(plain, auto)
+    assert total is not None, "tokens differ"
+    return {
+        "auto_speedup_mean": round(mean, 3),
+        "auto_speedup_total": round(total, 3),
+        "auto_speedup_worst_prompt": round(min(r for r in ratios if r is not None), 3),
+    }
 
 
-def compare_peer(args: argparse.Namespace) -> dict[str, Any]:
-    print(f"method: batch 1, greedy, {args.new_tokens} new tokens, one warm-up then "
-          f"{args.repeats} runs of each engine in turn, median [20%, 80%]")  # fmt: skip
-    result: dict[str, Any] = measure_load(args.model, args.device)
-    llm = LLM(args.model, device=args.device, max_length=MAX_LENGTH, speculative="off")
-    step_bytes = bytes_per_token(llm.model.weights)
-    prompt = llm.encode_chat([{"role": "user", "content": PROMPT}])
-    runs = {"engine": engine_run(llm, prompt, args.new_tokens)}
-    path = resolve_model(args.model, None)
-    runs["transformers"], result["peer_load_seconds"] = transformers_run(
-        path, prompt, args.new_tokens
-    )
-    bandwidth = read_bandwidth()
-    ceiling = bandwidth.median / step_bytes
-    print(f"ceiling: {step_bytes / 1e6:.0f} MB a token at {bandwidth.median / 1e9:.1f} GB/s "
-          f"read = {ceiling:.1f} tokens/s")  # fmt: skip
-    result["ceiling_tokens_per_second"] = round(ceiling, 2)
-    tokens, rates = alternate(runs, args.repeats)
-    for name, value in rates.items():
-        print(f"{name:>14}: {value} tokens/s")
-    result["autoregressive_tokens_per_second"] = round(rates["engine"].median, 2)
-    result["identical"] = tokens["engine"] == tokens["transformers"]
-    result["peer_tokens_per_second"] = round(rates["transformers"].median, 2)
-    if result["identical"]:
-        ratio = rates["engine"].median / rates["transformers"].median
-        result["ratio"] = round(ratio, 2)
-        print(f"{'ratio':>14}: {ratio:.2f}, identical tokens")
-    else:
-        print("tokens differ: no ratio is reported")
-    return result
+def widened_llm(model: str | None, name: str, device: torch.device) -> LLM:
+    """An engine around `model` in the size `name`; None is the default model.
 
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a whole number on the command line."""
-
-    def parse_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from {least} up")
-        return int(text)
-
-    return parse_number
-
-
-def numbers(text: str) -> list[int]:
-    return [at_least(MIN_CONTEXT)(part) for part in text.split(",")]
+    Raises ValueError for what is wrong with the model, and for a size that is not for this device.
+    """
+    size = WIDENINGS[name].hidden_size
+    if device.type == "cpu" and size > CPU_HIDDEN_SIZE:
+        raise ValueError(
+            f"widen: {name} has a hidden size of {size}, expected at most {CPU_HIDDEN_SIZE} on a "
+            "CPU; use --device cuda"
+        )
+    dtype = choose_dtype("auto", device)
+    small = load(model, None, torch.device("cpu"), torch.float32, MAX_LENGTH, None)
+    ops = choose_ops(device, dtype)
+    large = widened_model(small.model, name, *ops, dtype=dtype, device=device)
+    # Its router is the library of the larger weights, where there is one.
+    return LLM.from_loaded(replace(small, name=f"{small.name} as {name}", model=large))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, with their `mode` and its defaults. Exits where they do not go together."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(
+        __doc__, model=True, repeats=Default(3, 1), new_tokens=Default(128, 16),
+        per_domain=Default(4, 1),
+    )  # fmt: skip
     add = parser.add_argument
-    add("--model", help="directory, .gguf file or hub id; default: default model")
-    add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--peer", choices=["transformers"])
-    add("--shape", choices=SHAPES, help="random weights in the shape of a published model")
-    add("--contexts", type=numbers, metavar="N,N", help="of --shape; default: 256,4096,32768")
     add("--widen", choices=WIDENINGS, help="measure on a larger model that computes the same")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
-    add("--domains", help=f"default: {','.join(DOMAINS)}")
-    add("--per-domain", type=at_least(1), help="prompts of each domain; default: 4")
-    add("--new-tokens", type=at_least(2), help="default: 128")
-    repeats = ", ".join(f"{mode.repeats} for {mode.name}" for mode in MODES)
-    add("--repeats", type=at_least(1), help=f"default: {repeats}")
+    domains = Default(",".join(DOMAINS), ",".join(DOMAINS[:2]))
+    add("--domains", default=domains, help="default: %(default)s")
     args = parser.parse_args(argv)
-    args.mode = next(mode for mode in MODES if all(getattr(args, name) for name in mode.needs))
-    for name, value in vars(args).items():
-        if value is not None and name not in (*args.mode.allowed, *ALWAYS):
-            parser.error(f"--{name.replace('_', '-')} does not go with {args.mode.name}")
-    if args.device not in args.mode.devices:
-        parser.error(f"{args.mode.name} is for --device {args.mode.devices[0]}, got {args.device}")
-    for name, default in {**DEFAULTS, "repeats": args.mode.repeats}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    return args
+    if args.peer:
+        refuse(parser, args, ("widen", "prompts", "domains", "per_domain"), "--peer")
+        if args.device == "cuda":
+            parser.error("--peer is for --device cpu, got cuda; see bench.passes for a GPU")
+        args.device = "cpu"
+        if isinstance(args.repeats, Default):
+            args.repeats = Default(5, 1)
+    return settle(args)
 
 
-def run_prompts(args: argparse.Namespace) -> dict[str, Any]:
-    """The arms, on the model that was asked for or on a wider one."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.peer:
+        print(f"method: batch 1, greedy, {args.new_tokens} new tokens, one warm-up then "
+              f"{args.repeats} runs of each engine in turn, median [20%, 80%]")  # fmt: skip
+        return compare_model(args.model, args.new_tokens, args.repeats, args.device)
     prompts = read_prompts(args.prompts, args.domains.split(","), args.per_domain)
     print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {args.repeats} runs of "
           "each arm in turn, medians of seconds")  # fmt: skip
-    if not args.widen:
-        llm = LLM(args.model, device=args.device, max_length=MAX_LENGTH)
-        return run_arms(llm, prompts, args.new_tokens, args.repeats)
-    llm = widened_llm(args.model, args.widen, choose_device(args.device), MAX_LENGTH)
-    num_bytes = bytes_per_token(llm.model.weights)
-    print(f"{llm.model_name}: {num_bytes / 1e9:.2f} GB a token in {llm.dtype}")
-    result = run_arms(llm, prompts, args.new_tokens, args.repeats)
-    return {"widening": args.widen, "bytes_per_token": num_bytes} | result
-
-
-def run_shape(args: argparse.Namespace) -> dict[str, Any]:
-    print(f"method: batch 1, greedy, graphs replayed {REPLAYS} times a turn, {args.repeats} turns "
-          "of every pass, median [20%, 80%]")  # fmt: skip
-    device = choose_device(args.device)
-    return measure_shape(args.shape, SHAPES[args.shape], args.contexts, args.repeats, device)
-
-
-def run_shape_peer(args: argparse.Namespace) -> dict[str, Any]:
-    print(f"method: batch 1, greedy, {args.new_tokens} new tokens, warm-ups, then {args.repeats} "
-          "requests of each, median [20%, 80%]")  # fmt: skip
-    device = choose_device(args.device)
-    return compare_shape(args.shape, SHAPES[args.shape], args.new_tokens, args.repeats, device)
-
-
-class Mode(NamedTuple):
-    """What the command does where all of `needs` were given."""
-
-    name: str  # for messages
-    needs: tuple[str, ...]
-    allowed: tuple[str, ...]  # arguments beside ALWAYS
-    devices: tuple[str, ...]
-    repeats: int
-    run: Callable[[argparse.Namespace], dict[str, Any]]
-
-
-ALWAYS = ("device", "repeats", "mode")
-PROMPTS = ("model", "prompts", "domains", "per_domain", "new_tokens")
-BOTH = ("cpu", "cuda")
-MODES = (
-    Mode("--shape with --peer", ("shape", "peer"), ("shape", "peer", "new_tokens"), ("cuda",), 3,
-         run_shape_peer),
-    Mode("--shape", ("shape",), ("shape", "contexts"), ("cuda",), 7, run_shape),
-    Mode("--peer without --shape", ("peer",), ("peer", "model", "new_tokens"), ("cpu",), 5,
-         compare_peer),
-    Mode("--widen", ("widen",), ("widen", *PROMPTS), BOTH, 3, run_prompts),
-    Mode("prompts", (), PROMPTS, BOTH, 3, run_prompts),
-)  # fmt: skip
-DEFAULTS = {
-    "contexts": CONTEXTS, "domains": ",".join(DOMAINS), "per_domain": 4, "new_tokens": 128,
-}  # fmt: skip
+    if args.widen:
+        llm = widened_llm(args.model, args.widen, args.device)
+    else:
+        llm = LLM(args.model, device=str(args.device), max_length=MAX_LENGTH)
+    print(f"{llm.model_name}: {llm.dtype}")
+    result = print_ceiling(sum(sublayer_bytes(llm.model.weights)), llm.model.device)
+    result |= run_arms(llm, prompts, args.new_tokens, args.repeats)
+    return ({"widening": args.widen} if args.widen else {}) | result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    try:
-        device = choose_device(args.device)
-        if args.widen:
-            check_widening(args.widen, device)
-        described = print_machine()
-        result = args.mode.run(args)
-    except (ValueError, CheckError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    print_result(result | {"machine": described})
+    run_benchmark(parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the passes of an engine cost at the shape of a published model.
+"""What the passes of an engine cost at the shape of a published model, on a GPU.
 
-    python -m bench.decode --device cuda --shape llama-2-7b [--contexts 256,4096]
+    python -m bench.passes --shape llama-2-7b [--contexts 256,4096]
+    python -m bench.passes --shape llama-2-7b --peer transformers
 
-Weights are random; bench/pass_checks.py first holds the passes against what speculation relies on.
+Weights are random; bench/subjects.py first holds the passes against what speculation relies on.
 Every pass ends at the last position of its context, in one cache as long as the longest context,
 which may be longer than the published model's. What a draft step keeps is the share of plain
 decoding's bytes that it reads, of matrices and of the context's keys and values.
@@ -11,65 +12,71 @@ of the device. Passes take turns, a turn is the median of REPLAYS times, and a c
 over that of plain decoding in the same turn. A round is what the engine does for a token or for a
 draft, by the wall clock: inputs staged and copied over, graphs, the result read. Prefill runs
 without graphs, so the host's part is in its time too.
+With a peer whole requests are compared (bench/peers.py).
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 
-from bench.gpu_time import copy_bandwidth, matmul_rate, read_bandwidth
-from bench.harness import Spread, spread
-from bench.pass_arms import (
-    NUM_DRAFTED,
-    VERIFIED,
-    Clocks,
-    Timer,
-    event_timer,
-    make_arms,
-    nothing,
-    take_turns,
-    wall_timer,
+from bench.peers import compare_shape
+from bench.report import (
+    Default,
+    at_least,
+    list_of,
+    make_parser,
+    print_table,
+    print_verdict,
+    refuse,
+    run_benchmark,
+    settle,
 )
-from bench.pass_checks import check_draft, check_replay, check_rows
-from bench.subject import (
+from bench.shapes import (
     MARGIN,
-    Subject,
+    SHAPES,
     check_memory,
     choose_contexts,
     free_bytes,
-    make_models,
-    make_subject,
     prefill_flops,
     weight_bytes,
     with_positions,
 )
+from bench.subjects import (
+    NUM_DRAFTED,
+    REPLAYS,
+    VERIFIED,
+    Clocks,
+    Subject,
+    Timer,
+    check,
+    event_timer,
+    make_arms,
+    make_models,
+    make_subject,
+    nothing,
+    take_turns,
+    wall_timer,
+)
+from bench.timing import Ceilings, Spread, gpu_ceilings, spread
 from engine.loading import choose_dtype, choose_ops
 from engine.prefill import prefill
 from models.config import LlamaConfig
 from models.quantise import int8_bytes
 
+CONTEXTS = [256, 4096, 32768]
+MIN_CONTEXT = 64  # room for the widest pass, and a past before it
 PREFILLS = (512, 4096)  # tokens
 
 
-def check(subject: Subject, contexts: Sequence[int]) -> None:
-    """Raises CheckError where the passes must not be timed."""
-    passes, tokens = subject.passes, subject.token_ids
-    drafts = [(model, plan) for plan, model in subject.plans.items()]
-    for context in contexts:
-        check_rows(passes, tokens, context)
-        check_replay(passes, subject.twin, drafts, tokens, context)
-        check_draft(passes, tokens, context)
-        subject.fill_cache()  # each poisons what follows its context
-
-
 def measure_context(
-    subject: Subject, context: int, clocks: Clocks, repeats: int, ceilings: Mapping[str, float]
+    subject: Subject, context: int, clocks: Clocks, repeats: int, ceilings: Ceilings
 ) -> dict[str, Any]:
-    """Time every pass at one context. ceilings: bytes per second of a "read" and of a "copy"."""
+    """Time every pass at one context."""
     turns = take_turns(make_arms(subject, context), clocks, repeats)
     plain = spread(turns["plain"])
     num_bytes = subject.read_bytes(context)
@@ -90,11 +97,12 @@ def measure_context(
     int8, wide = (median(turns[name]) for name in ("int8", "verify-8"))
     return {
         "plain": {
-            "milliseconds": _rounded(plain, 1e3),
+            "milliseconds": _rounded(plain.times(1e3)),
             "tokens_per_second": round(1 / plain.median, 2),
             "bytes_per_token": num_bytes,
             "gigabytes_per_second": round(rate / 1e9, 1),
-            **{f"share_of_{name}": round(rate / ceilings[name], 3) for name in ("read", "copy")},
+            "share_of_read": round(rate / ceilings.read.median, 3),
+            "share_of_copy": round(rate / ceilings.copy.median, 3),
         },
         "drafts": drafts,
         "verify": {str(width): _rounded(cost(f"verify-{width}")) for width in VERIFIED},
@@ -109,15 +117,14 @@ def _round_times(seconds: Sequence[float], device_seconds: float) -> dict[str, A
     """A round by the wall clock, beside what its passes take on the device."""
     found = spread(seconds)
     return {
-        "milliseconds": _rounded(found, 1e3),
+        "milliseconds": _rounded(found.times(1e3)),
         "device_milliseconds": round(device_seconds * 1e3, 4),
         "host_share": round(1 - device_seconds / found.median, 4),
     }
 
 
-def _rounded(values: Spread, unit: float = 1) -> list[float]:
-    """Low, median, high."""
-    return [round(value * unit, 4) for value in values]
+def _rounded(values: Spread) -> Spread:
+    return Spread(*(round(value, 4) for value in values))
 
 
 def measure_prefill(
@@ -125,17 +132,16 @@ def measure_prefill(
 ) -> dict[str, dict[str, Any]]:
     """Prompts of PREFILLS tokens, where the cache has them. ceiling: operations per second."""
     found = {}
-    config, longest = subject.model.config, len(subject.token_ids)
-    for count in (n for n in PREFILLS if n <= longest):
+    for count in (n for n in PREFILLS if n <= len(subject.token_ids)):
         tokens = subject.token_ids[:count]
 
         def run(tokens: Sequence[int] = tokens) -> None:
             prefill(subject.model, subject.cache, 0, tokens, 0)
 
         seconds = spread(timer(nothing, run, repeats))
-        rate = prefill_flops(config, count) / seconds.median
+        rate = prefill_flops(subject.model.config, count) / seconds.median
         found[str(count)] = {
-            "milliseconds": _rounded(seconds, 1e3),
+            "milliseconds": _rounded(seconds.times(1e3)),
             "tokens_per_second": round(count / seconds.median, 1),
             "flop_per_second": round(rate),
             "share_of_matmul": round(rate / ceiling, 3),
@@ -145,43 +151,49 @@ def measure_prefill(
 
 def print_context(context: int, found: Mapping[str, Any]) -> None:
     plain = found["plain"]
-    shares = [f"{plain[f'share_of_{name}']:.1%} of {name}" for name in ("read", "copy")]
     print(
-        f"\ncontext {context}: plain decoding {_shown(plain['milliseconds'])} ms, "
+        f"\ncontext {context}: plain decoding {plain['milliseconds']:.3f} ms, "
         f"{plain['tokens_per_second']:.1f} tokens/s, {plain['gigabytes_per_second']:.0f} GB/s: "
-        f"{' and '.join(shares)} bandwidth"
+        f"{plain['share_of_read']:.1%} of read and {plain['share_of_copy']:.1%} of copy bandwidth"
     )
-    print(f"{'draft step':>12} {'bytes kept':>11} {'cost':>22} {'cost / kept':>12}")
-    for name, step in found["drafts"].items():
-        print(
-            f"{name:>12} {step['kept']:>11.4f} {_shown(step['cost']):>22} "
-            f"{step['cost_over_kept']:>12.3f}"
-        )
-    costs = ", ".join(f"{rows} rows {_shown(cost)}" for rows, cost in found["verify"].items())
-    print(f"cost of verification: {costs}")
-    for name, what in (("plain", "one token"), ("int8", f"{NUM_DRAFTED} int8 drafts")):
-        times = found["rounds"][name]
-        print(
-            f"round of {what}: {_shown(times['milliseconds'])} ms by the wall clock, its passes "
-            f"{times['device_milliseconds']:.3f} ms on the device",
-            flush=True,
-        )
-
-
-def _shown(values: Sequence[float]) -> str:
-    low, middle, high = values
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+    steps = found["drafts"].items()
+    print_table(
+        {"draft step": 12, "bytes kept": 11, "cost": 22, "cost / kept": 12},
+        (
+            (name, step["kept"], f"{step['cost']:.3f}", step["cost_over_kept"])
+            for name, step in steps
+        ),
+    )
+    print_table(
+        {"verification": 12, "cost": 22},
+        ((f"{rows} rows", f"{cost:.3f}") for rows, cost in found["verify"].items()),
+    )
+    names = {"plain": "one token", "int8": f"{NUM_DRAFTED} int8 drafts"}
+    rounds = ((names[name], times) for name, times in found["rounds"].items())
+    print_table(
+        {"round of": 14, "ms by the wall clock": 26, "ms of its passes": 17},
+        (
+            (name, f"{times['milliseconds']:.3f}", f"{times['device_milliseconds']:.3f}")
+            for name, times in rounds
+        ),
+    )
 
 
 def print_prefill(found: Mapping[str, Mapping[str, Any]]) -> None:
     print()
-    for count, values in found.items():
-        print(
-            f"prefill of {count} tokens: {_shown(values['milliseconds'])} ms, "
-            f"{values['tokens_per_second']:.0f} tokens/s, "
-            f"{values['flop_per_second'] / 1e12:.1f} TFLOP/s, {values['share_of_matmul']:.1%} of "
-            "the library's largest product"
-        )
+    print_table(
+        {"prefill": 12, "ms": 26, "tokens/s": 10, "TFLOP/s": 8, "of product": 10},
+        (
+            (
+                f"{count} tokens",
+                f"{values['milliseconds']:.3f}",
+                f"{values['tokens_per_second']:.0f}",
+                f"{values['flop_per_second'] / 1e12:.1f}",
+                f"{values['share_of_matmul']:.1%}",
+            )
+            for count, values in found.items()
+        ),
+    )
     for num_tokens in PREFILLS:
         if str(num_tokens) not in found:
             print(f"prefill of {num_tokens} tokens is left out: the cache has fewer positions")
@@ -197,20 +209,16 @@ def measure_shape(
     dtype, published = choose_dtype("auto", device), config.max_positions
     check_memory(name, config, device, dtype)
     config = with_positions(config, choose_contexts(config, contexts, dtype, free_bytes(device))[0])
-    measures = {"read": read_bandwidth, "copy": copy_bandwidth, "matmul": matmul_rate}
-    ceilings = {key: ceiling().median for key, ceiling in measures.items()}
-    torch.cuda.empty_cache()
-    print(
-        f"ceilings: read {ceilings['read'] / 1e9:.0f} GB/s, copy {ceilings['copy'] / 1e9:.0f} GB/s "
-        f"read and written, bfloat16 product {ceilings['matmul'] / 1e12:.0f} TFLOP/s"
-    )
+    ceilings = gpu_ceilings()
+    print(ceilings)
     with torch.inference_mode():
         models = make_models(config, choose_ops(device, dtype), device, dtype)
         torch.cuda.empty_cache()
         room = free_bytes(device) - MARGIN
         allowed, left_out = choose_contexts(config, contexts, dtype, room)
         subject = make_subject(*models, allowed[-1])
-        result = describe(name, subject) | {"ceilings": ceilings, "left_out": left_out}
+        result = describe(name, subject) | {"left_out": left_out}
+        result["ceilings"] = {key: value.median for key, value in ceilings._asdict().items()}
         result["published_positions"] = published
         for context in (c for c in allowed if c > published):
             print(
@@ -264,7 +272,7 @@ def measure(
     contexts: Sequence[int],
     clocks: Clocks,
     repeats: int,
-    ceilings: Mapping[str, float],
+    ceilings: Ceilings,
     peak: Callable[[], Mapping[str, int]],
 ) -> dict[str, Any]:
     """Check the passes, then time and print those at every context, and prefill.
@@ -272,14 +280,51 @@ def measure(
     peak: the most memory in use since it was last called.
     """
     check(subject, contexts)
-    print("checked: rows have the same bits in passes over 1, 2, 8 and 16 tokens, replays those of "
-          "eager passes, full-precision drafts are accepted whole")  # fmt: skip
+    print_verdict(True, "rows have the same bits in passes over 1, 2, 8 and 16 tokens, replays "
+                  "those of eager passes, full-precision drafts are accepted whole")  # fmt: skip
     found = {}
     for context in contexts:
         values = measure_context(subject, context, clocks, repeats, ceilings)
         found[str(context)] = values
         print_context(context, values)
     result: dict[str, Any] = {"checked": True, "contexts": found, "peak_bytes": peak()}
-    result["prefill"] = measure_prefill(subject, clocks.device, repeats, ceilings["matmul"])
+    ceiling = ceilings.operations.median
+    result["prefill"] = measure_prefill(subject, clocks.device, repeats, ceiling)
     print_prefill(result["prefill"])
     return result | {"prefill_peak_bytes": peak()}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__, repeats=Default(7, 1), new_tokens=Default(128, 8))
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--contexts", type=list_of(at_least(MIN_CONTEXT)), metavar="N,N",
+                        default=Default(CONTEXTS, [256]), help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--peer", choices=["transformers"])
+    args = parser.parse_args(argv)
+    if args.device == "cpu":
+        parser.error("--shape is for --device cuda, got cpu")
+    args.device = "cuda"
+    refuse(parser, args, ["contexts"] if args.peer else ["new_tokens"],
+           "--peer" if args.peer else "--shape without --peer")  # fmt: skip
+    if args.peer and isinstance(args.repeats, Default):
+        args.repeats = Default(3, 1)
+    return settle(args)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    config = SHAPES[args.shape]
+    if args.peer:
+        print(f"method: batch 1, greedy, {args.new_tokens} new tokens, warm-ups, then "
+              f"{args.repeats} requests of each, median [20%, 80%]")  # fmt: skip
+        return compare_shape(args.shape, config, args.new_tokens, args.repeats, args.device)
+    print(f"method: batch 1, greedy, graphs replayed {REPLAYS} times a turn, {args.repeats} turns "
+          "of every pass, median [20%, 80%]")  # fmt: skip
+    return measure_shape(args.shape, config, args.contexts, args.repeats, args.device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_benchmark(parse(argv), run)
+
+
+if __name__ == "__main__":
+    main()

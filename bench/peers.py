@@ -1,40 +1,154 @@
-"""Plain decoding by this engine and by transformers at the shape of a published model, on a GPU.
+"""Plain decoding by this engine and by transformers.
 
-    python -m bench.decode --device cuda --shape llama-2-7b --peer transformers
+On prompts: one prompt of a real model on a CPU, both in float32 with the same weights, so that
+tokens are compared before anything is timed. A token's time is what passes between two tokens as a
+caller sees them, so neither prefill nor start-up counts.
 
-Both have random weights of their own in bfloat16, so tokens are not compared. A run is a request as
-a caller sees it, of PROMPT_TOKENS random tokens and as many new ones as asked for: the seconds from
-the call to the last token, prefill and host included. transformers runs eagerly with a growing
-cache, and with its static cache, whose decode step it compiles itself. Runs take turns where both
-models fit into memory; where they do not, one is freed before the other is made.
+At the shape of a published model, on a GPU: both have random weights of their own in bfloat16, so
+tokens are not compared. A run is a request as a caller sees it, of PROMPT_TOKENS random tokens and
+as many new ones as asked for: the seconds from the call to the last token, prefill and host
+included. transformers runs eagerly with a growing cache, and with its static cache, whose decode
+step it compiles itself. Runs take turns where both models fit into memory; where they do not, one
+is freed before the other is made.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import Spread, spread
-from bench.subject import MARGIN, free_bytes, random_tokens, textless, weight_bytes
+from bench.report import print_ceiling, print_table, print_verdict
+from bench.shapes import MARGIN, free_bytes, random_tokens, textless, weight_bytes
+from bench.timing import Run, Spread, alternate, warm_up
 from engine import LLM, SamplingParams
 from engine.loading import Loaded, choose_dtype, choose_ops
 from models.config import LlamaConfig
+from models.hub import resolve_model
 from models.llama import make_llama
-from models.weights import random_weights
+from models.weights import random_weights, sublayer_bytes
 
+PROMPT = "Explain in a few paragraphs how a bicycle stays upright while it is moving."
+MAX_LENGTH = 2048  # of prompts with their answers
 PROMPT_TOKENS = 128
 WARM_UPS = 2  # the first compiles, the second records graphs
+# A process of its own, because a process's peak memory cannot be taken back. It reads that from
+# /proc: getrusage also counts the process that started it.
+LOAD = """
+import json, re, sys, time
+started = time.perf_counter()
+from engine import LLM, SamplingParams
+imported = time.perf_counter()
+llm = LLM(sys.argv[1] or None, device=sys.argv[2])
+loaded = time.perf_counter()
+llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=64))
+peak = re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
+print(json.dumps({"import_seconds": round(imported - started, 3),
+                  "load_seconds": round(loaded - imported, 3), "peak_rss_bytes": int(peak) * 1024}))
+"""
 
-Run = Callable[[], float]  # -> new tokens per second
 Maker = Callable[[], dict[str, Run]]
 
 
-def engine_runs(
+def rate(times: Sequence[float]) -> float:
+    """Tokens per second from the moments at which tokens appeared."""
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def engine_run(llm: LLM, prompt: Sequence[int], new_tokens: int) -> Run:
+    params = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=True, speculative="off"
+    )
+
+    def run() -> tuple[list[int], float]:
+        token_ids, times = [], []
+        for event in llm.stream(prompt, params):
+            token_ids.append(event.token_id)
+            times.append(time.perf_counter())
+        return token_ids, rate(times)
+
+    return run
+
+
+def transformers_run(path: Path, prompt: Sequence[int], new_tokens: int) -> Run:
+    """The peer, loaded by its own loader."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    if path.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    token_ids = torch.tensor([list(prompt)])
+
+    def run() -> tuple[list[int], float]:
+        times: list[float] = []
+
+        def note_time(_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> bool:
+            times.append(time.perf_counter())
+            return False
+
+        with torch.inference_mode():
+            out = model.generate(
+                token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
+                stopping_criteria=[note_time],
+            )  # fmt: skip
+        return out[0, token_ids.shape[1] :].tolist(), rate(times)
+
+    return run
+
+
+def measure_load(model: str | None, device: torch.device) -> dict[str, Any]:
+    """Seconds of imports and of loading, and the most memory that a whole process needs."""
+    command = [sys.executable, "-c", LOAD, model or "", str(device)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result: dict[str, Any] = json.loads(out)
+    print("load: " + ", ".join(f"{name} {value}" for name, value in result.items()))
+    return result
+
+
+def compare_model(
+    model: str | None, new_tokens: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """Print and return rates of both engines on one prompt, and their ratio if tokens agree."""
+    result = measure_load(model, device)
+    llm = LLM(model, device=str(device), max_length=MAX_LENGTH, speculative="off")
+    prompt = llm.encode_chat([{"role": "user", "content": PROMPT}])
+    runs = {"engine": engine_run(llm, prompt, new_tokens)}
+    started = time.perf_counter()
+    runs["transformers"] = transformers_run(resolve_model(model, None), prompt, new_tokens)
+    result["peer_load_seconds"] = round(time.perf_counter() - started, 3)
+    result |= print_ceiling(sum(sublayer_bytes(llm.model.weights)), device)
+    tokens = warm_up(runs)
+    result["identical"] = tokens["engine"] == tokens["transformers"]
+    print_verdict(result["identical"], "tokens of both engines are identical")
+    rates = alternate(runs, tokens, repeats)
+    print_rates(rates)
+    result["autoregressive_tokens_per_second"] = round(rates["engine"].median, 2)
+    result["peer_tokens_per_second"] = round(rates["transformers"].median, 2)
+    if result["identical"]:
+        ratio = rates["engine"].median / rates["transformers"].median
+        result["ratio"] = round(ratio, 2)
+        print(f"ratio: {ratio:.2f}")
+    else:
+        print("tokens differ: no ratio is reported")
+    return result
+
+
+def print_rates(rates: dict[str, Spread]) -> None:
+    print_table({"": 14, "tokens/s, median [20%, 80%]": 27}, rates.items())
+
+
+def engine_requests(
     name: str, config: LlamaConfig, device: torch.device, new_tokens: int
 ) -> dict[str, Run]:
     """Requests to an LLM. Every prompt is new, so that none finds its tokens in the cache."""
@@ -45,47 +159,55 @@ def engine_runs(
     loaded = Loaded(name, model, textless(config), None, {})
     llm = LLM.from_loaded(loaded, speculative="off", router="none", profile=False)
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-    seeds = itertools.count()
 
-    def run() -> float:
-        prompt = random_tokens(config, PROMPT_TOKENS, next(seeds))
-        started = time.perf_counter()
-        made = sum(1 for _ in llm.stream(prompt, params))
-        seconds = time.perf_counter() - started
-        assert made == new_tokens, (made, new_tokens)
-        return made / seconds
+    def answer(prompt: list[int]) -> int:
+        return sum(1 for _ in llm.stream(prompt, params))
 
-    return {"engine": run}
+    return {"engine": timed_requests(config, answer, new_tokens)}
 
 
-def transformers_runs(config: LlamaConfig, device: torch.device, new_tokens: int) -> dict[str, Run]:
+def transformers_requests(
+    config: LlamaConfig, device: torch.device, new_tokens: int
+) -> dict[str, Run]:
     """Requests to one model of transformers: eager, and compiled with a static cache."""
     import transformers
 
-    dtype = choose_dtype("auto", device)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(
-            peer_config(config), dtype=dtype, attn_implementation="sdpa"
+            peer_config(config), dtype=choose_dtype("auto", device), attn_implementation="sdpa"
         )
     model = model.to(device).eval()
-    seeds = itertools.count()
 
-    def run(**options: Any) -> float:
-        prompt = random_tokens(config, PROMPT_TOKENS, next(seeds))
+    def answer(prompt: list[int], **options: Any) -> int:
         token_ids = torch.tensor([prompt], device=device)
-        started = time.perf_counter()
         # Not inference_mode: the peer's CUDA graphs may break behind it (pytorch issue 135892).
         with torch.no_grad():
             out = model.generate(
                 token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=new_tokens,
                 do_sample=False, pad_token_id=0, **options,
             )  # fmt: skip
-        made = len(out[0].tolist()) - PROMPT_TOKENS  # the host waits for the last token
+        return len(out[0].tolist()) - PROMPT_TOKENS  # the host waits for the last token
+
+    def answer_compiled(prompt: list[int]) -> int:
+        return answer(prompt, cache_implementation="static")
+
+    answers = {"eager": answer, "static_compile": answer_compiled}
+    return {name: timed_requests(config, run, new_tokens) for name, run in answers.items()}
+
+
+def timed_requests(config: LlamaConfig, answer: Callable[[list[int]], int], new_tokens: int) -> Run:
+    """Runs of `answer`, which returns how many tokens it made, on another random prompt each."""
+    seeds = itertools.count()
+
+    def run() -> tuple[list[int], float]:
+        prompt = random_tokens(config, PROMPT_TOKENS, next(seeds))
+        started = time.perf_counter()
+        made = answer(prompt)
         seconds = time.perf_counter() - started
         assert made == new_tokens, (made, new_tokens)
-        return made / seconds
+        return [], made / seconds  # no tokens: those of random weights are not compared
 
-    return {"eager": run, "static_compile": lambda: run(cache_implementation="static")}
+    return run
 
 
 def peer_config(config: LlamaConfig) -> Any:
@@ -116,22 +238,11 @@ def take_turns(groups: Sequence[Sequence[Maker]], repeats: int) -> dict[str, Spr
     found: dict[str, Spread] = {}
     for group in groups:
         runs = {name: run for make in group for name, run in make().items()}
-        found |= _rates(runs, repeats)
+        found |= alternate(runs, warm_up(runs, WARM_UPS), repeats)
         runs.clear()
         gc.collect()
         torch.cuda.empty_cache()
     return found
-
-
-def _rates(runs: Mapping[str, Run], repeats: int) -> dict[str, Spread]:
-    for run in runs.values():
-        for _ in range(WARM_UPS):
-            run()
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            rates[name].append(run())
-    return {name: spread(values) for name, values in rates.items()}
 
 
 def compare_shape(
@@ -149,14 +260,13 @@ def compare_shape(
             "memory; choose a smaller shape"
         )
     makers: list[Maker] = [
-        lambda: engine_runs(name, config, device, new_tokens),
-        lambda: transformers_runs(config, device, new_tokens),
+        lambda: engine_requests(name, config, device, new_tokens),
+        lambda: transformers_requests(config, device, new_tokens),
     ]
     is_together = 2 * (size + MARGIN) <= free
     print("both models fit into memory" if is_together else "one model in memory at a time")
     rates = take_turns([makers] if is_together else [[make] for make in makers], repeats)
-    for label, value in rates.items():
-        print(f"{label:>15}: {value} tokens/s")
+    print_rates(rates)
     engine = rates.pop("engine")
     ratios = {label: round(engine.median / value.median, 2) for label, value in rates.items()}
     print("ratio: " + ", ".join(f"{value:.2f} to {label}" for label, value in ratios.items()))

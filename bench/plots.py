@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from bench.stream import Measured
+from bench.streams import Measured
 from router.library import RouterLibrary
 
 WINDOW = 5  # prompts of the moving average

@@ -21,17 +21,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from bench.arms import OWN_PROMPTS, Run
-from bench.arms import read_prompts as read_own_prompts
-from bench.harness import print_machine, print_result
-from bench.stream import (
+from bench.decode import OWN_PROMPTS, Run, num_timed, rate
+from bench.decode import read_prompts as read_own_prompts
+from bench.peers import MAX_LENGTH
+from bench.report import (
+    Default,
+    make_parser,
+    print_ceiling,
+    print_table,
+    print_verdict,
+    run_benchmark,
+    settle,
+)
+from bench.streams import (
     ROUTED,
     SINGLE,
     Experiment,
@@ -42,44 +49,33 @@ from bench.stream import (
     make_stream,
     measure_prompt,
     oracle_rate,
-    rate,
     rate_of,
     run_streams,
     warm_up,
 )
+from bench.timing import spread
 from engine import LLM
-from engine.calibrate.__main__ import read_prompts
+from engine.calibrate.prompts import read_prompts
+from models.weights import sublayer_bytes
 
 ANSWER_TOKENS = 64  # of which the router's time is given as a share
-MAX_LENGTH = 2048
 Streams = Mapping[tuple[float, str], Sequence[Run]]
 Orders = Mapping[float, Sequence[int]]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--model", help="directory, .gguf file or hub id; default: default model")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--router", metavar="FILE", help="a library; default: the model's own")
-    parser.add_argument("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
-    parser.add_argument("--per-domain", type=_count, default=8, help="prompts of each domain")
-    parser.add_argument("--new-tokens", type=_count, default=64, help="default: %(default)s")
-    parser.add_argument(
-        "--mix", type=_ratios, default="0,0.3,0.7,1.0", metavar="RATIO,...",
-        help="how often a stream changes its domain; default: %(default)s",
+    parser = make_parser(
+        __doc__, model=True, repeats=Default(2, 1), new_tokens=Default(64, 16),
+        per_domain=Default(8, 1),
     )  # fmt: skip
-    parser.add_argument("--repeats", type=_count, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write pictures there")
-    return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
-    return int(text)
+    add = parser.add_argument
+    add("--router", metavar="FILE", help="a library; default: the model's own")
+    add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
+    add("--mix", type=_ratios, default="0,0.3,0.7,1.0", metavar="RATIO,...",
+        help="how often a stream changes its domain; default: %(default)s")  # fmt: skip
+    add("--seed", type=int, default=0)
+    add("--plots", type=Path, metavar="DIR", help="write pictures there")
+    return settle(parser.parse_args(argv))
 
 
 def _ratios(text: str) -> tuple[float, ...]:
@@ -152,22 +148,26 @@ def print_domain(domain: str, rows: Sequence[Measured], experiment: Experiment) 
 
 
 def print_rates(rows: Sequence[Measured], names: Sequence[str]) -> None:
-    """Speeds of arms, and of the oracle, over some prompts."""
+    """Speeds of arms, and of the oracle, over some prompts, and the spread of single prompts."""
     rates = rates_of(rows, names)
-    width = max(map(len, rates))
-    print(f"{'arm':>{width}} {'tokens/s':>9} {'speed-up':>9} {'per round':>10}")
-    for name, value in rates.items():
+    plain = rates["off"]
+
+    def cells(name: str, value: float | None) -> tuple[object, ...]:
         if value is None:
-            print(f"{name:>{width}}  tokens differ, or nothing was timed")
-            continue
-        plain = rates["off"]
-        ratio = f"{value / plain:.2f}" if plain else "-"
-        runs = [row.runs[name] for row in rows] if name != "oracle" else []
-        tokens = sum(len(run.token_ids) - 1 for run in runs)
+            return name, "", "", "", "", "tokens differ, or nothing was timed"
+        shown = name, f"{value:.1f}", f"{value / plain:.2f}" if plain else None
+        if name == "oracle":
+            return shown
+        runs = [row.runs[name] for row in rows]
         rounds = sum(run.rounds for run in runs)
-        per_round = f"{tokens / rounds:.2f}" if rounds else "-"
-        print(f"{name:>{width}} {value:>9.1f} {ratio:>9} {per_round:>10}")
-    sys.stdout.flush()
+        per_round = f"{num_timed(runs) / rounds:.2f}" if rounds else None
+        return *shown, per_round, f"{spread([rate([run]) for run in runs]):.1f}"
+
+    print_table(
+        {"arm": max(map(len, rates)), "tokens/s": 9, "speed-up": 9, "per round": 10,
+         "single prompts": 22},
+        (cells(name, value) for name, value in rates.items()),
+    )  # fmt: skip
 
 
 def is_timed(row: Measured) -> bool:
@@ -260,11 +260,14 @@ def summarise_streams(
 def print_summary(result: Mapping[str, Any]) -> None:
     print(f"\nstreams of the known domains, run in order, tokens/s (best single arm: "
           f"{result['best_single']})")  # fmt: skip
-    print(f"{'mix':>5} {'knn':>8} {'single':>8} {'ratio':>6}")
-    for mix, rates in result["mix"].items():
-        knn, single = rates["knn"], rates["best_single"]
-        figures = f"{knn:>8.1f} {single:>8.1f} {knn / single:>6.2f}" if knn else "tokens differ"
-        print(f"{mix:>5} {figures}")
+
+    def cells(mix: str, knn: float | None, single: float | None) -> tuple[object, ...]:
+        if not knn or not single:
+            return mix, "", "", "", "tokens differ"
+        return mix, f"{knn:.1f}", f"{single:.1f}", f"{knn / single:.2f}"
+
+    rows = (cells(mix, r["knn"], r["best_single"]) for mix, r in result["mix"].items())
+    print_table({"mix": 5, "knn": 8, "single": 8, "ratio": 6}, rows)
     print(f"\nrouting accuracy: {_listed(result['routing_accuracy'])}; "
           f"all {result['routing_accuracy_all']:.3f}")  # fmt: skip
     print(f"rejected: {_listed(result['rejected'])}")
@@ -281,7 +284,7 @@ def _listed(values: Mapping[str, float]) -> str:
 
 def set_up(args: argparse.Namespace) -> tuple[LLM, list[Prompt], Experiment]:
     """Raises ValueError for a wrong model, library or set of prompts."""
-    llm = LLM(args.model, device=args.device, max_length=MAX_LENGTH, router=args.router)
+    llm = LLM(args.model, device=str(args.device), max_length=MAX_LENGTH, router=args.router)
     if llm.router is None:
         raise ValueError("router: no library comes with the engine for this model; expected one "
                          "made by python -m engine.calibrate; give it with --router")  # fmt: skip
@@ -297,10 +300,14 @@ def set_up(args: argparse.Namespace) -> tuple[LLM, list[Prompt], Experiment]:
     return llm, prompts, experiment
 
 
-def run(
-    args: argparse.Namespace, llm: LLM, prompts: Sequence[Prompt], experiment: Experiment
-) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """All measurements, in tables and pictures and as the result."""
+    if args.plots:
+        import bench.plots  # noqa: F401 - missing matplotlib should say so before the measurement
+    print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {args.repeats} runs of "
+          "each arm by turns, medians of decoding seconds; streams run once")  # fmt: skip
+    llm, prompts, experiment = set_up(args)
+    ceiling = print_ceiling(sum(sublayer_bytes(llm.model.weights)), llm.model.device)
     rows = measure(llm, prompts, experiment, args.new_tokens, args.repeats)
     result = summarise(rows, experiment)
     known = experiment.library.domains
@@ -316,7 +323,8 @@ def run(
     arms = {name: experiment.arms[name] for name in ("knn", best)}
     streams = run_streams(llm, prompts, orders, arms, args.new_tokens, args.per_domain)
     found = summarise_streams(streams, orders, timed, best)
-    result |= found | {"identical": result["identical"] and found["identical"]}
+    result |= found | ceiling | {"identical": result["identical"] and found["identical"]}
+    print_verdict(result["identical"], "every arm and stream made plain decoding's tokens")
     print_summary(result)
     if args.plots:
         write_plots(args.plots, rows, experiment, result, args.seed)
@@ -341,22 +349,8 @@ def write_plots(
     plot_anchors(folder / "anchors.png", experiment.library, rows)
 
 
-def main() -> None:
-    args = parse()
-    if args.plots:
-        import bench.plots  # noqa: F401 - missing matplotlib should say so before the measurement
-    started = time.monotonic()
-    described = print_machine()
-    print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {args.repeats} runs of "
-          "each arm by turns, medians of decoding seconds; streams run once")  # fmt: skip
-    try:
-        engine, prompts, experiment = set_up(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    result = run(args, engine, prompts, experiment)
-    minutes = round((time.monotonic() - started) / 60, 1)
-    print_result(result | {"minutes": minutes, "machine": described})
+def main(argv: Sequence[str] | None = None) -> None:
+    run_benchmark(parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Finds rows of the launch table: tiles, pipeline depths and warps for this GPU.
 
-    python -m bench.tune [--shape all|NAME] [--operation all|NAME] [--limit N]
+    python -m bench.tune [--shape all|NAME] [--operation all|NAME] [--limit N] [--device cpu]
 
 For each shape class of the launch table that the models have, the table's present choice and the
 nearest others are launched on every weight of the class. What does not compile, needs more
@@ -15,8 +15,8 @@ class's line to paste and its results as JSON follow its table, so a run may be 
 line has all results. Where time is limited, give --operation, which leaves classes out, or --shape,
 which leaves out other models' classes and their weights in those that stay.
 
-Without a GPU every candidate is compiled for sm_80 and sm_90, and what is printed is which of them
-fit the shared memory of a block and keep their sums in registers.
+Without a GPU, or with --device cpu, every candidate is compiled for sm_80 and sm_90, and what is
+printed is which of them fit the shared memory of a block and keep their sums in registers.
 """
 
 from __future__ import annotations
@@ -25,46 +25,53 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from bench import gpu_time
+from bench import timing
 from bench.candidates import (
+    DTYPE,
+    OPERATIONS,
     Parameters,
+    Problem,
     ShapeClass,
     Times,
     Trial,
     candidates,
+    case_groups,
     choose,
     geometric_mean,
     paste_rows,
     present,
     rank,
+    shape_classes,
+    with_launch,
 )
 from bench.cases import Case, Expected, Setting, check, expected
 from bench.compile import SHARED_LIMITS, compile_launch, compiling_only, recorded_launches
-from bench.harness import print_machine, print_part, print_result
-from bench.launch_classes import (
-    DTYPE,
-    OPERATIONS,
-    Problem,
-    case_groups,
-    shape_classes,
-    with_launch,
+from bench.report import (
+    Default,
+    at_least,
+    make_parser,
+    print_part,
+    print_table,
+    run_benchmark,
+    settle,
 )
 from bench.shapes import SHAPES
 from kernels.gpu.launch import capability_of
 
 NO_GPU = "no CUDA device: candidates are compiled only, nothing is timed"
 ABSENT_GPUS = (80, 90)
-DEFAULT_LIMIT, DEFAULT_COMPILED = 20, 3
+DEFAULT_LIMIT, DEFAULT_COMPILED, DEFAULT_QUICK = 20, 3, 2
 REPEATS = 7
 SEED = 20261124
 # A candidate that the compiler's passes cannot handle; any other RuntimeError is ours.
@@ -107,7 +114,7 @@ def try_launch(
             return f"wrong: error {found[0].error:.1e}, allowed {found[0].budget:.1e} ({case})"
     return Times(
         **{
-            name: gpu_time.graph_times([partial(case.kernel, *args) for args in case.sets], REPEATS)
+            name: timing.graph_times([partial(case.kernel, *args) for args in case.sets], REPEATS)
             for name, case in cases.items()
         }
     )
@@ -137,31 +144,32 @@ def describe_class(shape_class: ShapeClass, problems: Sequence[Problem]) -> str:
     return f"\n{shape_class.operation}, {shape_class.name} ({where})"
 
 
-def parameters(launch: Parameters) -> str:
-    return ", ".join(f"{name} {value}" for name, value in launch._asdict().items())
+def parameters(launch: Parameters, now: Parameters) -> str:
+    """Names and values, the table's present choice with a star."""
+    named = ", ".join(f"{name} {value}" for name, value in launch._asdict().items())
+    return f"{'*' if launch == now else ' '} {named}"
 
 
-def column(trial: Trial, name: str) -> float | None:
+def column(trial: Trial, name: str) -> str | None:
     """The geometric mean over the problems of one kind of time."""
     values = [getattr(times, name) for times in trial.times]
     if any(value is None for value in values):
         return None
-    return round(geometric_mean(value.median for value in values), 3)
+    return f"{geometric_mean(value.median for value in values):.2f}"
 
 
 def print_trials(trials: Sequence[Trial], now: Parameters) -> None:
     """The timed candidates, the best first, then the others and why they are out."""
-    print(f"{'':1} {'parameters':<62} {'one row':>9} {'8 rows':>9} {'int8':>9}")
-    for trial in rank(trials):
-        times = [column(trial, name) for name in Times._fields]
-        shown = " ".join(f"{'-' if value is None else f'{value:.2f}':>9}" for value in times)
-        note = "  slow with 8 rows" if trial.is_steep else ""
-        mark = "*" if trial.launch == now else ""
-        print(f"{mark:1} {parameters(trial.launch):<62} {shown}{note}")
-    for trial in trials:
-        if trial.refusal:
-            mark = "*" if trial.launch == now else ""
-            print(f"{mark:1} {parameters(trial.launch):<62} {trial.refusal}")
+    timed = (
+        (
+            parameters(trial.launch, now),
+            *(column(trial, name) for name in Times._fields),
+            "slow with 8 rows" if trial.is_steep else "",
+        )
+        for trial in rank(trials)
+    )
+    refused = ((parameters(t.launch, now), t.refusal) for t in trials if t.refusal)
+    print_table({"  parameters": 64, "one row": 9, "8 rows": 9, "int8": 9}, chain(timed, refused))
 
 
 def compile_ahead(task: tuple[int, int, Sequence[Problem], Parameters]) -> None:
@@ -228,7 +236,7 @@ def tune(classes: Mapping[ShapeClass, Sequence[Problem]], limit: int) -> list[di
             print(describe_class(shape_class, problems), flush=True)
             launches = candidates(capability, shape_class, limit)
             compile_together(pool, capability, problems, launches)
-            base = Setting(problems[0].config, DTYPE, device, gpu_time.cache_bytes(device))
+            base = Setting(problems[0].config, DTYPE, device, timing.cache_bytes(device))
             trials = try_class(problems, launches, base)
             result, choice = report_class(shape_class, trials, capability, source)
             results.append(result)
@@ -266,70 +274,78 @@ def compile_all(
     classes: Mapping[ShapeClass, Sequence[Problem]], limit: int
 ) -> list[dict[str, Any]]:
     """Compile every candidate on the first problem of its class and print what fits."""
-    jobs = [
-        (shape_class, (capability, problems[0], launch))
-        for shape_class, problems in classes.items()
+    tried = {
+        (shape_class, capability): candidates(capability, shape_class, limit)
+        for shape_class in classes
         for capability in ABSENT_GPUS
-        for launch in candidates(capability, shape_class, limit)
+    }
+    tasks = [
+        (capability, classes[shape_class][0], launch)
+        for (shape_class, capability), launches in tried.items()
+        for launch in launches
     ]
-    results: dict[tuple[ShapeClass, int], dict[str, Any]] = {}
+    results = []
     with worker_pool() as pool:
-        fits = pool.map(compile_candidate, [task for _, task in jobs])
-        for (shape_class, (capability, problem, launch)), fit in zip(jobs, fits, strict=True):
-            if (shape_class, capability) not in results:
-                print(f"{describe_class(shape_class, [problem])}, sm_{capability}")
-                print(f"{'':1} {'parameters':<62} {'shared KiB':>10} {'registers':>9} {'stack':>6}")
-                results[shape_class, capability] = {
-                    **shape_class._asdict(), "capability": capability, "candidates": [],
-                }  # fmt: skip
-            mark = "*" if launch == present(capability, shape_class) else ""
-            print(f"{mark:1} {parameters(launch):<62} {fit.shared / 1024:>10.1f} "
-                  f"{fit.registers:>9} {fit.stack:>6}  {fit.refusal or 'fits'}",
-                  flush=True)  # fmt: skip
-            row = {**launch._asdict(), **fit._asdict()}
-            results[shape_class, capability]["candidates"].append(row)
-    return list(results.values())
+        fits = pool.map(compile_candidate, tasks)
+        for (shape_class, capability), launches in tried.items():
+            print(f"{describe_class(shape_class, classes[shape_class][:1])}, sm_{capability}")
+            found = dict(print_fits(launches, fits, present(capability, shape_class)))
+            rows = [{**launch._asdict(), **fit._asdict()} for launch, fit in found.items()]
+            results.append({**shape_class._asdict(), "capability": capability, "candidates": rows})
+    return results
+
+
+def print_fits(
+    launches: Sequence[Parameters], fits: Iterator[Fit], now: Parameters
+) -> list[tuple[Parameters, Fit]]:
+    """Take the next fits, one for each launch, and print them as they come."""
+    found: list[tuple[Parameters, Fit]] = []
+
+    def rows() -> Iterator[tuple[object, ...]]:
+        for launch in launches:
+            fit = next(fits)
+            found.append((launch, fit))
+            numbers = (f"{fit.shared / 1024:.1f}", fit.registers, fit.stack)
+            yield parameters(launch, now), *numbers, fit.refusal or "fits"
+
+    print_table({"  parameters": 64, "shared KiB": 10, "registers": 9, "stack": 6}, rows())
+    return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shape", default="all", choices=["all", *SHAPES])
+    parser = make_parser(__doc__)
+    smallest = Default("all", "smollm2-135m")
+    parser.add_argument("--shape", default=smallest, choices=["all", *SHAPES])
     parser.add_argument("--operation", default="all", choices=["all", *OPERATIONS])
     parser.add_argument(
-        "--limit", type=int,
+        "--limit", type=at_least(1),
         help=f"candidates of a class; default: {DEFAULT_LIMIT}, without a GPU {DEFAULT_COMPILED}",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit {args.limit}: expected at least 1, the present choice")
+    args = settle(parser.parse_args(argv))
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, expected a compiler; unset it")
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    described = print_machine()
+def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(SEED)
-    is_timed = torch.cuda.is_available()
+    is_timed = args.device.type == "cuda"
     configs = SHAPES if args.shape == "all" else {args.shape: SHAPES[args.shape]}
     operations = OPERATIONS if args.operation == "all" else (args.operation,)
     classes = shape_classes(configs, operations)
+    usual = DEFAULT_LIMIT if is_timed else DEFAULT_COMPILED
+    limit = args.limit or (DEFAULT_QUICK if args.quick else usual)
     if is_timed:
-        found = tune(classes, args.limit or DEFAULT_LIMIT)
+        found = tune(classes, limit)
     else:
         print(NO_GPU)
-        found = compile_all(classes, args.limit or DEFAULT_COMPILED)
-    print_result(
-        {
-            "device": torch.cuda.get_device_name() if is_timed else "cpu",
-            "timed": is_timed,
-            "classes": found,
-            "machine": described,
-        }
-    )
+        found = compile_all(classes, limit)
+    device = torch.cuda.get_device_name() if is_timed else "cpu"
+    return {"device": device, "timed": is_timed, "classes": found}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_benchmark(parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from test_bench_routing import DOMAINS, MATH, library_of
 from tiny import tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE
 
-from bench.arms import Run, answer, measure_prompt, read_afresh, speed_up
+from bench.decode import Run, answer, measure_prompt, read_afresh, speed_up
 from bench.routing import summarise, summarise_streams
-from bench.stream import Prompt, make_experiment, run_streams
-from bench.stream import measure_prompt as measure_on_stream
+from bench.streams import Prompt, make_experiment, run_streams
+from bench.streams import measure_prompt as measure_on_stream
 from engine import LLM
 from kernels.ops_cpu import NUMBA
 from models.chat_template import ChatTemplate

@@ -12,9 +12,9 @@ from tokenizers_for_tests import CHAT_TEMPLATE, byte_tokenizer
 from transformers import GenerationMixin
 
 import bench.decode as decode
+import bench.passes as passes
 import bench.peers as peers
-import bench.widened as widened_module
-from bench.pass_checks import CheckError
+from bench.report import CheckError
 from engine.loading import Loaded
 from models.chat_template import ChatTemplate
 from models.widen import WIDENINGS, Widening
@@ -24,29 +24,26 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("command", "argv", "message"),
     [
-        ("--shape llama-2-7b", "--shape is for --device cuda, got cpu"),
-        ("--shape llama-2-7b --peer transformers", "is for --device cuda, got cpu"),
-        ("--peer transformers --device cuda", "--peer without --shape is for --device cpu"),
-        ("--peer transformers --prompts x", "--prompts does not go with --peer without --shape"),
-        ("--peer transformers --widen 6b", "--widen does not go with --peer"),
-        ("--device cuda --shape llama-2-7b --widen 6b", "--widen does not go with --shape"),
-        ("--device cuda --shape llama-2-7b --prompts x", "--prompts does not go with --shape"),
-        ("--device cuda --shape llama-2-7b --model x", "--model does not go with --shape"),
-        ("--device cuda --shape llama-2-7b --new-tokens 9", "--new-tokens does not go with"),
-        ("--contexts 256", "--contexts does not go with prompts"),
-        ("--device cuda --shape llama-2-7b --contexts 256,8", "got '8', expected a number from 64"),
-        ("--device cuda --shape llama-2-7b --contexts 256,", "got '', expected a number from 64"),
-        ("--repeats 0", "got '0', expected a number from 1"),
-        ("--new-tokens 1", "got '1', expected a number from 2"),
-        ("--shape gpt-2", "invalid choice: 'gpt-2'"),
-        ("--widen 7x", "invalid choice: '7x'"),
+        (passes, "--device cpu", "--shape is for --device cuda, got cpu"),
+        (passes, "--device cpu --peer transformers", "is for --device cuda, got cpu"),
+        (decode, "--peer transformers --device cuda", "--peer is for --device cpu"),
+        (decode, "--peer transformers --prompts x", "--prompts does not go with --peer"),
+        (decode, "--peer transformers --widen 6b", "--widen does not go with --peer"),
+        (passes, "--new-tokens 9", "--new-tokens does not go with"),
+        (passes, "--peer transformers --contexts 256", "--contexts does not go with --peer"),
+        (passes, "--contexts 256,8", "got '8', expected a number from 64"),
+        (passes, "--contexts 256,", "got '', expected a number from 64"),
+        (decode, "--repeats 0", "got '0', expected a number from 1"),
+        (decode, "--new-tokens 1", "got '1', expected a number from 2"),
+        (passes, "--shape gpt-2", "invalid choice: 'gpt-2'"),
+        (decode, "--widen 7x", "invalid choice: '7x'"),
     ],
 )
-def test_flags_that_do_not_go_together(argv, message, capsys):
+def test_flags_that_do_not_go_together(command, argv, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        decode.main(argv.split())
+        command.main(argv.split())
     error = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and "error: " in error and message in error, error
 
@@ -57,18 +54,32 @@ def test_defaults_of_the_modes():
     assert args.domains.split(",") == list(decode.DOMAINS)
     assert decode.parse(["--peer", "transformers"]).repeats == 5
     shape = ["--device", "cuda", "--shape", "llama-3-8b"]
-    args = decode.parse(shape)
+    args = passes.parse(shape)
     assert (args.repeats, args.contexts) == (7, [256, 4096, 32768])
-    assert decode.parse([*shape, "--contexts", "4096,64"]).contexts == [4096, 64]
-    assert decode.parse([*shape, "--peer", "transformers"]).repeats == 3
+    assert passes.parse([*shape, "--contexts", "4096,64"]).contexts == [4096, 64]
+    assert passes.parse([*shape, "--peer", "transformers"]).repeats == 3
+
+
+def test_quick_changes_what_was_not_asked_for():
+    args = decode.parse(["--quick", "--repeats", "2"])
+    assert (args.repeats, args.new_tokens, args.per_domain) == (2, 16, 1)
+    assert decode.parse(["--quick", "--peer", "transformers"]).repeats == 1
+    assert passes.parse(["--quick"]).contexts == [256]
 
 
 @no_gpu
-@pytest.mark.parametrize("rest", ["", "--shape llama-2-7b", "--widen 6b",
-                                  "--shape llama-3-8b --peer transformers"])  # fmt: skip
-def test_without_a_gpu_one_line_says_so(rest, capsys):
+@pytest.mark.parametrize(
+    ("command", "rest"),
+    [
+        (decode, ""),
+        (passes, "--shape llama-2-7b"),
+        (decode, "--widen 6b"),
+        (passes, "--shape llama-3-8b --peer transformers"),
+    ],
+)
+def test_without_a_gpu_one_line_says_so(command, rest, capsys):
     with pytest.raises(SystemExit) as stopped:
-        decode.main(["--device", "cuda", *rest.split()])
+        command.main(["--device", "cuda", *rest.split()])
     out, error = capsys.readouterr()
     assert stopped.value.code == 2 and out == ""
     assert (
@@ -81,8 +92,7 @@ def test_failed_checks_end_the_command_with_1(monkeypatch, capsys):
     def fail(_args):
         raise CheckError("rows: differ")
 
-    mode = decode.MODES[-1]._replace(run=fail)
-    monkeypatch.setattr(decode, "MODES", (*decode.MODES[:-1], mode))
+    monkeypatch.setattr(decode, "run", fail)
     with pytest.raises(SystemExit) as stopped:
         decode.main([])
     assert stopped.value.code == 1 and capsys.readouterr().err == "error: rows: differ\n"
@@ -90,7 +100,7 @@ def test_failed_checks_end_the_command_with_1(monkeypatch, capsys):
 
 def test_a_wide_model_is_not_for_a_cpu(capsys):
     with pytest.raises(SystemExit) as stopped:
-        decode.main(["--widen", "6b"])
+        decode.main(["--device", "cpu", "--widen", "6b"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
         "error: widen: 6b has a hidden size of 4096, expected at most 1024 on a CPU; "
@@ -103,7 +113,7 @@ def test_arms_on_a_widened_model(monkeypatch, tmp_path, capsys):
     config = family_config("llama2", vocab_size=tokenizer.vocab_size, max_positions=2048)
     template = ChatTemplate(CHAT_TEMPLATE, "test")
     loaded = Loaded("tiny", tiny_llama(config), tokenizer, template, {})
-    monkeypatch.setattr(widened_module, "load", lambda *_: loaded)
+    monkeypatch.setattr(decode, "load", lambda *_: loaded)
     monkeypatch.setattr("engine.drafts.profile_path", lambda _: tmp_path / "profile.json")
     monkeypatch.setitem(WIDENINGS, "small", Widening(96, 2, 2))
     few = ["--per-domain", "1", "--new-tokens", "6", "--repeats", "1"]

@@ -11,16 +11,12 @@ from checkpoints import tiny_config
 from tiny import family_config, tiny_llama
 
 import bench.passes as passes_module
-from bench.harness import Spread
-from bench.pass_arms import VERIFIED, Clocks, draft_arm, make_arms, wall_timer
-from bench.pass_checks import CheckError, check_draft, check_replay, check_rows
-from bench.passes import check, describe, measure, measure_shape
-from bench.shapes import SHAPES
-from bench.subject import (
-    SKIPPED,
+from bench.passes import describe, measure, measure_shape
+from bench.report import CheckError
+from bench.shapes import (
+    SHAPES,
     choose_contexts,
     kv_bytes,
-    make_subject,
     matrix_elements,
     prefill_flops,
     random_tokens,
@@ -29,6 +25,20 @@ from bench.subject import (
     weight_bytes,
     with_positions,
 )
+from bench.subjects import (
+    SKIPPED,
+    VERIFIED,
+    Clocks,
+    check,
+    check_draft,
+    check_replay,
+    check_rows,
+    draft_arm,
+    make_arms,
+    make_subject,
+    wall_timer,
+)
+from bench.timing import Ceilings, Spread
 from engine.graphs import run_eagerly
 from kernels.ops_cpu import NUMBA
 from models.llama import Llama
@@ -37,7 +47,7 @@ from models.quantise import int8_bytes, with_int8
 from models.weights import sublayer_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CEILINGS = {"read": 1e9, "copy": 2e9, "matmul": 1e12}
+CEILINGS = Ceilings(*(Spread(rate, rate, rate) for rate in (2e9, 1e9, 1e12)))
 CONTEXT = 64
 
 
@@ -83,7 +93,7 @@ def test_sizes_are_those_of_the_model(family):
     assert sum(sizes) == 4 * (layers + head) and sizes[-1] == 4 * head
     tables = 0 if config.tie_embeddings else weights.embedding.nbytes
     assert weight_bytes(config, torch.float32) == sum(sizes) + tables
-    subject = subject_of(model)
+    subject = subject_of(model, CONTEXT - 1)  # and the position for padding
     assert kv_bytes(config, torch.float32) * CONTEXT == sum(
         part.nbytes for part in (subject.cache.k, subject.cache.v)
     )
@@ -212,19 +222,6 @@ def test_sound_passes_pass_the_checks(family):
     assert all(part.isfinite().all() for part in subject.cache)
 
 
-def rows_check(subject):
-    check_rows(subject.passes, subject.token_ids, CONTEXT)
-
-
-def draft_check(subject):
-    check_draft(subject.passes, subject.token_ids, CONTEXT)
-
-
-def replay_check(subject):
-    plans = [(model, plan) for plan, model in subject.plans.items()]
-    check_replay(subject.passes, subject.twin, plans, subject.token_ids, CONTEXT)
-
-
 def nudged_head(x, *args):
     """The last bit of the logits depends on the number of rows."""
     scores = NUMBA.norm_lm_head(x, *args)
@@ -243,17 +240,17 @@ def other_token(scores, drawn, *args):
 @pytest.mark.parametrize(
     ("ops", "fails", "message"),
     [
-        ({"norm_lm_head": nudged_head}, rows_check, "rows: .* among 8 rows"),
-        ({"keep_states": nudged_states}, rows_check, "rows: .* among 2 rows"),
-        ({"keep_states": lambda *_: None}, rows_check, "rows: .* among 1 rows"),
-        ({"keep_drafted": other_token}, draft_check, "draft: .* of 15 tokens"),
+        ({"norm_lm_head": nudged_head}, check_rows, "rows: .* among 8 rows"),
+        ({"keep_states": nudged_states}, check_rows, "rows: .* among 2 rows"),
+        ({"keep_states": lambda *_: None}, check_rows, "rows: .* among 1 rows"),
+        ({"keep_drafted": other_token}, check_draft, "draft: .* of 15 tokens"),
     ],
     ids=["logits", "states", "unwritten", "draft"],
 )
 def test_unsound_operations_are_not_timed(ops, fails, message):
     subject = subject_of(model_with(**ops))
     with pytest.raises(CheckError, match=message):
-        fails(subject)
+        fails(subject, CONTEXT)
     with pytest.raises(CheckError, match=message):
         measure(subject, [CONTEXT], Clocks(None, None), 1, CEILINGS, dict)
 
@@ -276,13 +273,12 @@ def test_a_replay_that_does_not_run_is_noticed(kind):
     subject = subject_of(tiny_llama(family_config("llama2")), run=replaying_once(kind))
     what = "draft steps" if kind == "draft" else "pass over 1 rows"
     with pytest.raises(CheckError, match=f"replay: .* replayed {what}"):
-        replay_check(subject)
+        check_replay(subject, CONTEXT)
 
 
 def test_a_context_longer_than_the_published_models_is_measured(monkeypatch, capsys):
     config = family_config("llama2", max_positions=96)
-    for name in ("read_bandwidth", "copy_bandwidth", "matmul_rate"):
-        monkeypatch.setattr(passes_module, name, lambda: Spread(1e9, 1e9, 1e9))
+    monkeypatch.setattr(passes_module, "gpu_ceilings", lambda: CEILINGS)
     monkeypatch.setattr(passes_module, "event_timer", wall_timer)
     monkeypatch.setattr(passes_module, "make_peak", lambda: dict)
     # Far more than there is memory for: not even the rotary table is made for that.

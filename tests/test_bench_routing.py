@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_llm
 
-from bench.arms import Run
+from bench.decode import Run
 from bench.plots import moving_rate, plot_anchors, plot_plans, plot_stream, project
 from bench.routing import (
     best_single,
@@ -21,7 +21,7 @@ from bench.routing import (
     summarise,
     summarise_streams,
 )
-from bench.stream import (
+from bench.streams import (
     Measured,
     Prompt,
     arms_of_prompt,

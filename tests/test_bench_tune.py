@@ -13,8 +13,10 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench import gpu_time, layer_cases, ops, tune
+from bench import kernel_cases, ops, timing, tune
 from bench.candidates import (
+    DTYPE,
+    Problem,
     ShapeClass,
     Times,
     Trial,
@@ -23,11 +25,11 @@ from bench.candidates import (
     paste_rows,
     present,
     rank,
+    shape_classes,
 )
 from bench.cases import Setting
-from bench.harness import Spread
-from bench.launch_classes import DTYPE, Problem, shape_classes
 from bench.shapes import SHAPES
+from bench.timing import Spread
 from kernels.gpu.launch import matrix_launch, qkv_launch
 from kernels.gpu.launch_table import (
     CAPABILITIES,
@@ -39,6 +41,7 @@ from kernels.gpu.launch_table import (
     PrefillLaunch,
     fit,
 )
+from kernels.weight import Weight
 
 ROOT = Path(__file__).resolve().parent.parent
 A, B, C = (MatrixLaunch(block_n, 128, 4, 4) for block_n in (16, 32, 64))
@@ -54,10 +57,9 @@ import json, sys
 import torch
 from triton import knobs
 from bench import tune
-from bench.candidates import present
+from bench.candidates import DTYPE, case_groups, present, shape_classes, with_launch
 from bench.cases import Setting
 from bench.compile import compiling_only
-from bench.launch_classes import DTYPE, case_groups, shape_classes, with_launch
 from bench.shapes import SHAPES
 
 hits, small = [], {"small": SHAPES["smollm2-135m"]}
@@ -148,7 +150,9 @@ def test_candidates_lie_around_the_present_choice(shape_class, capability):
     for launch in found[1:4]:  # one step or two away
         changed = [a != b for a, b in zip(launch, found[0], strict=True)]
         assert sum(changed) <= 2, launch
-    if shape_class.name.startswith("heads to") and not shape_class.operation.startswith("attn"):
+    if shape_class.name.startswith("heads to") and not shape_class.operation.startswith(
+        "attention"
+    ):
         whole = int(shape_class.name.split()[-1])
         assert all(launch.block_n % whole == 0 for launch in found)
     if shape_class.operation in ("norm_qkv_rope_append", "norm_gated_mlp", "norm_lm_head"):
@@ -161,12 +165,12 @@ def test_classes_are_those_by_which_kernels_are_launched():
     for problem in problems:
         config, cls = problem.config, problem.shape_class
         setting = Setting(config, DTYPE, device)
-        if problem.kind.startswith("attn_") and problem.kind != "attn_out":
+        if problem.kind.startswith("attention_"):
             assert cls.name in (DECODE if cls.operation == "attention_decode" else PREFILL)[90]
             continue
-        case = next(layer_cases.MATRICES[problem.kind](setting, [1], 16))
-        (weight,) = (arg for arg in case.sets[0] if isinstance(arg, layer_cases.Weight))
-        n, k = weight.full.shape
+        case = next(kernel_cases.MATRICES[problem.kind](setting, [1], 16))
+        (weight,) = (w for arg in case.sets[0] if isinstance(w := getattr(arg, "qkv", arg), Weight))
+        n, k = weight.shape
         n //= 2 if cls.operation == "norm_gated_mlp" else 1
         used = matrix_launch(device, cls.operation, n, k, DTYPE) if problem.kind != "qkv" else None
         used = used or qkv_launch(device, config.head_dim, n, k, DTYPE, config.has_qk_norm)
@@ -186,7 +190,7 @@ class Faulty:
     """The gated MLP, whose launch says how it fails."""
 
     def __init__(self):
-        self.right = layer_cases.norm_gated_mlp
+        self.right = kernel_cases.norm_gated_mlp
         self.calls = 0
 
     def __call__(self, *args, launch):
@@ -199,7 +203,7 @@ class Faulty:
 
 def test_what_cannot_run_or_is_wrong_is_discarded_and_not_timed(monkeypatch, device, capsys):
     faulty = Faulty()
-    monkeypatch.setattr(layer_cases, "norm_gated_mlp", faulty)
+    monkeypatch.setattr(kernel_cases, "norm_gated_mlp", faulty)
     timed = []
 
     def made_up_times(calls, repeats):
@@ -207,7 +211,7 @@ def test_what_cannot_run_or_is_wrong_is_discarded_and_not_timed(monkeypatch, dev
         timed.append(launch)
         return at(float(launch.block_n))
 
-    monkeypatch.setattr(gpu_time, "graph_times", made_up_times)
+    monkeypatch.setattr(timing, "graph_times", made_up_times)
     launches = [
         MatrixLaunch(16, 64, 3, 4),
         MatrixLaunch(16, 64, 8, 4),
@@ -295,7 +299,7 @@ def test_a_run_that_is_cut_off_has_printed_what_it_had(monkeypatch, capsys):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(tune, "capability_of", lambda _: 90)
-    monkeypatch.setattr(gpu_time, "cache_bytes", lambda _: 1)
+    monkeypatch.setattr(timing, "cache_bytes", lambda _: 1)
     monkeypatch.setattr(tune, "worker_pool", nullcontext)
     monkeypatch.setattr(tune, "compile_together", lambda *_: None)
     monkeypatch.setattr(tune, "try_class", try_two)
@@ -321,7 +325,7 @@ def test_the_interpreter_cannot_tune(capsys):
 @pytest.mark.gpu
 def test_a_class_is_tuned_on_a_gpu(device):
     config = SHAPES["smollm2-135m"]
-    base = Setting(config, DTYPE, device, gpu_time.cache_bytes(device), num_positions=512)
+    base = Setting(config, DTYPE, device, timing.cache_bytes(device), num_positions=512)
     problem = Problem("smollm2-135m", "attn_out", config)
     launches = candidates(90, problem.shape_class, 2)
     trials = tune.try_class([problem], launches, base)

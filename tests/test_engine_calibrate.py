@@ -93,7 +93,7 @@ def work(monkeypatch):
     generate, agreement = LLM.generate, Matchness.agreement
 
     def noted_generate(self, prompts, params):
-        work.add(("decode", tuple(prompts[0]), self.router.library.plans[0]))
+        work.add(("decode", tuple(prompts[0]), params.speculative))
         return generate(self, prompts, params)
 
     def noted_agreement(self, plan):

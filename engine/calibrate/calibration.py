@@ -32,9 +32,9 @@ from engine.llm import LLM
 from engine.params import SamplingParams
 from engine.profile import profile_draft
 from engine.routing import plans_beside
+from engine.types import RequestOutput
 from models.plan import FULL, INT8, NGRAM, OFF, SKIP, DraftPlan
 from router.anchors import cluster, fit_min_ratio
-from router.feature import as_feature
 from router.fingerprint import fingerprint
 from router.library import PlanRates, Rates, RouterLibrary
 from router.matchness import Matchness, Trace, acceptance
@@ -88,7 +88,6 @@ class Calibration:
 
         Raises ValueError for a domain in which no answer has two tokens.
         """
-        self._llm.use_library(self._only(self._int8))
         traces, features = {}, {}
         for domain, texts in self._prompts.items():
             traces[domain], features[domain] = self._trace(domain, texts)
@@ -119,13 +118,15 @@ class Calibration:
         return traces, torch.tensor(features, dtype=torch.float32)
 
     def _answer(self, prompt: Sequence[int]) -> dict[str, object]:
-        params = SamplingParams(
-            temperature=0, max_tokens=self._settings.trace_tokens, speculative="auto"
-        )
-        output = self._llm.generate([prompt], params)[0]
-        assert output.route is not None
-        feature = as_feature(output.route.state_sum).tolist()
-        return {"token_ids": output.outputs[0].token_ids, "feature": feature}
+        token_ids = self._decode(prompt, self._int8).outputs[0].token_ids
+        return {"token_ids": token_ids, "feature": self._llm.feature(prompt).tolist()}
+
+    def _decode(self, prompt: Sequence[int], plan: DraftPlan) -> RequestOutput:
+        """A greedy answer, drafted as for a prompt that was routed to the plan."""
+        plans = plans_beside(plan, (NGRAM,))
+        tokens = self._settings.trace_tokens
+        params = SamplingParams(temperature=0, max_tokens=tokens, speculative=plans)
+        return self._llm.generate([prompt], params)[0]
 
     def _costs(self) -> tuple[PassCosts, PlanCosts]:
         """What passes cost here: the engine's profile, and R by parts."""
@@ -242,9 +243,6 @@ class Calibration:
         self, domain: str, traces: Sequence[Trace], plans: Sequence[DraftPlan]
     ) -> dict[str, float]:
         """Seconds of decoding with each plan: the fastest runs of each prompt, plans by turns."""
-        params = SamplingParams(
-            temperature=0, max_tokens=self._settings.trace_tokens, speculative="auto"
-        )
         timed = traces[:TIMED_PROMPTS]
         fastest = {plan.name: [math.inf] * len(timed) for plan in plans}
         for run in range(TIMED_RUNS):
@@ -252,20 +250,10 @@ class Calibration:
                 self._report(f"{domain}: by the clock", run * len(timed) + i,
                              TIMED_RUNS * len(timed))  # fmt: skip
                 for plan in plans:
-                    self._llm.use_library(self._only(plan))
-                    stats = self._llm.generate([trace.prompt_ids], params)[0].stats
+                    stats = self._decode(trace.prompt_ids, plan).stats
                     best = fastest[plan.name]
                     best[i] = min(best[i], stats.decode_seconds)
         return {name: sum(best) for name, best in fastest.items()}
-
-    def _only(self, plan: DraftPlan) -> RouterLibrary:
-        """A library that routes every prompt to `plan`."""
-        size = self._llm.model.config.hidden_size
-        anchor = torch.nn.functional.normalize(torch.ones(1, size))
-        first = torch.zeros(1, dtype=torch.int32)
-        plans = tuple(dict.fromkeys((plan, NGRAM)))
-        mark = fingerprint(self._llm.model)
-        return RouterLibrary(mark, self._num_layers, ("any",), plans, 0, anchor, first, first)
 
     def _library(
         self,

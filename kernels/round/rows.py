@@ -170,10 +170,11 @@ def verify_rows(
 def _empty_rows(token_ids: torch.Tensor, slots: torch.Tensor, width: int) -> Rows:
     """The rows of a pass of T = `width` over token_ids [B, W], to be filled in."""
     batch = token_ids.shape[0]
+
+    def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=token_ids.device)
+
+    newest, next_position = empty(torch.int64, batch, width), empty(torch.int64, batch * width)
     return Rows(
-        token_ids.new_empty(batch, width),
-        slots.new_empty(batch, width),
-        slots.new_empty(batch),
-        slots,
-        token_ids.new_empty(batch * width),
+        newest, empty(torch.int32, batch, width), empty(torch.int32, batch), slots, next_position
     )

@@ -16,7 +16,8 @@ from statistics import median
 
 import torch
 
-from bench.arms import Run, answer, read_afresh, speed_up
+from bench.decode import Run, answer, rate, read_afresh, speed_up
+from bench.timing import rotated
 from engine import LLM, SamplingParams
 from engine.params import Speculative
 from engine.routing import plans_beside
@@ -173,10 +174,9 @@ def measure_prompt(
     assert chosen is not None
     arms, same = arms_of_prompt(experiment, experiment.drawn[index], route.plan, route.is_rejected)
     runs = {name: Run() for name in arms}
-    names, microseconds = list(arms), [route.router_microseconds]
+    microseconds = [route.router_microseconds]
     for repeat in range(repeats):
-        start = (index * repeats + repeat) % len(names)
-        for name in names[start:] + names[:start]:
+        for name in rotated(list(arms), index * repeats + repeat):
             llm.use_library(arms[name].library)
             stats = answer(llm, prompt.token_ids, arms[name].speculative, new_tokens, runs[name])
             if name == "knn":
@@ -242,11 +242,6 @@ def run_streams(
                 runs[mix, name].append(run)
         turns = [*turns[1:], turns[0]]
     return runs
-
-
-def rate(runs: Sequence[Run]) -> float:
-    """Tokens per second over several prompts: all tokens after the first over all medians."""
-    return sum(len(r.token_ids) - 1 for r in runs) / sum(median(r.seconds) for r in runs)
 
 
 def rate_of(measured: Sequence[Measured], name: str) -> float | None:
