@@ -28,6 +28,7 @@ class _Row(NamedTuple):
 
 
 _BIAS, _NORM = attrgetter("has_qkv_bias"), attrgetter("has_qk_norm")
+# `random_weights` draws in this order: another one is another model for the same seed.
 _FIRST = (_Row(EMBEDDING, "token_embd.weight", "embedding", "VC"),)
 _LAYER = (
     _Row("input_layernorm.weight", "attn_norm.weight", "attn_norm", "C"),
