@@ -17,16 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from bench import report
 from bench.peers import MAX_LENGTH, PROMPT, engine_run
-from bench.report import (
-    Default,
-    make_parser,
-    print_ceiling,
-    print_table,
-    print_verdict,
-    run_benchmark,
-    settle,
-)
 from bench.timing import Run, alternate, warm_up
 from engine import LLM
 from models.weights import sublayer_bytes
@@ -116,14 +108,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         loops = stack.enter_context(Neighbours(LOOP, cores))
         loops.pause()
         llm, run = make_run(args.model, device, args.new_tokens)
-        result = print_ceiling(sum(sublayer_bytes(llm.model.weights)), args.device)
+        result = report.print_ceiling(sum(sublayer_bytes(llm.model.weights)), args.device)
         runs = {"idle": run, "busy loops": beside(loops, run), "second engine": beside(second, run)}
         tokens = warm_up(runs)
         assert len({tuple(ids) for ids in tokens.values()}) == 1, "a neighbour changed a token"
-        print_verdict(True, "tokens are the same in every condition")
+        report.print_verdict(True, "tokens are the same in every condition")
         rates = alternate(runs, tokens, args.repeats)
     shares = {name: rates[name].median / rates["idle"].median for name in runs}
-    print_table(
+    report.print_table(
         {"": 14, "tokens/s, median [20%, 80%]": 27, "share of idle": 14},
         ((name, value, f"{shares[name]:.2f}") for name, value in rates.items()),
     )
@@ -135,8 +127,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, model=True, repeats=Default(5, 1), new_tokens=Default(48, 8))
-    run_benchmark(settle(parser.parse_args(argv)), compare)
+    parser = report.make_parser(__doc__, model=True, repeats=(5, 1), new_tokens=(48, 8))
+    report.run_benchmark(report.settle(parser.parse_args(argv)), compare)
 
 
 if __name__ == "__main__":

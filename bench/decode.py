@@ -26,19 +26,11 @@ from typing import Any
 
 import torch
 
+from bench import report
 from bench.peers import MAX_LENGTH, compare_model
-from bench.report import (
-    Default,
-    make_parser,
-    print_ceiling,
-    print_table,
-    print_verdict,
-    refuse,
-    run_benchmark,
-    settle,
-)
 from bench.timing import rotated, spread
 from engine import LLM, SamplingParams
+from engine.calibrate.prompts import read_prompts as read_folder
 from engine.loading import choose_dtype, choose_ops, load
 from engine.params import Speculative
 from engine.profile import profile_draft, profile_verify
@@ -66,25 +58,22 @@ class Run:
 
 
 def read_prompts(
-    path: Path | None, domains: Sequence[str], per_domain: int
+    folder: Path | None, domains: Sequence[str] | None, per_domain: int
 ) -> dict[str, list[str]]:
-    """The first prompts of each domain, from DOMAIN.jsonl files of a folder or from our own file.
+    """The first prompts of each domain, or of all there are, from a folder or from our own file.
 
-    Raises ValueError for a domain without prompts.
+    Raises ValueError for what is no set of prompts, and for a domain without any.
     """
-    files = [OWN_PROMPTS] if path is None else [path / f"{domain}.jsonl" for domain in domains]
-    found: dict[str, list[str]] = {domain: [] for domain in domains}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file}: is no file; expected prompts, one JSON object a line")
-        for line in file.read_text(encoding="utf-8-sig").splitlines():
-            row = json.loads(line)
-            if row["domain"] in found and len(found[row["domain"]]) < per_domain:
-                found[row["domain"]].append(row["prompt"])
-    for domain, prompts in found.items():
-        if not prompts:
-            raise ValueError(f"{domain}: has no prompts in {path or OWN_PROMPTS}")
-    return found
+    if folder is not None:
+        found = read_folder(folder, domains)
+    else:
+        rows = [json.loads(line) for line in OWN_PROMPTS.read_text(encoding="utf-8").splitlines()]
+        found = {domain: [] for domain in domains or dict.fromkeys(row["domain"] for row in rows)}
+        for row in rows:
+            found.get(row["domain"], []).append(row["prompt"])
+        for domain in (name for name, prompts in found.items() if not prompts):
+            raise ValueError(f"{domain}: has no prompts in {OWN_PROMPTS}")
+    return {domain: prompts[:per_domain] for domain, prompts in found.items()}
 
 
 def answer(
@@ -169,7 +158,7 @@ def summarise(results: Sequence[Mapping[str, Run]]) -> dict[str, dict[str, Any]]
 
 def print_domain(domain: str, arms: Mapping[str, Mapping[str, Any]]) -> None:
     print(f"\n{domain}: plain {arms['off']['tokens_per_second']} tokens/s")
-    print_table(
+    report.print_table(
         {"arm": 8, "tokens/s": 9, "speed-up": 9, "of single prompts": 19, "accepted": 9,
          "per round": 10, "identical": 10},
         (
@@ -214,7 +203,7 @@ def run_arms(
     is_identical = all(arm["identical"] for arms in domains.values() for arm in arms.values())
     result |= {"identical": is_identical, "domains": domains}
     print()
-    print_verdict(is_identical, "every arm made plain decoding's tokens in every run")
+    report.print_verdict(is_identical, "every arm made plain decoding's tokens in every run")
     if not is_identical:
         print("tokens differ: no mean is reported")
         return result
@@ -265,25 +254,25 @@ def widened_llm(model: str | None, name: str, device: torch.device) -> LLM:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        __doc__, model=True, repeats=Default(3, 1), new_tokens=Default(128, 16),
-        per_domain=Default(4, 1),
+    parser = report.make_parser(
+        __doc__, model=True, repeats=(3, 1), new_tokens=(128, 16),
+        per_domain=(4, 1),
     )  # fmt: skip
     add = parser.add_argument
     add("--peer", choices=["transformers"])
     add("--widen", choices=WIDENINGS, help="measure on a larger model that computes the same")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
-    domains = Default(",".join(DOMAINS), ",".join(DOMAINS[:2]))
+    domains = report.Default(",".join(DOMAINS), ",".join(DOMAINS[:2]))
     add("--domains", default=domains, help="default: %(default)s")
     args = parser.parse_args(argv)
     if args.peer:
-        refuse(parser, args, ("widen", "prompts", "domains", "per_domain"), "--peer")
+        report.refuse(parser, args, ("widen", "prompts", "domains", "per_domain"), "--peer")
         if args.device == "cuda":
             parser.error("--peer is for --device cpu, got cuda; see bench.passes for a GPU")
         args.device = "cpu"
-        if isinstance(args.repeats, Default):
-            args.repeats = Default(5, 1)
-    return settle(args)
+        if isinstance(args.repeats, report.Default):
+            args.repeats = report.Default(5, 1)
+    return report.settle(args)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -299,13 +288,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         llm = LLM(args.model, device=str(args.device), max_length=MAX_LENGTH)
     print(f"{llm.model_name}: {llm.dtype}")
-    result = print_ceiling(sum(sublayer_bytes(llm.model.weights)), llm.model.device)
+    result = report.print_ceiling(sum(sublayer_bytes(llm.model.weights)), llm.model.device)
     result |= run_arms(llm, prompts, args.new_tokens, args.repeats)
     return ({"widening": args.widen} if args.widen else {}) | result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_benchmark(parse(argv), run)
+    report.run_benchmark(parse(argv), run)
 
 
 if __name__ == "__main__":

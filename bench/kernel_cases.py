@@ -148,31 +148,33 @@ def down_cases(setting: Setting, rows: Sequence[int], precision: int) -> Iterato
 
 def gated_mlp_cases(setting: Setting, rows: Sequence[int], precision: int) -> Iterator[Case]:
     """RMSNorm, gate and up projections, SwiGLU."""
-    config, n, k = setting.config, setting.config.ffn_size, setting.config.hidden_size
-    weights, norm = weight_sets(setting, 2 * n, k, precision), setting.randn(k)
-    group = matrix_launch(setting.device, "norm_gated_mlp", n, k, setting.dtype).block_k
-    for num_rows in rows:
-        x, after = setting.randn(num_rows, k), (setting.precisions(precision), 1)
-        yield matrix_case(
-            setting, "norm_gated_mlp", (norm_gated_mlp, norm_gated_mlp_ref), weights, precision,
-            group, x.float() * norm.float(), partial(_around, (x, norm, config.norm_eps), after),
-            n * setting.dtype.itemsize, num_factors=2,
-        )  # fmt: skip
+    kernels, n = (norm_gated_mlp, norm_gated_mlp_ref), setting.config.ffn_size
+    return _normed_cases(
+        setting, rows, precision, "norm_gated_mlp", kernels, n, 1, n * setting.dtype.itemsize,
+        num_factors=2,
+    )  # fmt: skip
 
 
 def lm_head_cases(setting: Setting, rows: Sequence[int], precision: int) -> Iterator[Case]:
     """Final RMSNorm and LM head."""
-    config, n, k = setting.config, setting.config.vocab_size, setting.config.hidden_size
-    weights, norm = weight_sets(setting, n, k, precision), setting.randn(k)
-    group = matrix_launch(setting.device, "norm_lm_head", n, k, setting.dtype).block_k
+    kernels, n = (norm_lm_head, norm_lm_head_ref), setting.config.vocab_size
+    head = 2 * setting.config.num_layers
+    return _normed_cases(setting, rows, precision, "norm_lm_head", kernels, n, head, 4 * n)
+
+
+def _normed_cases(
+    setting: Setting, rows: Sequence[int], precision: int, name: str, kernels: tuple[Any, Any],
+    n: int, sublayer: int, row_bytes: int, num_factors: int = 1,
+) -> Iterator[Case]:  # fmt: skip
+    """RMSNorm and then `num_factors` products of `n` outputs each."""
+    k, eps = setting.config.hidden_size, setting.config.norm_eps
+    weights, norm = weight_sets(setting, num_factors * n, k, precision), setting.randn(k)
+    group = matrix_launch(setting.device, name, n, k, setting.dtype).block_k
     for num_rows in rows:
-        x, after = (
-            setting.randn(num_rows, k),
-            (setting.precisions(precision), 2 * config.num_layers),
-        )
+        x, after = setting.randn(num_rows, k), (setting.precisions(precision), sublayer)
         yield matrix_case(
-            setting, "norm_lm_head", (norm_lm_head, norm_lm_head_ref), weights, precision, group,
-            x.float() * norm.float(), partial(_around, (x, norm, config.norm_eps), after), 4 * n,
+            setting, name, kernels, weights, precision, group, x.float() * norm.float(),
+            partial(_around, (x, norm, eps), after), row_bytes, num_factors=num_factors,
         )  # fmt: skip
 
 

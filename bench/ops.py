@@ -27,19 +27,8 @@ from typing import Any
 import torch
 import triton
 
-from bench import kernel_cases, timing
+from bench import kernel_cases, report, timing
 from bench.cases import Case, Check, Setting, check
-from bench.report import (
-    Default,
-    at_least,
-    list_of,
-    make_parser,
-    print_part,
-    print_table,
-    print_verdict,
-    run_benchmark,
-    settle,
-)
 from bench.shapes import SHAPES, shape
 from bench.timing import Ceilings
 from models.plan import FULL, INT8
@@ -117,8 +106,8 @@ def run_setting(
             yield shown(table[-1])
 
     print(f"\n{name}")
-    print_table(CHECKED if ceilings is None else TIMED, cells())
-    print_part({name: table})
+    report.print_table(CHECKED if ceilings is None else TIMED, cells())
+    report.print_part({name: table})
     return table
 
 
@@ -157,22 +146,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         tables = run_interpreted(args.rows)
     wrong = [row for table in tables.values() for row in table if not row["is_right"]]
-    print_verdict(not wrong, f"{sum(map(len, tables.values()))} checks, {len(wrong)} wrong")
+    report.print_verdict(not wrong, f"{sum(map(len, tables.values()))} checks, {len(wrong)} wrong")
     device = torch.cuda.get_device_name() if is_timed else "cpu"
     return {"device": device, "timed": is_timed, "wrong": len(wrong), "tables": tables}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--shape", choices=["all", *SHAPES], default=Default("all", "smollm2-135m"),
-        help="default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rows", type=list_of(at_least(1, 16)), default=Default(ROWS, [1, 8]), metavar="N,N",
-        help="1 to 16, what a pass of one sequence can have; default: %(default)s",
-    )  # fmt: skip
-    return settle(parser.parse_args(argv))
+    parser = report.make_parser(__doc__)
+    add, smallest = parser.add_argument, report.Default("all", "smollm2-135m")
+    rows = report.list_of(report.at_least(1, 16))  # what a pass of one sequence can have
+    add("--shape", choices=["all", *SHAPES], default=smallest, help=report.USUAL)
+    add("--rows", type=rows, default=report.Default(ROWS, [1, 8]), metavar="N,N", help=report.USUAL)
+    return report.settle(parser.parse_args(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # How kernels run is decided when they are loaded, so the process begins anew.
         command = [sys.executable, "-m", "bench.ops", *(sys.argv[1:] if argv is None else argv)]
         os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
-    return 1 if run_benchmark(args, run)["wrong"] else 0
+    return 1 if report.run_benchmark(args, run)["wrong"] else 0
 
 
 if __name__ == "__main__":

@@ -24,18 +24,8 @@ from typing import Any
 
 import torch
 
+from bench import report
 from bench.peers import compare_shape
-from bench.report import (
-    Default,
-    at_least,
-    list_of,
-    make_parser,
-    print_table,
-    print_verdict,
-    refuse,
-    run_benchmark,
-    settle,
-)
 from bench.shapes import (
     MARGIN,
     SHAPES,
@@ -50,17 +40,13 @@ from bench.subjects import (
     NUM_DRAFTED,
     REPLAYS,
     VERIFIED,
-    Clocks,
     Subject,
-    Timer,
     check,
-    event_timer,
-    make_arms,
+    device_timer,
     make_models,
     make_subject,
     nothing,
     take_turns,
-    wall_timer,
 )
 from bench.timing import Ceilings, Spread, gpu_ceilings, spread
 from engine.loading import choose_dtype, choose_ops
@@ -74,10 +60,10 @@ PREFILLS = (512, 4096)  # tokens
 
 
 def measure_context(
-    subject: Subject, context: int, clocks: Clocks, repeats: int, ceilings: Ceilings
+    subject: Subject, context: int, repeats: int, ceilings: Ceilings
 ) -> dict[str, Any]:
     """Time every pass at one context."""
-    turns = take_turns(make_arms(subject, context), clocks, repeats)
+    turns = take_turns(subject, context, repeats)
     plain = spread(turns["plain"])
     num_bytes = subject.read_bytes(context)
     rate = num_bytes / plain.median
@@ -127,10 +113,9 @@ def _rounded(values: Spread) -> Spread:
     return Spread(*(round(value, 4) for value in values))
 
 
-def measure_prefill(
-    subject: Subject, timer: Timer, repeats: int, ceiling: float
-) -> dict[str, dict[str, Any]]:
+def measure_prefill(subject: Subject, repeats: int, ceiling: float) -> dict[str, dict[str, Any]]:
     """Prompts of PREFILLS tokens, where the cache has them. ceiling: operations per second."""
+    timer = device_timer(subject.model.device)
     found = {}
     for count in (n for n in PREFILLS if n <= len(subject.token_ids)):
         tokens = subject.token_ids[:count]
@@ -157,20 +142,20 @@ def print_context(context: int, found: Mapping[str, Any]) -> None:
         f"{plain['share_of_read']:.1%} of read and {plain['share_of_copy']:.1%} of copy bandwidth"
     )
     steps = found["drafts"].items()
-    print_table(
+    report.print_table(
         {"draft step": 12, "bytes kept": 11, "cost": 22, "cost / kept": 12},
         (
             (name, step["kept"], f"{step['cost']:.3f}", step["cost_over_kept"])
             for name, step in steps
         ),
     )
-    print_table(
+    report.print_table(
         {"verification": 12, "cost": 22},
         ((f"{rows} rows", f"{cost:.3f}") for rows, cost in found["verify"].items()),
     )
     names = {"plain": "one token", "int8": f"{NUM_DRAFTED} int8 drafts"}
     rounds = ((names[name], times) for name, times in found["rounds"].items())
-    print_table(
+    report.print_table(
         {"round of": 14, "ms by the wall clock": 26, "ms of its passes": 17},
         (
             (name, f"{times['milliseconds']:.3f}", f"{times['device_milliseconds']:.3f}")
@@ -181,7 +166,7 @@ def print_context(context: int, found: Mapping[str, Any]) -> None:
 
 def print_prefill(found: Mapping[str, Mapping[str, Any]]) -> None:
     print()
-    print_table(
+    report.print_table(
         {"prefill": 12, "ms": 26, "tokens/s": 10, "TFLOP/s": 8, "of product": 10},
         (
             (
@@ -228,9 +213,7 @@ def measure_shape(
         for context, reason in left_out.items():
             print(f"context {context} is left out: {reason}")
         torch.cuda.empty_cache()
-        return result | measure(
-            subject, allowed, Clocks(event_timer, wall_timer), repeats, ceilings, make_peak()
-        )
+        return result | measure(subject, allowed, repeats, ceilings, make_peak())
 
 
 def make_peak() -> Callable[[], dict[str, int]]:
@@ -270,7 +253,6 @@ def describe(name: str, subject: Subject) -> dict[str, Any]:
 def measure(
     subject: Subject,
     contexts: Sequence[int],
-    clocks: Clocks,
     repeats: int,
     ceilings: Ceilings,
     peak: Callable[[], Mapping[str, int]],
@@ -280,35 +262,35 @@ def measure(
     peak: the most memory in use since it was last called.
     """
     check(subject, contexts)
-    print_verdict(True, "rows have the same bits in passes over 1, 2, 8 and 16 tokens, replays "
-                  "those of eager passes, full-precision drafts are accepted whole")  # fmt: skip
+    report.print_verdict(True, "rows have the same bits in passes over 1, 2, 8 and 16 tokens, "
+                         "replays those of eager passes, drafts at full precision are accepted "
+                         "whole")  # fmt: skip
     found = {}
     for context in contexts:
-        values = measure_context(subject, context, clocks, repeats, ceilings)
-        found[str(context)] = values
-        print_context(context, values)
+        found[str(context)] = measure_context(subject, context, repeats, ceilings)
+        print_context(context, found[str(context)])
     result: dict[str, Any] = {"checked": True, "contexts": found, "peak_bytes": peak()}
-    ceiling = ceilings.operations.median
-    result["prefill"] = measure_prefill(subject, clocks.device, repeats, ceiling)
+    result["prefill"] = measure_prefill(subject, repeats, ceilings.operations.median)
     print_prefill(result["prefill"])
     return result | {"prefill_peak_bytes": peak()}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__, repeats=Default(7, 1), new_tokens=Default(128, 8))
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
-    parser.add_argument("--contexts", type=list_of(at_least(MIN_CONTEXT)), metavar="N,N",
-                        default=Default(CONTEXTS, [256]), help="default: %(default)s")  # fmt: skip
+    parser = report.make_parser(__doc__, repeats=(7, 1), new_tokens=(128, 8))
+    contexts = report.list_of(report.at_least(MIN_CONTEXT))
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help=report.USUAL)
+    parser.add_argument("--contexts", type=contexts, default=report.Default(CONTEXTS, [256]),
+                        metavar="N,N", help=report.USUAL)  # fmt: skip
     parser.add_argument("--peer", choices=["transformers"])
     args = parser.parse_args(argv)
     if args.device == "cpu":
         parser.error("--shape is for --device cuda, got cpu")
     args.device = "cuda"
-    refuse(parser, args, ["contexts"] if args.peer else ["new_tokens"],
+    report.refuse(parser, args, ["contexts"] if args.peer else ["new_tokens"],
            "--peer" if args.peer else "--shape without --peer")  # fmt: skip
-    if args.peer and isinstance(args.repeats, Default):
-        args.repeats = Default(3, 1)
-    return settle(args)
+    if args.peer and isinstance(args.repeats, report.Default):
+        args.repeats = report.Default(3, 1)
+    return report.settle(args)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -323,7 +305,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_benchmark(parse(argv), run)
+    report.run_benchmark(parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench.report import print_ceiling, print_table, print_verdict
+from bench import report
 from bench.shapes import MARGIN, free_bytes, random_tokens, textless, weight_bytes
 from bench.timing import Run, Spread, alternate, warm_up
 from engine import LLM, SamplingParams
@@ -127,10 +127,10 @@ def compare_model(
     started = time.perf_counter()
     runs["transformers"] = transformers_run(resolve_model(model, None), prompt, new_tokens)
     result["peer_load_seconds"] = round(time.perf_counter() - started, 3)
-    result |= print_ceiling(sum(sublayer_bytes(llm.model.weights)), device)
+    result |= report.print_ceiling(sum(sublayer_bytes(llm.model.weights)), device)
     tokens = warm_up(runs)
     result["identical"] = tokens["engine"] == tokens["transformers"]
-    print_verdict(result["identical"], "tokens of both engines are identical")
+    report.print_verdict(result["identical"], "tokens of both engines are identical")
     rates = alternate(runs, tokens, repeats)
     print_rates(rates)
     result["autoregressive_tokens_per_second"] = round(rates["engine"].median, 2)
@@ -145,7 +145,7 @@ def compare_model(
 
 
 def print_rates(rates: dict[str, Spread]) -> None:
-    print_table({"": 14, "tokens/s, median [20%, 80%]": 27}, rates.items())
+    report.print_table({"": 14, "tokens/s, median [20%, 80%]": 27}, rates.items())
 
 
 def engine_requests(
@@ -233,18 +233,6 @@ def peer_config(config: LlamaConfig) -> Any:
     )
 
 
-def take_turns(groups: Sequence[Sequence[Maker]], repeats: int) -> dict[str, Spread]:
-    """Rates of all runs: those of a group by turns, one group's models freed before the next."""
-    found: dict[str, Spread] = {}
-    for group in groups:
-        runs = {name: run for make in group for name, run in make().items()}
-        found |= alternate(runs, warm_up(runs, WARM_UPS), repeats)
-        runs.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
-    return found
-
-
 def compare_shape(
     name: str, config: LlamaConfig, new_tokens: int, repeats: int, device: torch.device
 ) -> dict[str, Any]:
@@ -265,7 +253,13 @@ def compare_shape(
     ]
     is_together = 2 * (size + MARGIN) <= free
     print("both models fit into memory" if is_together else "one model in memory at a time")
-    rates = take_turns([makers] if is_together else [[make] for make in makers], repeats)
+    rates: dict[str, Spread] = {}
+    for group in [makers] if is_together else [[make] for make in makers]:
+        runs = {label: run for make in group for label, run in make().items()}
+        rates |= alternate(runs, warm_up(runs, WARM_UPS), repeats)
+        runs.clear()  # and the models with them
+        gc.collect()
+        torch.cuda.empty_cache()
     print_rates(rates)
     engine = rates.pop("engine")
     ratios = {label: round(engine.median / value.median, 2) for label, value in rates.items()}

@@ -24,6 +24,7 @@ import torch
 
 from bench.timing import read_bandwidth
 
+USUAL = "default: %(default)s"
 LIBRARIES = ("torch", "triton", "numba", "numpy", "transformers")
 
 
@@ -42,9 +43,12 @@ class Default(NamedTuple):
 
 
 def make_parser(
-    doc: str | None, model: bool = False, **numbers: Default
+    doc: str | None, model: bool = False, **numbers: tuple[int, int]
 ) -> argparse.ArgumentParser:
-    """--device and --quick, --model where a benchmark has a real one, and flags of numbers."""
+    """--device and --quick, --model where a benchmark has a real one, and flags of numbers.
+
+    numbers: what a flag is where it is not given, and with --quick.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,11 +57,10 @@ def make_parser(
     add("--quick", action="store_true", help="little work: shows that it runs, no figures to quote")
     if model:
         add("--model", help="directory, .gguf file or hub id; default: default model")
-    for name, default in numbers.items():
+    for name, values in numbers.items():
         number = at_least(2 if name == "new_tokens" else 1)  # a single token takes no time
-        add(
-            f"--{name.replace('_', '-')}", type=number, default=default, help="default: %(default)s"
-        )
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=number, default=Default(*values), help=USUAL)
     return parser
 
 

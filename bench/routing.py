@@ -19,25 +19,15 @@ tokens differ from plain decoding's anywhere gets no figures.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from bench.decode import OWN_PROMPTS, Run, num_timed, rate
-from bench.decode import read_prompts as read_own_prompts
+from bench import report
+from bench.decode import OWN_PROMPTS, Run, num_timed, rate, read_prompts
 from bench.peers import MAX_LENGTH
-from bench.report import (
-    Default,
-    make_parser,
-    print_ceiling,
-    print_table,
-    print_verdict,
-    run_benchmark,
-    settle,
-)
 from bench.streams import (
     ROUTED,
     SINGLE,
@@ -55,7 +45,6 @@ from bench.streams import (
 )
 from bench.timing import spread
 from engine import LLM
-from engine.calibrate.prompts import read_prompts
 from models.weights import sublayer_bytes
 
 ANSWER_TOKENS = 64  # of which the router's time is given as a share
@@ -64,9 +53,9 @@ Orders = Mapping[float, Sequence[int]]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        __doc__, model=True, repeats=Default(2, 1), new_tokens=Default(64, 16),
-        per_domain=Default(8, 1),
+    parser = report.make_parser(
+        __doc__, model=True, repeats=(2, 1), new_tokens=(64, 16),
+        per_domain=(8, 1),
     )  # fmt: skip
     add = parser.add_argument
     add("--router", metavar="FILE", help="a library; default: the model's own")
@@ -75,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="how often a stream changes its domain; default: %(default)s")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--plots", type=Path, metavar="DIR", help="write pictures there")
-    return settle(parser.parse_args(argv))
+    return report.settle(parser.parse_args(argv))
 
 
 def _ratios(text: str) -> tuple[float, ...]:
@@ -93,19 +82,14 @@ def load_prompts(path: Path | None, known: Sequence[str], per_domain: int) -> di
 
     Raises ValueError for what is no set of prompts, and for one without a domain of the library.
     """
-    if path is None:
-        lines = OWN_PROMPTS.read_text(encoding="utf-8").splitlines()
-        domains = dict.fromkeys(json.loads(line)["domain"] for line in lines)
-        found = read_own_prompts(None, tuple(domains), per_domain)
-    else:
-        found = read_prompts(path, None)
+    found = read_prompts(path, None, per_domain)
     ordered = [*(d for d in known if d in found), *(d for d in found if d not in known)]
     if ordered[0] not in known:
         raise ValueError(
             f"{path or OWN_PROMPTS}: got the domains {', '.join(found)}, expected some of "
             f"the library's: {', '.join(known)}"
         )
-    return {domain: found[domain][:per_domain] for domain in ordered}
+    return {domain: found[domain] for domain in ordered}
 
 
 def encode(llm: LLM, texts: Mapping[str, Sequence[str]], new_tokens: int) -> list[Prompt]:
@@ -163,7 +147,7 @@ def print_rates(rows: Sequence[Measured], names: Sequence[str]) -> None:
         per_round = f"{num_timed(runs) / rounds:.2f}" if rounds else None
         return *shown, per_round, f"{spread([rate([run]) for run in runs]):.1f}"
 
-    print_table(
+    report.print_table(
         {"arm": max(map(len, rates)), "tokens/s": 9, "speed-up": 9, "per round": 10,
          "single prompts": 22},
         (cells(name, value) for name, value in rates.items()),
@@ -267,7 +251,7 @@ def print_summary(result: Mapping[str, Any]) -> None:
         return mix, f"{knn:.1f}", f"{single:.1f}", f"{knn / single:.2f}"
 
     rows = (cells(mix, r["knn"], r["best_single"]) for mix, r in result["mix"].items())
-    print_table({"mix": 5, "knn": 8, "single": 8, "ratio": 6}, rows)
+    report.print_table({"mix": 5, "knn": 8, "single": 8, "ratio": 6}, rows)
     print(f"\nrouting accuracy: {_listed(result['routing_accuracy'])}; "
           f"all {result['routing_accuracy_all']:.3f}")  # fmt: skip
     print(f"rejected: {_listed(result['rejected'])}")
@@ -307,7 +291,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {args.repeats} runs of "
           "each arm by turns, medians of decoding seconds; streams run once")  # fmt: skip
     llm, prompts, experiment = set_up(args)
-    ceiling = print_ceiling(sum(sublayer_bytes(llm.model.weights)), llm.model.device)
+    ceiling = report.print_ceiling(sum(sublayer_bytes(llm.model.weights)), llm.model.device)
     rows = measure(llm, prompts, experiment, args.new_tokens, args.repeats)
     result = summarise(rows, experiment)
     known = experiment.library.domains
@@ -324,7 +308,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     streams = run_streams(llm, prompts, orders, arms, args.new_tokens, args.per_domain)
     found = summarise_streams(streams, orders, timed, best)
     result |= found | ceiling | {"identical": result["identical"] and found["identical"]}
-    print_verdict(result["identical"], "every arm and stream made plain decoding's tokens")
+    report.print_verdict(result["identical"], "every arm and stream made plain decoding's tokens")
     print_summary(result)
     if args.plots:
         write_plots(args.plots, rows, experiment, result, args.seed)
@@ -350,7 +334,7 @@ def write_plots(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_benchmark(parse(argv), run)
+    report.run_benchmark(parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -133,13 +133,6 @@ def stage(passes: Passes, token_ids: Sequence[int], first: int, num_wanted: int 
     passes.stage([RoundRow(token_ids, first, num_wanted=num_wanted)])
 
 
-class Clocks(NamedTuple):
-    """device: for passes, as the device sees them. wall: for rounds, as a caller sees them."""
-
-    device: Timer
-    wall: Timer
-
-
 class Arm(NamedTuple):
     """A pass or a round. set_up: before a turn. reset: before every run, not timed."""
 
@@ -150,7 +143,10 @@ class Arm(NamedTuple):
 
 
 def event_timer(reset: Action, run: Action, count: int) -> list[float]:
-    """Seconds between CUDA events around each run, all of them queued before the first ends."""
+    """Seconds as the device sees them, between CUDA events around each run.
+
+    All runs are queued before the first ends.
+    """
     events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(count)]
     reset()
     run()  # warms up, and keeps the device busy while the others are queued
@@ -164,7 +160,7 @@ def event_timer(reset: Action, run: Action, count: int) -> list[float]:
 
 
 def wall_timer(reset: Action, run: Action, count: int) -> list[float]:
-    """Seconds of runs at whose end the host knows their result."""
+    """Seconds as a caller sees them, of runs at whose end the host knows their result."""
     seconds = []
     reset()
     run()
@@ -174,6 +170,10 @@ def wall_timer(reset: Action, run: Action, count: int) -> list[float]:
         run()
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def device_timer(device: torch.device) -> Timer:
+    return event_timer if device.type == "cuda" else wall_timer
 
 
 def nothing() -> None:
@@ -231,13 +231,14 @@ def make_arms(subject: Subject, context: int) -> dict[str, Arm]:
     }
 
 
-def take_turns(arms: Mapping[str, Arm], clocks: Clocks, repeats: int) -> dict[str, list[float]]:
+def take_turns(subject: Subject, context: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of every arm, turn by turn."""
+    arms = make_arms(subject, context)
     turns: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(repeats):
         for name, arm in arms.items():
             arm.set_up()
-            timer = clocks.wall if arm.is_round else clocks.device
+            timer = wall_timer if arm.is_round else device_timer(subject.model.device)
             turns[name].append(median(timer(arm.reset, arm.run, REPLAYS)))
     return turns
 
@@ -264,20 +265,16 @@ def check_rows(subject: Subject, context: int) -> None:
 
 def check_replay(subject: Subject, context: int) -> None:
     """Raises CheckError where the passes leave other bits than their twin, which runs eagerly."""
+    both = (subject.passes, subject.twin)
     for width in WIDTHS:
-        replayed, eager = (
-            verify_all(subject, passes, context, width) for passes in (subject.passes, subject.twin)
-        )
+        replayed, eager = (verify_all(subject, passes, context, width) for passes in both)
         if not _same(replayed, eager):
             raise CheckError(
                 f"replay: at context {context} a replayed pass over {width} rows has other bits "
                 "than the eager one; nothing was timed"
             )
     for plan in subject.plans:
-        replayed, eager = (
-            draft_all(subject, passes, plan, context, NUM_CHECKED)
-            for passes in (subject.passes, subject.twin)
-        )
+        replayed, eager = (draft_all(subject, p, plan, context, NUM_CHECKED) for p in both)
         if not _same(replayed, eager, skips=True):
             raise CheckError(
                 f"replay: at context {context} replayed draft steps of {plan.name} have other bits "

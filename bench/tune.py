@@ -25,18 +25,18 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from bench import timing
+from bench import report, timing
 from bench.candidates import (
     DTYPE,
     OPERATIONS,
@@ -56,16 +56,7 @@ from bench.candidates import (
     with_launch,
 )
 from bench.cases import Case, Expected, Setting, check, expected
-from bench.compile import SHARED_LIMITS, compile_launch, compiling_only, recorded_launches
-from bench.report import (
-    Default,
-    at_least,
-    make_parser,
-    print_part,
-    print_table,
-    run_benchmark,
-    settle,
-)
+from bench.compile import SHARED_LIMITS, Compiled, compile_launch, compiling_only, recorded_launches
 from bench.shapes import SHAPES
 from kernels.gpu.launch import capability_of
 
@@ -169,7 +160,8 @@ def print_trials(trials: Sequence[Trial], now: Parameters) -> None:
         for trial in rank(trials)
     )
     refused = ((parameters(t.launch, now), t.refusal) for t in trials if t.refusal)
-    print_table({"  parameters": 64, "one row": 9, "8 rows": 9, "int8": 9}, chain(timed, refused))
+    widths = {"  parameters": 64, "one row": 9, "8 rows": 9, "int8": 9}
+    report.print_table(widths, chain(timed, refused))
 
 
 def compile_ahead(task: tuple[int, int, Sequence[Problem], Parameters]) -> None:
@@ -217,7 +209,7 @@ def report_class(
     chosen = choose(ranked, now).launch if ranked else None
     if chosen is not None:
         print("\n".join(paste_rows([(shape_class, chosen)], capability, source)))
-    print_part(result)
+    report.print_part(result)
     return result, chosen
 
 
@@ -247,18 +239,16 @@ def tune(classes: Mapping[ShapeClass, Sequence[Problem]], limit: int) -> list[di
     return results
 
 
-def compile_candidate(task: tuple[int, Problem, Parameters]) -> Fit:
+def compile_candidate(capability: int, problem: Problem, launch: Parameters) -> Fit:
     """Compile one candidate for a GPU that need not be there; of a matrix the 8-bit form.
 
-    A kernel with that form has the loop over the full one as well.
+    A kernel with that form has the loop over the own form as well.
     """
-    capability, problem, launch = task
-    setting = Setting(problem.config, DTYPE, torch.device("meta"))
-    group = next(case_groups(problem, setting))
+    group = next(case_groups(problem, Setting(problem.config, DTYPE, torch.device("meta"))))
     case = with_launch(group.get("int8", group["one"]), launch)
     with recorded_launches(capability) as launches:
         case.kernel(*case.sets[0])
-    compiled = []
+    compiled: list[Compiled] = []
     refusal = refusal_of(lambda: compiled.append(compile_launch(launches[0], capability)))
     if refusal:
         return Fit(refusal)
@@ -274,54 +264,33 @@ def compile_all(
     classes: Mapping[ShapeClass, Sequence[Problem]], limit: int
 ) -> list[dict[str, Any]]:
     """Compile every candidate on the first problem of its class and print what fits."""
-    tried = {
-        (shape_class, capability): candidates(capability, shape_class, limit)
-        for shape_class in classes
-        for capability in ABSENT_GPUS
-    }
-    tasks = [
-        (capability, classes[shape_class][0], launch)
-        for (shape_class, capability), launches in tried.items()
-        for launch in launches
-    ]
     results = []
     with worker_pool() as pool:
-        fits = pool.map(compile_candidate, tasks)
-        for (shape_class, capability), launches in tried.items():
-            print(f"{describe_class(shape_class, classes[shape_class][:1])}, sm_{capability}")
-            found = dict(print_fits(launches, fits, present(capability, shape_class)))
-            rows = [{**launch._asdict(), **fit._asdict()} for launch, fit in found.items()]
+        for (shape_class, problems), capability in product(classes.items(), ABSENT_GPUS):
+            print(f"{describe_class(shape_class, problems[:1])}, sm_{capability}", flush=True)
+            now = present(capability, shape_class)
+            launches = candidates(capability, shape_class, limit)
+            fits = list(pool.map(partial(compile_candidate, capability, problems[0]), launches))
+            report.print_table(
+                {"  parameters": 64, "shared KiB": 10, "registers": 9, "stack": 6},
+                ((parameters(launch, now), f"{fit.shared / 1024:.1f}", *fit[2:],
+                  fit.refusal or "fits") for launch, fit in zip(launches, fits, strict=True)),
+            )  # fmt: skip
+            rows = [a._asdict() | b._asdict() for a, b in zip(launches, fits, strict=True)]
             results.append({**shape_class._asdict(), "capability": capability, "candidates": rows})
     return results
 
 
-def print_fits(
-    launches: Sequence[Parameters], fits: Iterator[Fit], now: Parameters
-) -> list[tuple[Parameters, Fit]]:
-    """Take the next fits, one for each launch, and print them as they come."""
-    found: list[tuple[Parameters, Fit]] = []
-
-    def rows() -> Iterator[tuple[object, ...]]:
-        for launch in launches:
-            fit = next(fits)
-            found.append((launch, fit))
-            numbers = (f"{fit.shared / 1024:.1f}", fit.registers, fit.stack)
-            yield parameters(launch, now), *numbers, fit.refusal or "fits"
-
-    print_table({"  parameters": 64, "shared KiB": 10, "registers": 9, "stack": 6}, rows())
-    return found
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    smallest = Default("all", "smollm2-135m")
+    parser = report.make_parser(__doc__)
+    smallest = report.Default("all", "smollm2-135m")
     parser.add_argument("--shape", default=smallest, choices=["all", *SHAPES])
     parser.add_argument("--operation", default="all", choices=["all", *OPERATIONS])
     parser.add_argument(
-        "--limit", type=at_least(1),
+        "--limit", type=report.at_least(1),
         help=f"candidates of a class; default: {DEFAULT_LIMIT}, without a GPU {DEFAULT_COMPILED}",
     )  # fmt: skip
-    args = settle(parser.parse_args(argv))
+    args = report.settle(parser.parse_args(argv))
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, expected a compiler; unset it")
     return args
@@ -345,7 +314,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_benchmark(parse(argv), run)
+    report.run_benchmark(parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from bench.shapes import (
 from bench.subjects import (
     SKIPPED,
     VERIFIED,
-    Clocks,
     check,
     check_draft,
     check_replay,
@@ -36,7 +35,6 @@ from bench.subjects import (
     draft_arm,
     make_arms,
     make_subject,
-    wall_timer,
 )
 from bench.timing import Ceilings, Spread
 from engine.graphs import run_eagerly
@@ -146,10 +144,10 @@ def test_passes_of_every_kind_are_timed(capsys, monkeypatch):
     monkeypatch.setattr(passes_module, "PREFILLS", (48, 4096))
     model = tiny_llama(family_config("qwen2-group1", num_layers=16))
     subject = subject_of(model, max_context=128)
-    clocks, contexts = Clocks(wall_timer, wall_timer), [CONTEXT, 128]
+    contexts = [CONTEXT, 128]
     with monkeypatch.context() as patch:
         patch.setattr(passes_module, "check", lambda *_: None)  # the next test's
-        found = measure(subject, contexts, clocks, 2, CEILINGS, lambda: {"allocated": 7})
+        found = measure(subject, contexts, 2, CEILINGS, lambda: {"allocated": 7})
     found = json.loads(json.dumps(describe("tiny", subject) | found))
     assert found["cache_positions"] == 128 and found["checked"]
     assert found["peak_bytes"] == found["prefill_peak_bytes"] == {"allocated": 7}
@@ -252,7 +250,7 @@ def test_unsound_operations_are_not_timed(ops, fails, message):
     with pytest.raises(CheckError, match=message):
         fails(subject, CONTEXT)
     with pytest.raises(CheckError, match=message):
-        measure(subject, [CONTEXT], Clocks(None, None), 1, CEILINGS, dict)
+        measure(subject, [CONTEXT], 1, CEILINGS, dict)
 
 
 def replaying_once(kind):
@@ -279,7 +277,6 @@ def test_a_replay_that_does_not_run_is_noticed(kind):
 def test_a_context_longer_than_the_published_models_is_measured(monkeypatch, capsys):
     config = family_config("llama2", max_positions=96)
     monkeypatch.setattr(passes_module, "gpu_ceilings", lambda: CEILINGS)
-    monkeypatch.setattr(passes_module, "event_timer", wall_timer)
     monkeypatch.setattr(passes_module, "make_peak", lambda: dict)
     # Far more than there is memory for: not even the rotary table is made for that.
     monkeypatch.setattr(passes_module, "free_bytes", lambda _: passes_module.MARGIN + (1 << 20))
