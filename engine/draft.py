@@ -67,29 +67,11 @@ def _still_drafting(passes: Passes, batch: int) -> bool:
 
 def _stage(passes: Passes, sequences: Sequence[RunningSequence], choices: Sequence[Choice]) -> None:
     """Write a round's inputs, in this order, and have them copied over."""
-    inputs, max_positions = passes.staging.begin(), passes.cache.k.shape[3]
-    num_rows = passes.num_rows(len(sequences))
-    for row in range(len(sequences), num_rows):  # padding: valid addresses, and nothing to do
-        inputs["num_drafted"][row], inputs["num_wanted"][row] = -1, -1
-        inputs["first"][row], inputs["slots"][row] = max_positions - 1, 0
-        inputs["temperature"][row], inputs["min_position"][row] = 0, 0
-    for row, (sequence, choice) in enumerate(zip(sequences, choices, strict=True)):
-        first, drafted = len(sequence.token_ids) - 1, choice.token_ids
-        assert first + choice.num_tokens < max_positions, (first, choice, max_positions)
-        inputs["token_ids"][row, 0] = sequence.token_ids[-1]
-        inputs["token_ids"][row, 1 : len(drafted) + 1] = drafted
-        inputs["first"][row], inputs["slots"][row] = first, sequence.slot
-        inputs["num_drafted"][row] = len(drafted)
-        inputs["num_wanted"][row] = choice.num_tokens
-        params = sequence.params
-        inputs["seed"][row] = sequence.seed
-        inputs["temperature"][row], inputs["top_k"][row] = params.temperature, params.top_k
-        inputs["top_p"][row], inputs["min_p"][row] = params.top_p, params.min_p
-        inputs["min_position"][row] = sequence.min_position
-        inputs["end_ids"][row] = -1
-        inputs["end_ids"][row, : len(sequence.end_ids)] = sorted(sequence.end_ids)
-        inputs["stop_probability"][row] = 0
-        if choice.plan is not None and not drafted:
-            inputs["stop_probability"][row] = choice.plan.stop_probability
+    rows = []
+    for sequence, choice in zip(sequences, choices, strict=True):
+        stop_probability = 0.0
+        if choice.plan is not None and not choice.token_ids:
+            stop_probability = choice.plan.stop_probability
             passes.set_plan(sequence.slot, choice.plan)
-    passes.staging.copy_over()
+        rows.append(sequence.row(choice.token_ids, choice.num_tokens, stop_probability))
+    passes.stage(rows)

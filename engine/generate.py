@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 import torch
 
 from engine.accept import accept
-from engine.choose import draw, token_logprobs
+from engine.choose import token_logprobs
 from engine.costs import PassCosts
 from engine.draft import draft
 from engine.kv_cache import SlotPool
@@ -76,7 +76,8 @@ def _first_token(passes: Passes, sequence: RunningSequence) -> TokenEvent:
     started = time.perf_counter()
     with passes.alone():
         logits = _read_prompt(passes, sequence)
-        drawn = draw(logits, sequence, passes.model.prefill_ops)
+        passes.stage([sequence.row()])
+        drawn = passes.draw(logits)
         _route(passes, sequence)
         token = int(drawn)
     sequence.prefill_seconds = time.perf_counter() - started

@@ -14,10 +14,9 @@ from engine.drafts import NAMES, Drafts, check_speculative, is_lossless
 from engine.generate import generate, prompt_feature
 from engine.kv_cache import SlotPool, make_kv_cache
 from engine.loading import Loaded, choose_device, choose_dtype, load
-from engine.params import SamplingParams, Speculative
+from engine.params import MAX_END_IDS, SamplingParams, Speculative
 from engine.passes import Passes
 from engine.prefill import prefill
-from engine.round_buffers import MAX_END_IDS
 from engine.routing import NONE, check_router, make_router, open_router
 from engine.sequence import RunningSequence, TokenStream
 from engine.stream import TextStream

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.messages import quoted
 from models.plan import DraftPlan
 
 Speculative = str | PathLike[str] | DraftPlan | tuple[DraftPlan, ...]
 MAX_STOPS = 16
+MAX_END_IDS = 128  # end-of-sequence and stop tokens of a request
 MIN_TEMPERATURE = 1e-5  # below, logits / temperature leaves float32's range
 MAX_LOGPROBS = 20
 MAX_FLOAT = 1e38
+
+
+class Sampling(NamedTuple):
+    """How one sequence draws: what a row of kernels.round.sample.SampleParams holds, in its order.
+
+    end_ids has MAX_END_IDS places, the last ones -1, or is -1 for none.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    end_ids: int | array[int]
+    min_position: int
+
+
+GREEDY = Sampling(0.0, 0, 1.0, 0.0, seed=0, end_ids=-1, min_position=0)
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,15 @@ class SamplingParams:
             if getattr(self, name) is None
         }
         return replace(self, **chosen)
+
+    def sampling(self, seed: int, end_ids: Collection[int], min_position: int) -> Sampling:
+        """What the sampler is told, once defaults are filled in."""
+        assert self.temperature is not None and self.top_k is not None, self
+        assert self.top_p is not None and self.min_p is not None, self
+        padded = array("i", [*sorted(end_ids), *[-1] * (MAX_END_IDS - len(end_ids))])
+        return Sampling(
+            self.temperature, self.top_k, self.top_p, self.min_p, seed, padded, min_position
+        )
 
 
 def is_speculative(value: object) -> bool:

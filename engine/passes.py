@@ -7,7 +7,7 @@ plan, since kernels read that from device memory. Eagerly they are the same func
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from engine.costs import bucket
 from engine.graphs import GraphRunner, run_eagerly
 from engine.kv_cache import KVCache
-from engine.round_buffers import MAX_WIDTH, RoundBuffers, make_round_buffers
+from engine.round_buffers import MAX_WIDTH, RoundBuffers, RoundRow, make_round_buffers
 from models.llama import Llama, Rows, forward, full_plan, logits, plan_table
 from models.plan import DraftPlan
 from router.route import Router
@@ -43,10 +43,10 @@ def draft_pass(model: Llama, cache: KVCache, buffers: RoundBuffers) -> None:
     )  # fmt: skip
     rows = Rows(token_ids, positions, num_tokens, buffers.slots)
     scores = logits(model, forward(model, rows, cache.k, cache.v, plan, ops), plan, ops)
-    drawn = _draw(model, scores, next_position, buffers)
+    drawn = ops.sample(scores, next_position, buffers.sampling)
     ops.keep_drafted(
-        scores, drawn, buffers.token_ids, buffers.num_drafted, buffers.num_wanted, buffers.end_ids,
-        buffers.stop_probability,
+        scores, drawn, buffers.token_ids, buffers.num_drafted, buffers.num_wanted,
+        buffers.sampling.end_ids, buffers.stop_probability,
     )  # fmt: skip
 
 
@@ -62,18 +62,9 @@ def verify_pass(
     x = forward(model, rows, cache.k, cache.v, plan, ops)
     ops.keep_states(x, positions, buffers.slots, cache.states)
     scores = logits(model, x, plan, ops)
-    target = _draw(model, scores, next_position, buffers).view(batch, width)
+    target = ops.sample(scores, next_position, buffers.sampling).view(batch, width)
     result = ops.accept(target, buffers.token_ids, buffers.num_drafted)
     return Verified(scores.view(batch, width, -1), result)
-
-
-def _draw(
-    model: Llama, scores: torch.Tensor, next_position: torch.Tensor, buffers: RoundBuffers
-) -> torch.Tensor:
-    return model.decode_ops.sample(
-        scores, buffers.temperature, buffers.top_k, buffers.top_p, buffers.min_p, buffers.seed,
-        next_position, buffers.end_ids, buffers.min_position,
-    )  # fmt: skip
 
 
 class Passes:
@@ -90,7 +81,9 @@ class Passes:
         self.model = model
         self.cache = cache
         self.lock = threading.RLock()
-        self.buffers, self.staging = make_round_buffers(model.config, max_sequences, model.device)
+        self.buffers, self.staging = make_round_buffers(
+            model.config, max_sequences, cache.k.shape[3], model.device
+        )
         self.is_padded = run is not None or model.device.type == "cuda"
         is_cuda = run is None and model.device.type == "cuda"
         self._run: Runner = run or (GraphRunner(self.staging.device) if is_cuda else run_eagerly)
@@ -124,6 +117,15 @@ class Passes:
             self.plan_row(slot).copy_(plan_table([plan], self.model.device))
             self._plans[slot] = plan
 
+    def stage(self, rows: Sequence[RoundRow]) -> None:
+        """Write a round's inputs, padded to a bucket, and start their copy to the device."""
+        self.staging.fill(rows, self.num_rows(len(rows)))
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """The token [1] int64 after a prompt: logits [1, V] float32, and the staged row."""
+        row = self._first_rows(1)
+        return self.model.prefill_ops.sample(logits, row.first.long() + 1, row.sampling)
+
     def draft_step(self, model: Llama, batch: int) -> None:
         """Run `draft_pass` over the first `batch` rows of the buffers.
 
@@ -150,11 +152,7 @@ class Passes:
     def warm_up(self, model: Llama, router: Router | None = None) -> None:
         """Run every pass of one sequence once over padding: what is to be captured is, now."""
         with self.alone():
-            inputs = self.staging.begin()
-            inputs["num_drafted"].fill(-1)
-            inputs["num_wanted"].fill(-1)
-            inputs["first"].fill(self.cache.k.shape[3] - 1)
-            self.staging.copy_over()
+            self.staging.fill([], 1)
             for width in widths():
                 self.verify(1, width)
             self.draft_step(model, 1)

@@ -24,7 +24,7 @@ from llvmlite.binding import get_host_cpu_name
 from engine.costs import PassCosts
 from engine.kv_cache import make_kv_cache
 from engine.passes import Passes, widths
-from engine.round_buffers import MAX_WIDTH
+from engine.round_buffers import MAX_WIDTH, RoundRow
 from kernels.cpu.cache import cache_path, own_folder, warn_once
 from kernels.cpu.compile import code_digest
 from models.llama import Llama
@@ -126,14 +126,8 @@ def _draft_seconds(model: Llama, passes: Passes) -> float:
 
 def _stage(passes: Passes, batch: int, num_drafted: int, num_wanted: int) -> None:
     """A round of sequences with CONTEXT tokens behind them, decoded greedily."""
-    inputs = passes.staging.begin()
-    for values in inputs.values():
-        values.fill(0)
-    inputs["end_ids"].fill(-1)
-    inputs["first"].fill(CONTEXT)
-    inputs["slots"][:batch] = range(batch)
-    inputs["num_drafted"][:batch], inputs["num_wanted"][:batch] = num_drafted, num_wanted
-    passes.staging.copy_over()
+    tokens = [0] * (1 + num_drafted)
+    passes.stage([RoundRow(tokens, CONTEXT, slot, num_wanted) for slot in range(batch)])
 
 
 def profile_path(model: Llama) -> Path:

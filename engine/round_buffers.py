@@ -7,102 +7,131 @@ one result. On a CPU both arenas are the same memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from engine.params import GREEDY, MAX_END_IDS, Sampling
+from kernels.round.sample import SAMPLE_DTYPES, SampleParams
 from models.config import LlamaConfig
 from models.plan import MAX_DRAFT
 
 MAX_WIDTH = MAX_DRAFT + 1  # tokens of a sequence in a verify pass
-MAX_END_IDS = 128  # end-of-sequence and stop tokens of a request
+ALIGNMENT = 16  # bytes
+
+
+class RoundRow(NamedTuple):
+    """One sequence's inputs of a round. Without any token it is padding, which nothing runs."""
+
+    token_ids: Sequence[int]  # the newest token, then what is drafted already
+    first: int  # position of the newest token
+    slot: int = 0  # of the cache
+    num_wanted: int = 0  # how far draft steps shall go
+    stop_probability: float = 0.0  # a less likely token ends the draft
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True)
 class RoundBuffers:
-    """One row a sequence, those that draft most first; W = MAX_WIDTH, E = MAX_END_IDS.
+    """One row a sequence, those that draft most first; W = MAX_WIDTH.
 
-    num_drafted is -1 in a row without a sequence. num_wanted is how far draft steps shall go.
-    slot_plans is no input of a round: a slot's row is written when its sequence changes its plan,
-    by the router on the device or by the host.
+    num_drafted is -1 in a row without a sequence. slot_plans is no input of a round: a slot's row
+    is written when its sequence changes its plan, by the router on the device or by the host.
     """
 
     token_ids: torch.Tensor  # [B, W] int64: the newest token, then the draft
-    seed: torch.Tensor  # [B] int64
     first: torch.Tensor  # [B] int32: position of the newest token
     slots: torch.Tensor  # [B] int32: cache slot
     num_drafted: torch.Tensor  # [B] int32
     num_wanted: torch.Tensor  # [B] int32
-    min_position: torch.Tensor  # [B] int32: first position where an end token may be drawn
-    top_k: torch.Tensor  # [B] int32
-    end_ids: torch.Tensor  # [B, E] int32, -1 is none
-    temperature: torch.Tensor  # [B] float32
-    top_p: torch.Tensor  # [B] float32
-    min_p: torch.Tensor  # [B] float32
     stop_probability: torch.Tensor  # [B] float32
+    sampling: SampleParams
     slot_plans: torch.Tensor  # [slots, 2L + 1] uint8
 
     def rows(self, batch: int) -> RoundBuffers:
         """The first `batch` rows: views at the same addresses."""
-        inputs = {field.name: getattr(self, field.name)[:batch] for field in fields(self)}
-        return RoundBuffers(**inputs | {"slot_plans": self.slot_plans})
+        *columns, sampling, plans = vars(self).values()
+        return _round_buffers([column[:batch] for column in (*columns, *sampling)], plans)
 
 
-_INT64, _INT32, _FLOAT32 = torch.int64, torch.int32, torch.float32
-# Columns and type of each input, the widest elements first, so that all are aligned.
-_INPUTS: dict[str, tuple[int, torch.dtype]] = {
-    "token_ids": (MAX_WIDTH, _INT64), "seed": (1, _INT64), "first": (1, _INT32),
-    "slots": (1, _INT32), "num_drafted": (1, _INT32), "num_wanted": (1, _INT32),
-    "min_position": (1, _INT32), "top_k": (1, _INT32), "end_ids": (MAX_END_IDS, _INT32),
-    "temperature": (1, _FLOAT32), "top_p": (1, _FLOAT32), "min_p": (1, _FLOAT32),
-    "stop_probability": (1, _FLOAT32),
-}  # fmt: skip
+def _round_buffers(columns: Iterable[torch.Tensor], slot_plans: torch.Tensor) -> RoundBuffers:
+    token_ids, first, slots, num_drafted, num_wanted, stop_probability, *sampling = columns
+    return RoundBuffers(
+        token_ids, first, slots, num_drafted, num_wanted, stop_probability,
+        SampleParams(*sampling), slot_plans,
+    )  # fmt: skip
+
+
+# Width and type of each input, in the order of RoundBuffers.
+_INPUTS = (
+    (MAX_WIDTH, torch.int64),
+    *[(1, torch.int32)] * 4,  # first, slots, num_drafted, num_wanted
+    (1, torch.float32),
+    *((MAX_END_IDS if name == "end_ids" else 1, dtype)
+      for name, dtype in zip(SampleParams._fields, SAMPLE_DTYPES, strict=True)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Staging:
     """A round's inputs as the host writes them, and the arenas that they lie in."""
 
-    inputs: dict[str, np.ndarray]  # views of `host` by the names of RoundBuffers
+    columns: tuple[np.ndarray, ...]  # views of `host`, in the order of RoundBuffers
     host: torch.Tensor
     device: torch.Tensor
     copied: torch.cuda.Event | None  # None where host and device are the same memory
+    last_position: int  # of the cache: padding is there, as no prompt reaches it
 
-    def begin(self) -> dict[str, np.ndarray]:
-        """The inputs, to be written: waits for an earlier copy, should it be under way still."""
+    def fill(self, rows: Sequence[RoundRow], num_rows: int = 0) -> None:
+        """Write a round's inputs, padded to `num_rows`, and start the copy to the device.
+
+        Waits for an earlier copy, should it be under way still.
+        """
         if self.copied is not None:
             self.copied.synchronize()
-        return self.inputs
-
-    def copy_over(self) -> None:
-        """Start the copy to the device."""
+        padding = RoundRow((), self.last_position, num_wanted=-1)
+        token_ids, *columns = self.columns
+        for b, row in enumerate(chain(rows, repeat(padding, num_rows - len(rows)))):
+            num_drafted = len(row.token_ids) - 1
+            assert row.first + max(row.num_wanted, num_drafted) <= self.last_position, row
+            token_ids[b, : num_drafted + 1] = row.token_ids
+            counts = (row.first, row.slot, num_drafted, row.num_wanted, row.stop_probability)
+            for column, value in zip(columns, (*counts, *row.sampling), strict=True):
+                column[b] = value
         if self.copied is not None:
             self.device.copy_(self.host, non_blocking=True)
             self.copied.record()
 
 
 def make_round_buffers(
-    config: LlamaConfig, max_sequences: int, device: torch.device
+    config: LlamaConfig, max_sequences: int, max_positions: int, device: torch.device
 ) -> tuple[RoundBuffers, Staging]:
     """Buffers for up to `max_sequences` sequences, one to a slot, and their host side."""
-    size = max_sequences * sum(n * dtype.itemsize for n, dtype in _INPUTS.values())
+    size = sum(_aligned(max_sequences * width * dtype.itemsize) for width, dtype in _INPUTS)
     is_cuda = device.type == "cuda"
     with torch.inference_mode(False):  # a capture changes the arena outside of it
         host = torch.zeros(size, dtype=torch.uint8, pin_memory=is_cuda)
         arena = torch.zeros(size, dtype=torch.uint8, device=device) if is_cuda else host
     plans = torch.zeros(max_sequences, 2 * config.num_layers + 1, dtype=torch.uint8, device=device)
-    staged = {name: view.numpy() for name, view in _views(host, max_sequences).items()}
-    buffers = RoundBuffers(**_views(arena, max_sequences), slot_plans=plans)
-    return buffers, Staging(staged, host, arena, torch.cuda.Event() if is_cuda else None)
+    columns = tuple(view.numpy() for view in _views(host, max_sequences))
+    copied = torch.cuda.Event() if is_cuda else None
+    staging = Staging(columns, host, arena, copied, max_positions - 1)
+    return _round_buffers(_views(arena, max_sequences), plans), staging
 
 
-def _views(arena: torch.Tensor, batch: int) -> dict[str, torch.Tensor]:
-    """Each input's place in an arena: [B], or [B, columns] where it has more than one."""
-    views, start = {}, 0
-    for name, (columns, dtype) in _INPUTS.items():
-        num_bytes = batch * columns * dtype.itemsize
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _views(arena: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
+    """Each input's place in an arena: [B], or [B, width] where a row has more than one."""
+    start = 0
+    for width, dtype in _INPUTS:
+        num_bytes = batch * width * dtype.itemsize
         view = arena[start : start + num_bytes].view(dtype)
-        views[name] = view.view(batch, columns) if columns > 1 else view
-        start += num_bytes
-    return views
+        yield view.view(batch, width) if width > 1 else view
+        start += _aligned(num_bytes)

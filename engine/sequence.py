@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from engine.controller import Choice, Controller
 from engine.costs import PassCosts
 from engine.params import SamplingParams
+from engine.round_buffers import RoundRow
 from engine.routing import plans_beside
 from engine.sources.ngram import NgramIndex
 from engine.stream import TextStream
@@ -41,9 +42,10 @@ class RunningSequence:
         self.num_prompt = len(prompt)
         self.token_ids = list(prompt)
         self.params = params
-        self.seed = seed
         self.text = text
         self.end_ids = end_ids  # end-of-sequence and stop tokens in force
+        may_end = min(len(prompt) + params.min_tokens, 2**31 - 1)  # the first position of an end
+        self.sampling = params.sampling(seed, end_ids, may_end)
         room = max_length - len(prompt)
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         self.plans = plans  # among which the controller chooses; none is plain decoding
@@ -79,10 +81,14 @@ class RunningSequence:
         if any(plan.kind == "ngram" for plan in self.plans):
             self.ngrams = NgramIndex(self.token_ids)
 
-    @property
-    def min_position(self) -> int:
-        """The first position at which the answer may end."""
-        return min(self.num_prompt + self.params.min_tokens, 2**31 - 1)
+    def row(
+        self, drafted: Sequence[int] = (), num_wanted: int = 0, stop_probability: float = 0.0
+    ) -> RoundRow:
+        """The sequence's inputs of a round."""
+        return RoundRow(
+            (self.token_ids[-1], *drafted), len(self.token_ids) - 1, self.slot, num_wanted,
+            stop_probability, self.sampling,
+        )  # fmt: skip
 
     def choose(self, costs: PassCosts, num_running: int) -> Choice:
         """What to draft next. A round adds a token more than its draft, so one less has room."""

@@ -16,7 +16,7 @@ from kernels.round.accept import accept_ref
 from kernels.round.keep_drafted import keep_drafted_ref
 from kernels.round.keep_states import keep_states_ref
 from kernels.round.rows import PassRows, draft_rows_ref, verify_rows_ref
-from kernels.round.sample import sample_ref
+from kernels.round.sample import SampleParams, sample_ref
 from kernels.route.nearest_anchor import nearest_anchor_ref
 from kernels.route.pool_states import pool_states_ref
 
@@ -39,7 +39,7 @@ class Ops:
     linear_residual: Callable[..., None]
     norm_gated_mlp: Callable[..., torch.Tensor]
     norm_lm_head: Callable[..., torch.Tensor]
-    sample: Callable[..., torch.Tensor]
+    sample: Callable[[torch.Tensor, torch.Tensor, SampleParams], torch.Tensor]
     keep_states: Callable[..., None]
     draft_rows: Callable[..., tuple[PassRows, torch.Tensor]]
     keep_drafted: Callable[..., None]

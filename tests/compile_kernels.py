@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from bench.compile import Launch, compile_launch, recorded_launches  # noqa: E402
 from kernels.gpu.launch import NUM_COUNTERS  # noqa: E402
 from kernels.ops_gpu import TRITON, TRITON_PREFILL  # noqa: E402
+from kernels.round.sample import SampleParams  # noqa: E402
 from kernels.route.nearest_anchor import nearest_anchor_triton  # noqa: E402
 from kernels.weight import Weight  # noqa: E402
 from models.config import MAX_HIDDEN_SIZE  # noqa: E402
@@ -119,11 +120,10 @@ def launch_round(shape: Shape, batch: int, width: int, layers: int) -> None:
     token_ids, end_ids = meta(batch, 16, **i64), meta(batch, 128)
     TRITON.draft_rows(token_ids, *counts, meta(batch), meta(4, 2 * layers + 1, **u8))
     TRITON.verify_rows(token_ids, *counts[:2], width, 4096)
-    parameters = (meta(batch, **f32), meta(batch), meta(batch, **f32), meta(batch, **f32))
-    position = meta(batch * width, **i64)
+    filters = (meta(batch, **f32), meta(batch), meta(batch, **f32), meta(batch, **f32))
+    params = SampleParams(*filters, meta(batch, **i64), end_ids, meta(batch))
     logits = meta(batch * width, shape.vocab, **f32)
-    for ends in ((end_ids, meta(batch)), ()):
-        TRITON.sample(logits, *parameters, meta(batch, **i64), position, *ends)
+    TRITON.sample(logits, meta(batch * width, **i64), params)
     drawn, unsure = meta(batch, **i64), meta(batch, **f32)
     TRITON.keep_drafted(logits[:batch], drawn, token_ids, *counts[1:], end_ids, unsure)
     TRITON.accept(meta(batch, width, **i64), token_ids, counts[1])

@@ -273,10 +273,11 @@ def test_interleaved_streams_and_threads_do_not_disturb_each_other(llm):
 def test_an_interrupted_request_gives_its_slot_back(monkeypatch):
     llm = tiny_llm()
     expected = tokens(llm.generate("abc", GREEDY)[0])
-    for stage in ("prefill", "draw", "draft", "verify", "accept"):
+    stages = [f"generate.{name}" for name in ("prefill", "draft", "verify", "accept")]
+    for stage in (*stages, "passes.Passes.draw"):
         for error in (KeyboardInterrupt, RuntimeError):
             with monkeypatch.context() as patch, pytest.raises(error):
-                patch.setattr(f"engine.generate.{stage}", Mock(side_effect=error))
+                patch.setattr(f"engine.{stage}", Mock(side_effect=error))
                 llm.generate("abc", GREEDY)
             assert tokens(llm.generate("abc", GREEDY)[0]) == expected
     acquire = llm._pool.acquire

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from test_kernels_sample import rows_of, with_seed
 
 from kernels.cpu import sample as cpu_sample
 from kernels.cpu.sample import CHUNK, sample, top_probability
@@ -66,13 +67,22 @@ def random_arguments(settings, vocab_size, scale):
     logits[::3, vocab_size // 2 :] = float("-inf")
     temperature, top_k, top_p, min_p = torch.tensor(settings).T.contiguous().unbind()
     seed = torch.randint(-(2**63), 2**63 - 1, (rows,))
-    return [logits, temperature, top_k.int(), top_p, min_p, seed, torch.randint(2**33, (rows,))]
+    position = torch.randint(2**33, (rows,))
+    return logits, position, with_seed([temperature, top_k.int(), top_p, min_p], seed)
 
 
-def reference(function, *args):
+def parts(logits):
     """A million logits at a time: the noise of all at once would take gigabytes."""
-    parts = [a.split(2**20 // args[0].shape[1]) for a in args]
-    return torch.cat([function(*rows) for rows in zip(*parts, strict=True)])
+    size = 2**20 // logits.shape[1]
+    return [slice(first, first + size) for first in range(0, len(logits), size)]
+
+
+def reference(args):
+    return torch.cat([sample_ref(*rows_of(args, part)) for part in parts(args[0])])
+
+
+def least_kept(*args):
+    return torch.cat([filter_threshold_ref(*(a[part] for a in args)) for part in parts(args[0])])
 
 
 def is_kept(logits, temperature, top_k, top_p, min_p):
@@ -87,10 +97,10 @@ def is_kept(logits, temperature, top_k, top_p, min_p):
 def test_tokens_and_kept_sets_are_those_of_the_reference(vocab_size, repeats, scale):
     """Filters after filters, ties and -inf; equal although two scores may differ by an ulp."""
     args = random_arguments(COMBINATIONS * repeats, vocab_size, scale)
-    assert torch.equal(sample(*args), reference(sample_ref, *args))
-    logits, temperature, *filters = args[:5]
+    assert torch.equal(sample(*args), reference(args))
+    logits, (temperature, *filters) = args[0], args[2][:4]
     temperature[temperature == 0] = 0.7
-    least = reference(filter_threshold_ref, logits, temperature, *filters)
+    least = least_kept(logits, temperature, *filters)
     kept = is_kept(logits, temperature, *filters)
     forbidden = logits == float("-inf")  # never drawn, whether kept or not
     assert torch.equal(kept | forbidden, (logits >= least) | forbidden)
@@ -100,10 +110,10 @@ def test_tokens_and_kept_sets_are_those_of_the_reference(vocab_size, repeats, sc
 def test_tokens_and_kept_sets_at_a_real_vocabulary(scale):
     """Every fifth combination, and top-k beyond what the chunks' maxima can tell."""
     args = random_arguments([*COMBINATIONS[::5], (1.0, 2000, 0.7, 0.0)], 49152, scale)
-    assert torch.equal(sample(*args), reference(sample_ref, *args))
-    logits, temperature, *filters = args[:5]
+    assert torch.equal(sample(*args), reference(args))
+    logits, (temperature, *filters) = args[0], args[2][:4]
     temperature[temperature == 0] = 1.5
-    least = reference(filter_threshold_ref, logits, temperature, *filters)
+    least = least_kept(logits, temperature, *filters)
     forbidden = logits == float("-inf")
     kept = is_kept(logits, temperature, *filters)
     assert torch.equal(kept | forbidden, (logits >= least) | forbidden)
@@ -137,11 +147,11 @@ def test_greedy_takes_the_lowest_index():
     logits[3, 40], logits[3, 41] = -0.0, 0.0
     logits[4] = float("-inf")
     logits[5, [200, 100]] = float("inf")
-    args = random_arguments([(0.0, 3, 0.5, 0.2)] * 7, 300, 1.0)
-    assert sample(logits, *args[1:]).tolist() == logits.argmax(-1).tolist()
-    assert sample(logits, *args[1:])[:6].tolist() == [17, 0, 299, 40, 0, 100]
-    args[1] += 1.0  # neither do filters and noise make sense of infinite maxima
-    assert sample(logits, *args[1:])[[2, 4, 5]].tolist() == [299, 0, 100]
+    _, position, params = random_arguments([(0.0, 3, 0.5, 0.2)] * 7, 300, 1.0)
+    assert sample(logits, position, params).tolist() == logits.argmax(-1).tolist()
+    assert sample(logits, position, params)[:6].tolist() == [17, 0, 299, 40, 0, 100]
+    params.temperature.add_(1.0)  # neither do filters and noise make sense of infinite maxima
+    assert sample(logits, position, params)[[2, 4, 5]].tolist() == [299, 0, 100]
 
 
 @pytest.mark.parametrize("setting", [(0, 1.0, 0.0), (0, 0.9, 0.1)], ids=str)
@@ -176,21 +186,21 @@ def test_random_bits_are_those_of_philox(seed, position):
 def test_logits_that_are_skipped_could_not_have_won():
     """Scores of all logits by the reference noise, where most chunks are below the bound."""
     args = random_arguments([(0.25, 0, 1.0, 0.0)] * 64, 4099, 3.0)
-    logits, temperature, seed, position = args[0], args[1], args[5], args[6]
-    noise = gumbel_ref(seed[:, None], position[:, None], torch.arange(4099))
-    assert torch.equal(sample(*args), (logits / temperature[:, None] + noise).argmax(-1))
+    logits, position, params = args
+    noise = gumbel_ref(params.seed[:, None], position[:, None], torch.arange(4099))
+    assert torch.equal(sample(*args), (logits / params.temperature[:, None] + noise).argmax(-1))
 
 
 @pytest.mark.parametrize("vocab_size", [131, 49152])
 def test_a_row_does_not_depend_on_the_batch(vocab_size):
     settings = COMBINATIONS[60::11]
     args = random_arguments(settings[:16], vocab_size, 2.0)
-    alone = [[a[r : r + 1] for a in args] for r in range(16)]
+    alone = [rows_of(args, slice(r, r + 1)) for r in range(16)]
     tokens = torch.cat([sample(*row) for row in alone])
     probabilities = torch.cat([top_probability(row[0]) for row in alone])
     for rows in (1, 2, 5, 8, 16):
         for first in (0, 16 - rows):
-            part = [a[first : first + rows] for a in args]
+            part = rows_of(args, slice(first, first + rows))
             assert torch.equal(sample(*part), tokens[first : first + rows])
             assert torch.equal(top_probability(part[0]), probabilities[first : first + rows])
 
@@ -212,12 +222,13 @@ def test_draws_follow_the_filtered_distribution(setting):
     """200,000 draws over seeds and positions; a sound sampler fails once in a million runs."""
     draws = 200_000
     logits = torch.randn(24) * 2
-    args = [values.contiguous() for values in torch.tensor(setting).expand(draws, 4).T]
-    args[1] = args[1].int()
+    filters = [values.contiguous() for values in torch.tensor(setting).expand(draws, 4).T]
+    filters[1] = filters[1].int()
     seed, position = torch.arange(draws) // 500 * 7919, torch.arange(draws) % 500
-    tokens = sample(logits.expand(draws, -1).contiguous(), *args, seed, position)
+    rows = logits.expand(draws, -1).contiguous()
+    tokens = sample(rows, position, with_seed(filters, seed))
     counts = np.bincount(tokens.numpy(), minlength=24)
-    least = filter_threshold_ref(logits[None], *(a[:1] for a in args))[0]
+    least = filter_threshold_ref(logits[None], *(a[:1] for a in filters))[0]
     weights = torch.where(logits >= least, (logits.double() / setting[0]).exp(), 0.0)
     expected = (weights / weights.sum()).numpy() * draws
     assert counts[expected == 0].sum() == 0

@@ -9,6 +9,7 @@ import torch
 
 from kernels.cpu.sample import sample, top_probability
 from kernels.ops_cpu import NUMBA, run_layers
+from kernels.round.sample import SampleParams
 from kernels.weight import LayerWeights, Weight, layer_table
 
 C, H, H_KV, D, F, V = 24, 4, 2, 8, 20, 37
@@ -97,12 +98,15 @@ def layers_operands(**changes: Any) -> dict[str, Any]:
 
 
 def sample_operands() -> dict[str, Any]:
-    return {
-        "logits": torch.randn(B, V), "temperature": torch.ones(B), "top_k": ints(0, 0),
-        "top_p": torch.ones(B), "min_p": torch.zeros(B), "seed": ints(1, 2, dtype=torch.int64),
-        "position": ints(3, 4, dtype=torch.int64), "end_ids": ints((V - 1,), (-1,)),
-        "min_position": ints(9, 9),
-    }  # fmt: skip
+    return {"logits": torch.randn(B, V), "position": ints(3, 4, dtype=torch.int64),
+            "params": sample_params()}  # fmt: skip
+
+
+def sample_params(**changes: torch.Tensor) -> SampleParams:
+    return SampleParams(
+        temperature=torch.ones(B), top_k=ints(0, 0), top_p=torch.ones(B), min_p=torch.zeros(B),
+        seed=ints(1, 2, dtype=torch.int64), end_ids=ints((V - 1,), (-1,)), min_position=ints(9, 9),
+    )._replace(**changes)  # fmt: skip
 
 
 LAUNCHERS = {
@@ -168,10 +172,12 @@ BEYOND: dict[str, list[dict[str, Any]]] = {
         {"k_cache": torch.zeros(L, SLOTS, 3, S, D), "v_cache": torch.zeros(L, SLOTS, 3, S, D)},
     ],
     "sample": [
-        {"logits": torch.randn(3, V)}, {"logits": torch.randn(B, 0)}, {"top_k": ints(1)},
-        {"seed": ints(1, 2)}, {"position": ints(3, 4, 5, dtype=torch.int64)},
-        {"min_p": torch.zeros(B + 1)}, {"top_p": torch.ones(B, dtype=torch.float64)},
-        {"end_ids": ints((V,), (-1,))},
+        {"logits": torch.randn(3, V)}, {"logits": torch.randn(B, 0)},
+        {"position": ints(3, 4, 5, dtype=torch.int64)},
+        *({"params": sample_params(**changes)} for changes in (
+            {"top_k": ints(1)}, {"seed": ints(1, 2)}, {"min_p": torch.zeros(B + 1)},
+            {"top_p": torch.ones(B, dtype=torch.float64)}, {"end_ids": ints((V,), (-1,))},
+        )),
     ],
     "top": [{"logits": torch.randn(B, V, dtype=HALF)}, {"logits": torch.randn(V, B).T},
             {"logits": torch.randn(B, 0)}],

@@ -15,6 +15,7 @@ import kernels.round.sample as sample_module
 from kernels.cpu.sample import sample as sample_on_a_cpu
 from kernels.round.noise import gumbel, gumbel_ref, philox, philox_ref
 from kernels.round.sample import (
+    SampleParams,
     _filter_key,
     _ordered_key,
     filter_threshold_ref,
@@ -59,6 +60,18 @@ def parameters(rows: int, temperature, top_k, top_p, min_p, device="cpu") -> lis
         torch.full((rows,), top_p, dtype=torch.float32, device=device),
         torch.full((rows,), min_p, dtype=torch.float32, device=device),
     ]
+
+
+def with_seed(filters: list[torch.Tensor], seed: torch.Tensor, ends=None) -> SampleParams:
+    """A setting with seeds; without `ends`, which are end_ids and min_position, none is banned."""
+    nothing = torch.full_like(seed, -1, dtype=torch.int32)
+    return SampleParams(*filters, seed, *(ends or (nothing[:, None], nothing)))
+
+
+def rows_of(args, index):
+    """The arguments of `sample` for these rows, each a sequence of its own."""
+    logits, position, params = args
+    return logits[index], position[index], SampleParams(*(values[index] for values in params))
 
 
 def exact_distribution(logits, temperature, top_k, top_p, min_p) -> np.ndarray:
@@ -186,7 +199,7 @@ def test_draws_follow_the_filtered_distribution(setting):
     logits = torch.randn(24) * 2
     seed, position = torch.arange(draws) // 500 * 7919, torch.arange(draws) % 500
     rows = logits.expand(draws, -1)
-    tokens = sample_ref(rows, *parameters(draws, *setting), seed, position)
+    tokens = sample_ref(rows, position, with_seed(parameters(draws, *setting), seed))
     counts = np.bincount(tokens.numpy(), minlength=24)
     probs = exact_distribution(logits, *setting)
     assert counts[probs == 0].sum() == 0
@@ -198,7 +211,7 @@ def test_draws_follow_the_filtered_distribution(setting):
         assert chisquare(observed, expected).pvalue > 1e-6
 
 
-def random_rows(rows: int, vocab_size: int, device: torch.device) -> list[torch.Tensor]:
+def random_rows(rows: int, vocab_size: int, device: torch.device):
     """Arguments of `sample` with every kind of setting mixed over the rows."""
     settings = torch.tensor(FILTERS)[torch.randint(len(FILTERS), (rows,))]
     settings[::7, 0] = 0.0
@@ -206,9 +219,9 @@ def random_rows(rows: int, vocab_size: int, device: torch.device) -> list[torch.
     logits[::5, 3:6] = logits[::5].amax(-1, keepdim=True)
     seed = torch.randint(-(2**63), 2**63 - 1, (rows,))
     position = torch.randint(0, 2**20, (rows,))
-    temperature, top_k, top_p, min_p = settings.unbind(1)
-    args = (logits, temperature, top_k.int(), top_p, min_p, seed, position)
-    return [arg.contiguous().to(device) for arg in args]
+    temperature, top_k, top_p, min_p = settings.T.contiguous().to(device).unbind()
+    params = with_seed([temperature, top_k.int(), top_p, min_p], seed.to(device))
+    return logits.to(device), position.to(device), params
 
 
 @pytest.mark.parametrize("rows, vocab_size", [(100, 90), (20, 301)])
@@ -250,7 +263,7 @@ def test_temperature_zero_is_argmax_with_the_lowest_index(device, monkeypatch):
     logits[3, :] = -logits[3].abs()
     logits[3, 40], logits[3, 41] = -0.0, 0.0
     index = torch.arange(6, device=device)
-    args = (logits, *parameters(6, 0.0, 3, 0.5, 0.2, device), index, index)
+    args = (logits, index, with_seed(parameters(6, 0.0, 3, 0.5, 0.2, device), index))
     assert sample(*args).tolist() == sample_ref(*args).tolist() == logits.argmax(-1).tolist()
     assert sample(*args)[:4].tolist() == [17, 0, 299, 40]
 
@@ -259,9 +272,9 @@ def test_a_draw_does_not_depend_on_its_row_or_batch(device):
     args = random_rows(40, 77, device)
     whole = sample(*args)
     order = torch.randperm(40)
-    assert torch.equal(sample(*(arg[order] for arg in args)), whole[order])
+    assert torch.equal(sample(*rows_of(args, order)), whole[order])
     for row in range(3):
-        assert torch.equal(sample(*(arg[row : row + 1] for arg in args)), whole[row : row + 1])
+        assert torch.equal(sample(*rows_of(args, slice(row, row + 1))), whole[row : row + 1])
 
 
 def test_reference_at_a_real_vocabulary_does_not_depend_on_the_batch():
@@ -277,14 +290,13 @@ def test_reference_at_a_real_vocabulary_does_not_depend_on_the_batch():
 
 def test_rows_of_a_sequence_share_its_parameters(device):
     """R = B*T rows: what is drawn is what each row draws as a sequence of its own."""
-    args = random_rows(4, 77, device)
+    params = random_rows(4, 77, device)[2]
     logits = torch.randn(12, 77, device=device)
     position = torch.arange(12, device=device)
-    together = (logits, *args[1:6], position)
-    alone = (logits, *(arg.repeat_interleave(3) for arg in args[1:6]), position)
-    expected = sample_ref(*alone)
+    alone = SampleParams(*(values.repeat_interleave(3, 0) for values in params))
+    expected = sample_ref(logits, position, alone)
     for op in OPS if device.type == "cpu" else OPS[:2]:
-        assert torch.equal(op(*together), expected), op
+        assert torch.equal(op(logits, position, params), expected), op
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -305,10 +317,11 @@ def test_an_end_token_is_not_drawn_before_its_time(temperature, device):
     seed = torch.arange(batch, device=device)
     ends = (end_ids.to(device), min_position.to(device))
     before = logits.clone()
-    expected = sample_ref(banned, *filters, seed, position.to(device))
-    assert not torch.equal(expected, sample_ref(logits, *filters, seed, position.to(device)))
+    position, params = position.to(device), with_seed(filters, seed)
+    expected = sample_ref(banned, position, params)
+    assert not torch.equal(expected, sample_ref(logits, position, params))
     for op in OPS if device.type == "cpu" else OPS[:2]:
-        assert torch.equal(op(logits, *filters, seed, position.to(device), *ends), expected), op
+        assert torch.equal(op(logits, position, with_seed(filters, seed, ends)), expected), op
     assert torch.equal(logits, before)
 
 
@@ -316,5 +329,6 @@ def test_logits_that_are_not_numbers_give_a_token_of_the_vocabulary(device):
     logits = torch.full((2, 40), float("nan"), device=device)
     index = torch.arange(2, device=device)
     for temperature in (0.0, 1.0):
-        tokens = sample(logits, *parameters(2, temperature, 5, 0.9, 0.1, device), index, index)
+        params = with_seed(parameters(2, temperature, 5, 0.9, 0.1, device), index)
+        tokens = sample(logits, index, params)
         assert all(0 <= token < 40 for token in tokens.tolist())

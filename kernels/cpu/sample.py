@@ -28,7 +28,7 @@ from kernels.cpu.compile import device, kernel
 from kernels.cpu.scalars import F, addresses_at, exp, floats_at, ints_at
 from kernels.gpu.launch import assert_plain
 from kernels.round.noise import MASK32, PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1
-from kernels.round.sample import assert_parameters, without_early_ends
+from kernels.round.sample import SampleParams, assert_params, without_early_ends
 
 CHUNK = 64  # logits that are skipped or looked at together
 GROUPS = CHUNK // 4  # one philox call serves four logits
@@ -338,28 +338,17 @@ def _top_probability(logits, num_rows, num_v, out):
         _top_row(np.int64(r), logits, num_rows, num_v, out)
 
 
-def sample(
-    logits: torch.Tensor,  # [R, V] float32
-    temperature: torch.Tensor,  # [B] float32, 0 is greedy
-    top_k: torch.Tensor,  # [B] int32, <= 0 is off
-    top_p: torch.Tensor,  # [B] float32, 1 is off
-    min_p: torch.Tensor,  # [B] float32, 0 is off
-    seed: torch.Tensor,  # [B] int64
-    position: torch.Tensor,  # [R] int64: position of the token being drawn
-    end_ids: torch.Tensor | None = None,  # [B, E] int32, and then -1
-    min_position: torch.Tensor | None = None,  # [B] int32: no end token before it
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, position: torch.Tensor, params: SampleParams) -> torch.Tensor:
     """Return the drawn token ids [R] int64; a row's token does not depend on the other rows."""
     num_rows, vocab_size = logits.shape
     assert 0 < vocab_size <= MAX_VOCAB, vocab_size
-    assert_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
+    assert_params(logits, position, params)
     assert logits.device.type == "cpu", logits.device
-    logits = without_early_ends(logits, position, end_ids, min_position)
+    logits = without_early_ends(logits, position, params)
     tokens = torch.empty(num_rows, dtype=torch.int64)
     _sample(
-        logits.data_ptr(), num_rows, vocab_size, num_rows // temperature.shape[0],
-        temperature.data_ptr(), top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(),
-        seed.data_ptr(), position.data_ptr(), tokens.data_ptr(),
+        logits.data_ptr(), num_rows, vocab_size, num_rows // params.seed.shape[0],
+        *(values.data_ptr() for values in params[:5]), position.data_ptr(), tokens.data_ptr(),
     )  # fmt: skip
     return tokens
 

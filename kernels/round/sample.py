@@ -7,7 +7,8 @@
 argmax of logits plus Gumbel noise is an exact draw from the softmax (Gumbel 1954). Each filter
 keeps every logit at or above a threshold, so equal logits stay or go together. Ties go to the
 lowest index. A sequence's end tokens count as -inf at positions before its `min_position`.
-Shapes: logits [R, V] float32, R = B*T rows, one parameter a sequence -> token [R] int64.
+Shapes: logits [R, V] float32, R = B*T rows, position [R] int64, the position of the token that is
+drawn, and SampleParams of B sequences -> token [R] int64.
 
 The kernel finds thresholds without sorting: float32 values map to uint32 keys of the same order,
 and a bisection over the keys asks how many logits (top-k), or how much probability (top-p), lie at
@@ -17,12 +18,30 @@ for each of top-k and top-p; sums of probabilities are float32 in an order fixed
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels.gpu.launch import SAMPLE_BLOCK_V, assert_plain
 from kernels.round.noise import gumbel, gumbel_ref
+
+
+class SampleParams(NamedTuple):
+    """How each of B sequences draws its tokens. The kernels take the first five in this order."""
+
+    temperature: torch.Tensor  # [B] float32, 0 is greedy
+    top_k: torch.Tensor  # [B] int32, <= 0 is off
+    top_p: torch.Tensor  # [B] float32, 1 is off
+    min_p: torch.Tensor  # [B] float32, 0 is off
+    seed: torch.Tensor  # [B] int64
+    end_ids: torch.Tensor  # [B, E] int32, and then -1
+    min_position: torch.Tensor  # [B] int32: no end token before it
+
+
+_F32, _I32, _I64 = torch.float32, torch.int32, torch.int64
+SAMPLE_DTYPES = (_F32, _I32, _F32, _F32, _I64, _I32, _I32)
 
 
 def filter_threshold_ref(
@@ -55,15 +74,11 @@ def top_probability_ref(logits: torch.Tensor) -> torch.Tensor:
 
 
 def without_early_ends(
-    logits: torch.Tensor,  # [R, V]
-    position: torch.Tensor,  # [R]
-    end_ids: torch.Tensor | None,  # [B, E], and then -1
-    min_position: torch.Tensor | None,  # [B]
+    logits: torch.Tensor, position: torch.Tensor, params: SampleParams
 ) -> torch.Tensor:
     """The logits, or a copy with -inf for end tokens where an answer may not end yet."""
-    if end_ids is None or min_position is None:
-        return logits
-    is_early = position.view(end_ids.shape[0], -1) < min_position[:, None]  # [B, T]
+    end_ids = params.end_ids
+    is_early = position.view(end_ids.shape[0], -1) < params.min_position[:, None]  # [B, T]
     if not is_early.any():
         return logits
     logits, width = logits.clone(), is_early.shape[1]
@@ -73,22 +88,12 @@ def without_early_ends(
     return logits
 
 
-def sample_ref(
-    logits: torch.Tensor,  # [R, V] float32
-    temperature: torch.Tensor,  # [B] float32, 0 is greedy
-    top_k: torch.Tensor,  # [B] int32, <= 0 is off
-    top_p: torch.Tensor,  # [B] float32, 1 is off
-    min_p: torch.Tensor,  # [B] float32, 0 is off
-    seed: torch.Tensor,  # [B] int64
-    position: torch.Tensor,  # [R] int64: position of the token being drawn
-    end_ids: torch.Tensor | None = None,  # [B, E] int32, and then -1
-    min_position: torch.Tensor | None = None,  # [B] int32: no end token before it
-) -> torch.Tensor:
+def sample_ref(logits: torch.Tensor, position: torch.Tensor, params: SampleParams) -> torch.Tensor:
     """Return the drawn token ids [R] int64."""
-    logits = without_early_ends(logits, position, end_ids, min_position)
-    width = logits.shape[0] // temperature.shape[0]
+    logits = without_early_ends(logits, position, params)
+    width = logits.shape[0] // params.seed.shape[0]
     temperature, top_k, top_p, min_p, seed = (
-        value.repeat_interleave(width) for value in (temperature, top_k, top_p, min_p, seed)
+        value.repeat_interleave(width) for value in params[:5]
     )
     tokens = logits.argmax(-1)
     drawn = (temperature > 0).nonzero().squeeze(-1)
@@ -227,13 +232,11 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     temperature = tl.load(temperature_ptr + b)
     top_k, top_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b)
     seed, position = tl.load(seed_ptr + b), tl.load(position_ptr + row)
-    ends_ptr, num_ends = end_ids_ptr, 0
-    if NUM_ENDS > 0:
-        ends_ptr = end_ids_ptr + b * NUM_ENDS
-        offs_e = tl.arange(0, BLOCK_E)
-        ends = tl.load(ends_ptr + offs_e, mask=offs_e < NUM_ENDS, other=-1)
-        is_early = position < tl.load(min_position_ptr + b)
-        num_ends = tl.where(is_early, tl.sum((ends >= 0).to(tl.int32), axis=0), 0)
+    ends_ptr = end_ids_ptr + b * NUM_ENDS
+    offs_e = tl.arange(0, BLOCK_E)
+    ends = tl.load(ends_ptr + offs_e, mask=offs_e < NUM_ENDS, other=-1)
+    is_early = position < tl.load(min_position_ptr + b)
+    num_ends = tl.where(is_early, tl.sum((ends >= 0).to(tl.int32), axis=0), 0)
     key = tl.zeros((), tl.uint32)
     row_max, token = _argmax(
         row_ptr, V, ends_ptr, num_ends, key, 0.0, 1.0, 0.0, seed, position, BLOCK_V, False
@@ -251,52 +254,30 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     tl.store(token_ptr + row, tl.minimum(token, V - 1).to(tl.int64))
 
 
-def sample(
-    logits: torch.Tensor,  # [R, V] float32
-    temperature: torch.Tensor,  # [B] float32, 0 is greedy
-    top_k: torch.Tensor,  # [B] int32, <= 0 is off
-    top_p: torch.Tensor,  # [B] float32, 1 is off
-    min_p: torch.Tensor,  # [B] float32, 0 is off
-    seed: torch.Tensor,  # [B] int64
-    position: torch.Tensor,  # [R] int64: position of the token being drawn
-    end_ids: torch.Tensor | None = None,  # [B, E] int32, and then -1
-    min_position: torch.Tensor | None = None,  # [B] int32: no end token before it
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, position: torch.Tensor, params: SampleParams) -> torch.Tensor:
     """Return the drawn token ids [R] int64."""
+    assert_params(logits, position, params)
     num_rows, vocab_size = logits.shape
-    assert_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
-    assert (end_ids is None) == (min_position is None), "end tokens without a position"
-    assert_plain(torch.int32, end_ids, min_position)
-    num_ends = 0 if end_ids is None else end_ids.shape[1]
-    if end_ids is None:
-        end_ids = top_k  # an address of the type, which is not read
+    batch, num_ends = params.end_ids.shape
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     _sample_kernel[(num_rows,)](
-        *(logits, temperature, top_k, top_p, min_p, seed, position, end_ids, min_position, tokens),
-        *(vocab_size, num_rows // temperature.shape[0]),
+        *(logits, *params[:5], position, params.end_ids, params.min_position, tokens),
+        *(vocab_size, num_rows // batch),
         NUM_ENDS=num_ends,
-        BLOCK_E=triton.next_power_of_2(max(1, num_ends)),
+        BLOCK_E=triton.next_power_of_2(num_ends),
         BLOCK_V=min(SAMPLE_BLOCK_V, max(128, triton.next_power_of_2(vocab_size))),
         num_warps=16,
     )
     return tokens
 
 
-def assert_parameters(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    seed: torch.Tensor,
-    position: torch.Tensor,
-) -> None:
+def assert_params(logits: torch.Tensor, position: torch.Tensor, params: SampleParams) -> None:
     """One parameter a sequence, as many rows of logits for each, and a position for every row."""
-    num_rows, batch = logits.shape[0], temperature.shape[0]
-    assert batch > 0 and num_rows % batch == 0, (num_rows, batch)
-    for parameter in (temperature, top_k, top_p, min_p, seed):
-        assert parameter.shape == (batch,), (parameter.shape, batch)
+    num_rows, (batch, num_ends) = logits.shape[0], params.end_ids.shape
+    assert batch > 0 and num_rows % batch == 0 and num_ends > 0, (num_rows, batch, num_ends)
     assert position.shape == (num_rows,), (position.shape, num_rows)
-    assert_plain(torch.float32, logits, temperature, top_p, min_p)
-    assert_plain(torch.int32, top_k)
-    assert_plain(torch.int64, seed, position)
+    assert_plain(torch.float32, logits)
+    assert_plain(torch.int64, position)
+    for tensor, dtype in zip(params, SAMPLE_DTYPES, strict=True):
+        assert tensor is params.end_ids or tensor.shape == (batch,), (tensor.shape, batch)
+        assert_plain(dtype, tensor)
