@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from engine.costs import PassCosts
-from engine.drafts import NAMES, Drafts, check_speculative, is_lossless
 from engine.generate import generate, prompt_feature
 from engine.kv_cache import SlotPool, make_kv_cache
 from engine.loading import Loaded, choose_device, choose_dtype, load
 from engine.params import MAX_END_IDS, SamplingParams, Speculative
 from engine.passes import Passes
 from engine.prefill import prefill
+from engine.prepare import NAMES, PlanPreparer, can_draft, check_speculative
 from engine.routing import NONE, check_router, make_router, open_router
 from engine.sequence import RunningSequence, TokenStream
 from engine.stream import TextStream
@@ -142,13 +142,13 @@ class LLM:
             prefill(model, self._cache, 0, [0, 0], 0)
         after_step()
         self._router = self._open_router(router, model)
-        self._drafts = Drafts(model, profile, self._passes.lock)
+        self._preparer = PlanPreparer(self._passes, profile)
         after_step()
         plans, _ = self._choose_plans(speculative)
         after_step()
         if model.device.type == "cuda":
             with torch.inference_mode():
-                self._passes.warm_up(self.model, self._router)
+                self._passes.warm_up(self._router)
         # The plan of a file and not its name: the file may change, or go.
         is_file = isinstance(speculative, (str, os.PathLike)) and speculative not in NAMES
         self._speculative: Speculative = speculative
@@ -220,14 +220,14 @@ class LLM:
 
         Raises ValueError for a library of another model, and where no draft is lossless.
         """
-        if library is not None and not is_lossless(self.model):
+        if library is not None and not can_draft(self.model):
             raise self._nothing_to_route()
         self._router = None if library is None else make_router(library, self.model)
 
     @property
     def model(self) -> Llama:
         """The model; with its int8 form from the moment that a plan needs one."""
-        return self._drafts.model
+        return self._passes.drafter
 
     @property
     def speculative(self) -> Speculative:
@@ -237,7 +237,7 @@ class LLM:
     @property
     def costs(self) -> PassCosts:
         """What passes cost here, in plain decode steps, as the draft lengths go by."""
-        return self._drafts.costs
+        return self._preparer.costs
 
     @property
     def int8_bytes(self) -> int:
@@ -245,7 +245,7 @@ class LLM:
         return int8_bytes(self.model.weights)
 
     def _open_router(self, value: str | os.PathLike[str] | None, model: Llama) -> Router | None:
-        if is_lossless(model):
+        if can_draft(model):
             return open_router(value, model)
         if value not in (None, NONE):
             raise self._nothing_to_route()
@@ -260,7 +260,7 @@ class LLM:
     def _generate(
         self, sequences: Sequence[RunningSequence]
     ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
-        return generate(self.model, self._passes, self._pool, self.costs, sequences)
+        return generate(self._passes, self._pool, self.costs, sequences)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -322,6 +322,6 @@ class LLM:
     ) -> tuple[tuple[DraftPlan, ...], Router | None]:
         """The plans of a request, or the router that will choose them; what they need is made."""
         if speculative == "auto" and self._router is not None:
-            self._drafts.prepare_plans(self._router.used_plans)
+            self._preparer.prepare(self._router.used_plans)
             return (), self._router
-        return self._drafts.prepare(speculative), None
+        return self._preparer.prepare(speculative), None
