@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from engine.costs import PassCosts
-from engine.drafts import NAMES, check_speculative
 from engine.generate import generate, prompt_feature
 from engine.loading import Loaded, assemble, check_can_draft, choose_device, choose_dtype, load
 from engine.params import SamplingParams, Speculative
+from engine.prepare import NAMES, check_speculative
 from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
 from engine.routing import check_router, make_router
 from engine.sequence import RunningSequence, TokenStream
@@ -125,12 +125,12 @@ class LLM:
         self._chat_template = loaded.chat_template
         self._seeds = random.Random(seed)
         parts = assemble(model, max_sequences, router, profile, after_step)
-        self._cache, self._pool, self._passes, self._drafts, self._router = parts
+        self._cache, self._pool, self._passes, self._preparer, self._router = parts
         plans, _ = self._choose_plans(speculative)
         after_step()
         if model.device.type == "cuda":
             with torch.inference_mode():
-                self._passes.warm_up(self.model, self._router)
+                self._passes.warm_up(self._router)
         # The plan of a file and not its name: the file may change, or go.
         is_file = isinstance(speculative, (str, os.PathLike)) and speculative not in NAMES
         self._speculative: Speculative = speculative
@@ -209,7 +209,7 @@ class LLM:
     @property
     def model(self) -> Llama:
         """The model; with its int8 form from the moment that a plan needs one."""
-        return self._drafts.model
+        return self._passes.drafter
 
     @property
     def speculative(self) -> Speculative:
@@ -219,7 +219,7 @@ class LLM:
     @property
     def costs(self) -> PassCosts:
         """What passes cost here, in plain decode steps, as the draft lengths go by."""
-        return self._drafts.costs
+        return self._preparer.costs
 
     @property
     def int8_bytes(self) -> int:
@@ -229,7 +229,7 @@ class LLM:
     def _generate(
         self, sequences: Sequence[RunningSequence]
     ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
-        return generate(self.model, self._passes, self._pool, self.costs, sequences)
+        return generate(self._passes, self._pool, self.costs, sequences)
 
     def _sequence(self, prompt: Prompt, params: SamplingParams | None) -> RunningSequence:
         """A request that was found to be in order; see `LLM` for what is raised else."""
@@ -253,6 +253,6 @@ class LLM:
     ) -> tuple[tuple[DraftPlan, ...], Router | None]:
         """The plans of a request, or the router that will choose them; what they need is made."""
         if speculative == "auto" and self._router is not None:
-            self._drafts.prepare_plans(self._router.used_plans)
+            self._preparer.prepare(self._router.used_plans)
             return (), self._router
-        return self._drafts.prepare(speculative), None
+        return self._preparer.prepare(speculative), None

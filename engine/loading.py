@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from engine.drafts import Drafts, is_lossless
 from engine.kv_cache import KVCache, SlotPool, make_kv_cache
 from engine.passes import Passes
 from engine.prefill import prefill
+from engine.prepare import PlanPreparer, can_draft
 from engine.routing import NONE, open_router
 from kernels.ops import TORCH, Ops
 from kernels.ops_cpu import NUMBA
@@ -124,7 +124,7 @@ class Parts(NamedTuple):
     cache: KVCache
     pool: SlotPool
     passes: Passes
-    drafts: Drafts
+    preparer: PlanPreparer
     router: Router | None
 
 
@@ -150,15 +150,15 @@ def assemble(
     after_step()
     if router not in (None, NONE):
         check_can_draft(model)
-    opened = open_router(router, model) if is_lossless(model) else None  # else it decodes plainly
-    drafts = Drafts(model, profile, passes.lock)
+    opened = open_router(router, model) if can_draft(model) else None  # else it decodes plainly
+    preparer = PlanPreparer(passes, profile)
     after_step()
-    return Parts(cache, SlotPool(max_sequences), passes, drafts, opened)
+    return Parts(cache, SlotPool(max_sequences), passes, preparer, opened)
 
 
 def check_can_draft(model: Llama) -> None:
     """Raises ValueError for a router where a draft could change a token."""
-    if not is_lossless(model):
+    if not can_draft(model):
         raise ValueError(
             f"router: got a library for {str(model.dtype).removeprefix('torch.')} on a CPU, "
             "expected 'none', as a draft could change a token there; use dtype='float32'"

@@ -114,7 +114,7 @@ def test_arms_on_a_widened_model(monkeypatch, tmp_path, capsys):
     template = ChatTemplate(CHAT_TEMPLATE, "test")
     loaded = Loaded("tiny", tiny_llama(config), tokenizer, template, {})
     monkeypatch.setattr(decode, "load", lambda *_: loaded)
-    monkeypatch.setattr("engine.drafts.profile_path", lambda _: tmp_path / "profile.json")
+    monkeypatch.setattr("engine.prepare.profile_path", lambda _: tmp_path / "profile.json")
     monkeypatch.setitem(WIDENINGS, "small", Widening(96, 2, 2))
     few = ["--per-domain", "1", "--new-tokens", "6", "--repeats", "1"]
     decode.main(["--widen", "small", "--domains", "math,code", *few])

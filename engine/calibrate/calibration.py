@@ -21,17 +21,18 @@ from hashlib import sha256
 
 import torch
 
-from engine.calibrate.costs_by_part import PlanCosts, from_parts, measure_parts
+from engine.calibrate.costs_by_part import CostsByPart, from_parts, measure_parts
 from engine.calibrate.prompts import MIX
 from engine.calibrate.replay import ngram_rates, replay, smoothed
 from engine.calibrate.state import CalibrationState
 from engine.command import Report
-from engine.controller import NGRAM_PRIORS, SELF_PRIOR
 from engine.costs import PassCosts
 from engine.llm import LLM
 from engine.params import SamplingParams
 from engine.profile import profile_draft
 from engine.routing import plans_beside
+from engine.sources.ngram import NGRAM_PRIORS
+from engine.sources.plan import SELF_PRIOR
 from engine.types import RequestOutput
 from models.plan import FULL, INT8, NGRAM, OFF, SKIP, DraftPlan
 from router.anchors import cluster, fit_min_ratio
@@ -128,7 +129,7 @@ class Calibration:
         params = SamplingParams(temperature=0, max_tokens=tokens, speculative=plans)
         return self._llm.generate([prompt], params)[0]
 
-    def _costs(self) -> tuple[PassCosts, PlanCosts]:
+    def _costs(self) -> tuple[PassCosts, CostsByPart]:
         """What passes cost here: the engine's profile, and R by parts."""
         self._report("costs of passes", 0, 1)
 
@@ -215,7 +216,7 @@ class Calibration:
         traces: Sequence[Trace],
         flags: Flags,
         passes: PassCosts,
-        parts: PlanCosts,
+        parts: CostsByPart,
     ) -> DraftPlan:
         """The candidate that answers the domain's prompts soonest; the best three by the clock."""
         table = parts.fill(passes, flags)

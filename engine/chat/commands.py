@@ -201,7 +201,7 @@ def _stats(repl: Repl, argument: str) -> None:
 
 def _spec(repl: Repl, argument: str) -> None:
     # Here and not above: it imports torch, which the loaded model has done by now.
-    from engine.drafts import NAMES, resolve_plans
+    from engine.prepare import NAMES, resolve_plans
 
     llm = repl.llm
     value = _speculative(repl)
