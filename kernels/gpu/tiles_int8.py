@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.tiles import any_row, load_norm, load_tile, project_rows
-from kernels.layer.planned_linear import LEVELS
-from kernels.weight import Weight
+from kernels.weight import LEVELS, Weight
 
 SMALLEST = 1e-30  # stands in for the largest activation of a group of zeros; its inverse is finite
 
