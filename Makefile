@@ -23,8 +23,9 @@ chat: $(VENV)/.chat
 	@$(BIN)/python -m engine.chat \
 		$(if $(filter command,$(origin PROMPT)),--prompt="$$CHAT_PROMPT") $(ARGS)
 
+# Two processes, each with whole files: most tests keep one core busy.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.timing import num_sets
-from kernels.layer.planned_linear import LEVELS
 from kernels.operands import Rows
-from kernels.weight import INT8
+from kernels.weight import INT8, LEVELS
 from models.config import LlamaConfig
 
 ROUNDINGS = 4 * torch.finfo(torch.float32).eps

@@ -24,17 +24,15 @@ import torch
 
 from bench.report import CheckError
 from bench.shapes import kv_bytes, random_tokens, skip_plan, textless
-from engine.accept import accept
 from engine.controller import PLAIN, Choice
-from engine.draft import draft
 from engine.graphs import run_eagerly
 from engine.kv_cache import KVCache, make_kv_cache
 from engine.params import SamplingParams
 from engine.passes import Passes, Runner
+from engine.round import run_round
 from engine.round_buffers import MAX_WIDTH, RoundRow
 from engine.sequence import RunningSequence
 from engine.stream import TextStream
-from engine.verify import verify
 from kernels.ops import Ops
 from models.config import LlamaConfig
 from models.llama import Llama, make_llama
@@ -192,21 +190,20 @@ def verify_arm(subject: Subject, context: int, width: int) -> Arm:
 
 def draft_arm(subject: Subject, context: int, plan: DraftPlan) -> Arm:
     """A draft step whose token is the last one of the context."""
-    passes, model = subject.passes, subject.plans[plan]
-    newest = subject.token_ids[context - 1 : context]
+    passes, newest = subject.passes, subject.token_ids[context - 1 : context]
 
     def set_up() -> None:
+        passes.drafter = subject.plans[plan]
         stage(passes, newest, context - 1, num_wanted=1)
         passes.set_plan(0, plan)
 
     # A step counts its token, and the next one would find that it has enough.
-    return Arm(set_up, passes.buffers.num_drafted.zero_, lambda: passes.draft_step(model, 1))
+    return Arm(set_up, passes.buffers.num_drafted.zero_, lambda: passes.draft_step(1))
 
 
 def round_arm(subject: Subject, context: int, choice: Choice) -> Arm:
     """A greedy request's round that ends, if all is accepted, with the context full."""
     passes = subject.passes
-    model = subject.model if choice.plan is None else subject.plans[choice.plan]
     params = SamplingParams(temperature=0, ignore_eos=True).with_defaults({})
     text = TextStream(textless(subject.model.config))
     tokens, length = subject.token_ids[: context - choice.num_tokens], len(subject.token_ids)
@@ -214,8 +211,9 @@ def round_arm(subject: Subject, context: int, choice: Choice) -> Arm:
     sequence.slot = 0
 
     def run() -> None:
-        drafted = draft(model, passes, [sequence], [choice])
-        accept(drafted, verify(passes, drafted))
+        if choice.plan is not None:
+            passes.drafter = subject.plans[choice.plan]
+        run_round(passes, [sequence], [choice])
 
     return Arm(nothing, nothing, run, is_round=True)
 
@@ -318,9 +316,10 @@ def draft_all(
     first = context - MAX_WIDTH
     poison(passes, first)
     stage(passes, subject.token_ids[:1], first, num_wanted=count)
+    passes.drafter = subject.plans[plan]
     passes.set_plan(0, plan)
     for _ in range(count):
-        passes.draft_step(subject.plans[plan], 1)
+        passes.draft_step(1)
     keys, values, _ = written(passes, first, first + count)
     return [_copy(passes.buffers.token_ids[0, : count + 1]), keys, values]
 

@@ -1,7 +1,7 @@
 """What a pass costs, in units of a plain decode step: the R and V of the speed-up formula.
 
 Measured once for a model, device and version, in less than a second, and kept on disk; without a
-profile, estimates take their place. A wrong cost makes drafting slower, never wrong.
+profile, estimates take their place. A wrong cost makes drafting slower; output is unaffected.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class PassCosts:
             batch, width = bucket(batch), bucket(width)
         return self.of_verify(batch * width)
 
-    def of_draft(self, plan: DraftPlan) -> float:
-        """R of a plan; 0 for plans that run no pass of the model."""
-        return 0.0 if plan.kind != "self" else self.drafts[plan]
+    def of_draft(self, plan: DraftPlan | None) -> float:
+        """R of a plan; 0 without one, and for one that runs no sub-layer of the model."""
+        return self.drafts[plan] if plan is not None and plan.sublayers else 0.0
 
     def best_length(
         self, draft: float, first: float, later: float, longest: int, num_running: int = 1

@@ -8,17 +8,13 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from engine.accept import accept
-from engine.choose import token_logprobs
 from engine.costs import PassCosts
-from engine.draft import draft
 from engine.kv_cache import SlotPool
 from engine.passes import Passes
 from engine.prefill import prefill
+from engine.round import run_round
 from engine.sequence import RunningSequence
 from engine.types import TokenEvent, Verdict
-from engine.verify import verify
-from models.llama import Llama
 from router.feature import as_feature
 
 Event = tuple[RunningSequence, TokenEvent]
@@ -29,7 +25,6 @@ BUSY = (
 
 
 def generate(
-    model: Llama,
     passes: Passes,
     pool: SlotPool,
     costs: PassCosts,
@@ -37,7 +32,7 @@ def generate(
 ) -> Generator[Event, None, None]:
     """Run sequences to their ends; yield every token as it is made, with its sequence.
 
-    model: what drafts: `passes.model`, with the int8 forms that the sequences' plans need.
+    passes: its drafter has what the sequences' plans need. costs: of these plans and of passes.
     Closing the iterator ends all of them and leaves the cache consistent. Raises RuntimeError when
     other requests hold every slot.
     """
@@ -56,7 +51,7 @@ def generate(
                 raise RuntimeError(BUSY)
             if running:
                 # A list, so that the consumer sees the tokens of a round after the round.
-                yield from _deliver(_round(model, passes, costs, running))
+                yield from _deliver(_round(passes, costs, running))
                 _retire(running, pool)
     finally:
         for sequence in running:
@@ -80,6 +75,7 @@ def _first_token(passes: Passes, sequence: RunningSequence) -> TokenEvent:
         drawn = passes.draw(logits)
         _route(passes, sequence)
         token = int(drawn)
+        sequence.drafting.controller.start([*sequence.token_ids, token])
     sequence.prefill_seconds = time.perf_counter() - started
     return sequence.append(token, _logprobs(sequence, logits[0], token))
 
@@ -87,7 +83,7 @@ def _first_token(passes: Passes, sequence: RunningSequence) -> TokenEvent:
 def _read_prompt(passes: Passes, sequence: RunningSequence) -> torch.Tensor:
     """Logits [1, V] after the prompt, whose keys, values and states are in the cache then."""
     logits = prefill(
-        passes.model, passes.cache, sequence.slot, sequence.token_ids, sequence.num_reused
+        passes.target, passes.cache, sequence.slot, sequence.token_ids, sequence.num_reused
     )
     sequence.num_cached = sequence.num_prompt
     return logits
@@ -104,7 +100,7 @@ def prompt_feature(passes: Passes, pool: SlotPool, sequence: RunningSequence) ->
             raise RuntimeError(BUSY)
         with passes.alone():
             _read_prompt(passes, sequence)
-            model, states = passes.model, passes.cache.states[sequence.slot, : sequence.num_prompt]
+            model, states = passes.target, passes.cache.states[sequence.slot, : sequence.num_prompt]
             total = model.decode_ops.pool_states(
                 states, model.weights.final_norm, model.config.norm_eps
             )
@@ -118,36 +114,30 @@ def _route(passes: Passes, sequence: RunningSequence) -> None:
 
     The row is on the device before the host has read the decision, which it wants for its accounts.
     """
-    router, slot = sequence.router, sequence.slot
+    router, slot = sequence.drafting.router, sequence.slot
     if router is None:
         return
     started = time.perf_counter()
     passes.note_plan(slot, None)
     pending = router.launch(passes.cache.states[slot, : sequence.num_prompt], passes.plan_row(slot))
     route = router.read(pending)
-    passes.note_plan(slot, route.plan if route.plan.kind == "self" else None)
-    sequence.take_route(route, time.perf_counter() - started)
+    passes.note_plan(slot, route.plan)
+    sequence.drafting.take_route(route, time.perf_counter() - started)
 
 
 @torch.inference_mode()
-def _round(
-    model: Llama, passes: Passes, costs: PassCosts, running: Sequence[RunningSequence]
-) -> list[Event]:
-    """Draft, verify, accept: at least one token more for every running sequence."""
+def _round(passes: Passes, costs: PassCosts, running: Sequence[RunningSequence]) -> list[Event]:
+    """One round, and what it yields of every running sequence."""
     started = time.perf_counter()
-    choices = [sequence.choose(costs, len(running)) for sequence in running]
+    choices = [s.drafting.controller.choose(costs, len(running), s.room) for s in running]
+    events: list[Event] = []
     with passes.alone():
-        drafted = draft(model, passes, running, choices)
-        verified = verify(passes, drafted)
-        verdicts = accept(drafted, verified)
+        results = run_round(passes, running, choices)
         seconds = time.perf_counter() - started
-        events: list[Event] = []
-        for choice, place, verdict, sequence in zip(
-            choices, drafted.places, verdicts, running, strict=True
-        ):
+        for sequence, choice, (verdict, logits) in zip(running, choices, results, strict=True):
             sequence.decode_seconds += seconds
-            sequence.account(choice, verdict)
-            events += _take(sequence, verdict, verified.logits[place])
+            sequence.drafting.observe(choice, verdict)
+            events += _take(sequence, verdict, logits)
     return events
 
 
@@ -168,8 +158,14 @@ def _take(sequence: RunningSequence, verdict: Verdict, logits: torch.Tensor) -> 
 def _logprobs(
     sequence: RunningSequence, logits: torch.Tensor, token_id: int
 ) -> dict[int, float] | None:
+    """Natural log-probabilities, by token id, of one token and the likeliest; None if not asked."""
     num_top = sequence.params.logprobs
-    return None if num_top is None else token_logprobs(logits, token_id, num_top)
+    if num_top is None:
+        return None
+    values = logits.log_softmax(-1)
+    top = values.topk(num_top)
+    best = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return {token_id: float(values[token_id])} | dict(best)
 
 
 def _retire(running: list[RunningSequence], pool: SlotPool) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from engine.prefix import common_prefix
 from engine.sequence import RunningSequence
 from models.config import LlamaConfig
 
@@ -36,15 +36,6 @@ def make_kv_cache(
     return KVCache(*(torch.empty(s, device=device, dtype=dtype) for s in shapes))
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
-
-
 class SlotPool:
     """Lends cache slots to requests, and remembers which tokens each slot still holds.
 
@@ -69,7 +60,7 @@ class SlotPool:
             self._take_back()
             if not self._free:
                 return False
-            shared = {slot: _common_prefix(held, prompt) for slot, held in self._free.items()}
+            shared = {slot: common_prefix(held, prompt) for slot, held in self._free.items()}
             slot = max(shared, key=lambda candidate: shared[candidate])
             sequence.num_reused = min(shared[slot], len(prompt) - 1)
             sequence.slot = slot

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from engine.costs import PassCosts
-from engine.drafts import NAMES, Drafts, check_speculative, is_lossless
 from engine.generate import generate, prompt_feature
-from engine.kv_cache import SlotPool, make_kv_cache
-from engine.loading import Loaded, choose_device, choose_dtype, load
-from engine.params import MAX_END_IDS, SamplingParams, Speculative
-from engine.passes import Passes
-from engine.prefill import prefill
-from engine.routing import NONE, check_router, make_router, open_router
+from engine.loading import Loaded, assemble, check_can_draft, choose_device, choose_dtype, load
+from engine.params import SamplingParams, Speculative
+from engine.prepare import NAMES, check_speculative
+from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
+from engine.routing import check_router, make_router
 from engine.sequence import RunningSequence, TokenStream
 from engine.stream import TextStream
 from engine.types import RequestOutput, TokenEvent
@@ -27,7 +25,6 @@ from models.quantise import int8_bytes
 from router.library import RouterLibrary
 from router.route import Router
 
-Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 MAX_SEED = 2**63 - 1
 
@@ -118,10 +115,6 @@ class LLM:
         profile: bool,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
-        if isinstance(max_sequences, bool) or not isinstance(max_sequences, int):
-            raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
-        if max_sequences < 1:
-            raise ValueError(f"max_sequences: got {max_sequences}, expected at least 1")
         model = loaded.model
         self.model_name = loaded.name
         self.generation = loaded.generation
@@ -131,24 +124,13 @@ class LLM:
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
         self._seeds = random.Random(seed)
-        self._pool = SlotPool(max_sequences)
-        self._cache = make_kv_cache(
-            model.config, max_sequences, self.max_length, model.device, model.dtype
-        )
-        self._passes = Passes(model, self._cache, max_sequences)
-        after_step()
-        # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
-        with torch.inference_mode(), self._passes.alone():
-            prefill(model, self._cache, 0, [0, 0], 0)
-        after_step()
-        self._router = self._open_router(router, model)
-        self._drafts = Drafts(model, profile, self._passes.lock)
-        after_step()
+        parts = assemble(model, max_sequences, router, profile, after_step)
+        self._cache, self._pool, self._passes, self._preparer, self._router = parts
         plans, _ = self._choose_plans(speculative)
         after_step()
         if model.device.type == "cuda":
             with torch.inference_mode():
-                self._passes.warm_up(self.model, self._router)
+                self._passes.warm_up(self._router)
         # The plan of a file and not its name: the file may change, or go.
         is_file = isinstance(speculative, (str, os.PathLike)) and speculative not in NAMES
         self._speculative: Speculative = speculative
@@ -163,7 +145,7 @@ class LLM:
             raise ValueError(f"prompts: got {prompts!r}, expected a prompt or a list of prompts")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
-        sequences = [self._sequence(self._encode(prompt), params) for prompt in batch]
+        sequences = [self._sequence(prompt, params) for prompt in batch]
         for _ in self._generate(sequences):
             pass
         return [sequence.output() for sequence in sequences]
@@ -173,7 +155,7 @@ class LLM:
 
         Wrong arguments raise ValueError here, not at the first event.
         """
-        sequence = self._sequence(self._encode(prompt), params)
+        sequence = self._sequence(prompt, params)
         return TokenStream(sequence, self._generate([sequence]))
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
@@ -207,7 +189,7 @@ class LLM:
         Raises RuntimeError when other requests hold every slot of the cache.
         """
         params = SamplingParams(max_tokens=1, speculative="off")
-        sequence = self._sequence(self._encode(prompt), params)
+        sequence = self._sequence(prompt, params)
         return prompt_feature(self._passes, self._pool, sequence)
 
     @property
@@ -220,14 +202,14 @@ class LLM:
 
         Raises ValueError for a library of another model, and where no draft is lossless.
         """
-        if library is not None and not is_lossless(self.model):
-            raise self._nothing_to_route()
+        if library is not None:
+            check_can_draft(self.model)
         self._router = None if library is None else make_router(library, self.model)
 
     @property
     def model(self) -> Llama:
         """The model; with its int8 form from the moment that a plan needs one."""
-        return self._drafts.model
+        return self._passes.drafter
 
     @property
     def speculative(self) -> Speculative:
@@ -237,84 +219,33 @@ class LLM:
     @property
     def costs(self) -> PassCosts:
         """What passes cost here, in plain decode steps, as the draft lengths go by."""
-        return self._drafts.costs
+        return self._preparer.costs
 
     @property
     def int8_bytes(self) -> int:
         """Memory that drafting in 8 bits takes beside the weights; 0 while no plan needed it."""
         return int8_bytes(self.model.weights)
 
-    def _open_router(self, value: str | os.PathLike[str] | None, model: Llama) -> Router | None:
-        if is_lossless(model):
-            return open_router(value, model)
-        if value not in (None, NONE):
-            raise self._nothing_to_route()
-        return None  # such a model decodes plainly
-
-    def _nothing_to_route(self) -> ValueError:
-        return ValueError(
-            f"router: got a library for {self.dtype} on a CPU, expected 'none', as a draft could "
-            "change a token there; use dtype='float32'"
-        )
-
     def _generate(
         self, sequences: Sequence[RunningSequence]
     ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
-        return generate(self.model, self._passes, self._pool, self.costs, sequences)
+        return generate(self._passes, self._pool, self.costs, sequences)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            token_ids = self._tokenizer.encode(prompt)
-        elif not isinstance(prompt, Sequence):
-            raise ValueError(f"prompt: got {prompt!r}, expected a string or a list of token ids")
-        else:
-            token_ids = [*prompt]
-        size = self.model.config.vocab_size
-        for token_id in token_ids:
-            # Also those of a text: a tokenizer may know tokens that the model has no row for.
-            is_integer = isinstance(token_id, int) and not isinstance(token_id, bool)
-            if not is_integer or not 0 <= token_id < size:
-                raise ValueError(
-                    f"prompt: got token id {token_id!r}, expected integers from 0 to {size - 1}"
-                )
-        if not token_ids:
-            raise ValueError("prompt: got no tokens, expected at least one; give it some text")
-        if len(token_ids) >= self.max_length:
-            raise ValueError(
-                f"prompt: got {len(token_ids)} tokens, but the context holds {self.max_length} "
-                "with the answer; shorten the prompt or raise max_length"
-            )
-        return token_ids
-
-    def _sequence(self, prompt: Sequence[int], params: SamplingParams | None) -> RunningSequence:
+    def _sequence(self, prompt: Prompt, params: SamplingParams | None) -> RunningSequence:
+        """A request that was found to be in order; see `LLM` for what is raised else."""
+        config, tokenizer = self.model.config, self._tokenizer
+        token_ids = encode_prompt(prompt, tokenizer, config.vocab_size, self.max_length)
         params = (params or SamplingParams()).with_defaults(self.generation)
-        stop, stop_ids = params.stop, params.stop_token_ids
-        assert isinstance(stop, tuple) and isinstance(stop_ids, tuple), (stop, stop_ids)
-        config = self.model.config
-        for token_id in stop_ids:
-            if token_id >= config.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids: got {token_id}, expected ids below {config.vocab_size}"
-                )
-        end_ids = set(stop_ids)
-        if not params.ignore_eos:
-            end_ids.update(config.eos_token_ids)
-        if len(end_ids) > MAX_END_IDS:
-            raise ValueError(
-                f"stop_token_ids: got {len(stop_ids)}, with the model's own end tokens "
-                f"{len(end_ids)}; expected at most {MAX_END_IDS}"
-            )
-        if params.logprobs is not None and params.logprobs > config.vocab_size:
-            raise ValueError(
-                f"logprobs: got {params.logprobs}, expected at most the {config.vocab_size} tokens "
-                "of the vocabulary"
-            )
+        end_ids = choose_end_ids(params, config)
+        check_logprobs(params.logprobs, config.vocab_size)
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
         wanted = params.speculative
         plans, router = self._choose_plans(self._speculative if wanted is None else wanted)
-        text = TextStream(self._tokenizer, stop, min_tokens=params.min_tokens, prompt=prompt)
+        text = TextStream(
+            tokenizer, params.stop or (), min_tokens=params.min_tokens, prompt=token_ids
+        )
         return RunningSequence(
-            prompt, params, seed, text, frozenset(end_ids), self.max_length, plans, router
+            token_ids, params, seed, text, end_ids, self.max_length, plans, router
         )
 
     def _choose_plans(
@@ -322,6 +253,6 @@ class LLM:
     ) -> tuple[tuple[DraftPlan, ...], Router | None]:
         """The plans of a request, or the router that will choose them; what they need is made."""
         if speculative == "auto" and self._router is not None:
-            self._drafts.prepare_plans(self._router.used_plans)
+            self._preparer.prepare(self._router.used_plans)
             return (), self._router
-        return self._drafts.prepare(speculative), None
+        return self._preparer.prepare(speculative), None

@@ -1,13 +1,19 @@
-"""From the arguments of `LLM` to a model in memory, ready to run."""
+"""From the arguments of `LLM` to a model in memory, and to all that answers with it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
+from engine.kv_cache import KVCache, SlotPool, make_kv_cache
+from engine.passes import Passes
+from engine.prefill import prefill
+from engine.prepare import PlanPreparer, can_draft
+from engine.routing import NONE, open_router
 from kernels.ops import TORCH, Ops
 from kernels.ops_cpu import NUMBA
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
@@ -19,6 +25,7 @@ from models.hub import resolve_model
 from models.llama import Llama, make_llama
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.weights import load_weights
+from router.route import Router
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEFAULT_MAX_LENGTH = 8192
@@ -109,3 +116,50 @@ def load(
         chat_template=chat_template,
         generation=checkpoint.generation,
     )
+
+
+class Parts(NamedTuple):
+    """What answers requests with a model: made once, shared by all of them."""
+
+    cache: KVCache
+    pool: SlotPool
+    passes: Passes
+    preparer: PlanPreparer
+    router: Router | None
+
+
+def assemble(
+    model: Llama,
+    max_sequences: int,
+    router: str | os.PathLike[str] | None,
+    profile: bool,
+    after_step: Callable[[], None],
+) -> Parts:
+    """Make the parts; `LLM` says what the arguments mean. Raises ValueError for a wrong one."""
+    if isinstance(max_sequences, bool) or not isinstance(max_sequences, int):
+        raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
+    if max_sequences < 1:
+        raise ValueError(f"max_sequences: got {max_sequences}, expected at least 1")
+    max_length = model.rotary.cos.shape[0]
+    cache = make_kv_cache(model.config, max_sequences, max_length, model.device, model.dtype)
+    passes = Passes(model, cache, max_sequences)
+    after_step()
+    # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
+    with torch.inference_mode(), passes.alone():
+        prefill(model, cache, 0, [0, 0], 0)
+    after_step()
+    if router not in (None, NONE):
+        check_can_draft(model)
+    opened = open_router(router, model) if can_draft(model) else None  # else it decodes plainly
+    preparer = PlanPreparer(passes, profile)
+    after_step()
+    return Parts(cache, SlotPool(max_sequences), passes, preparer, opened)
+
+
+def check_can_draft(model: Llama) -> None:
+    """Raises ValueError for a router where a draft could change a token."""
+    if not can_draft(model):
+        raise ValueError(
+            f"router: got a library for {str(model.dtype).removeprefix('torch.')} on a CPU, "
+            "expected 'none', as a draft could change a token there; use dtype='float32'"
+        )

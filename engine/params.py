@@ -22,16 +22,16 @@ MAX_FLOAT = 1e38
 class Sampling(NamedTuple):
     """How one sequence draws: what a row of kernels.round.sample.SampleParams holds, in its order.
 
-    end_ids has MAX_END_IDS places, the last ones -1, or is -1 for none.
+    end_ids has MAX_END_IDS places, the last ones -1, or is -1 for none. The defaults are greedy.
     """
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    end_ids: int | array[int]
-    min_position: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    end_ids: int | array[int] = -1
+    min_position: int = 0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -40,9 +40,6 @@ class Sampling(NamedTuple):
     def is_penalised(self) -> bool:
         """Whether it matters which tokens the sequence has already."""
         return self[-3:] != (1.0, 0.0, 0.0)
-
-
-GREEDY = Sampling(0.0, 0, 1.0, 0.0, seed=0, end_ids=-1, min_position=0)
 
 
 @dataclass(frozen=True)

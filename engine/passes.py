@@ -98,15 +98,17 @@ def _draw(
 class Passes:
     """The passes of one engine, their buffers, and what device memory holds between rounds.
 
-    model: what verifies, and decodes plainly. It stays as it was made: kernels of weights that have
-    an int8 form too are compiled otherwise, and verification must have one set of bits.
+    target: the model that reads prompts and verifies. It stays as it was made: kernels of weights
+        that have an int8 form too are compiled otherwise, and verification must have one set of
+        bits.
+    drafter: what drafts: the target, or the same with a draft form once a plan has asked for it.
     lock: held for a round and for a prefill, as threads that share the engine share the buffers.
         All passes must be on one stream: their kernels share counters.
     """
 
     def __init__(self, model: Llama, cache: KVCache, max_sequences: int, run: Runner | None = None):
         """run: how passes run; by default through CUDA graphs where the model is on CUDA."""
-        self.model = model
+        self.target = self.drafter = model
         self.cache = cache
         self.lock = threading.RLock()
         self.buffers, self.staging = make_round_buffers(
@@ -125,7 +127,7 @@ class Passes:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """With the buffers to oneself, and the model's GPU as the one that kernels start on."""
-        device = self.model.device
+        device = self.target.device
         with self.lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield
 
@@ -144,7 +146,7 @@ class Passes:
         """Let the slot's sequence draft with `plan`; nothing to do where it does already."""
         if self._plans.get(slot) != plan:
             self.note_plan(slot, None)
-            self.plan_row(slot).copy_(precision_table([plan], self.model.device))
+            self.plan_row(slot).copy_(precision_table([plan], self.target.device))
             self._plans[slot] = plan
 
     def stage(self, rows: Sequence[RoundRow]) -> None:
@@ -154,22 +156,19 @@ class Passes:
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """The token [1] int64 after a prompt: logits [1, V] float32, and the staged row."""
-        ops, buffers = self.model.prefill_ops, self._first_rows(1)
+        ops, buffers = self.target.prefill_ops, self._first_rows(1)
         rows = ops.verify_rows(
             buffers.token_ids, buffers.first, buffers.num_drafted, buffers.slots, 1,
             self.cache.k.shape[3],
         )  # fmt: skip
         return _draw(ops, logits, rows, buffers, self._seen)
 
-    def draft_step(self, model: Llama, batch: int) -> None:
-        """Run `draft_pass` over the first `batch` rows of the buffers.
-
-        model: `self.model`, or the same with int8 forms.
-        """
+    def draft_step(self, batch: int) -> None:
+        """Run `draft_pass` over the first `batch` rows of the buffers."""
         batch = self.num_rows(batch)
-        key = ("draft", batch, model.weights.lm_head.draft is not None)
+        key = ("draft", batch, self.drafter is not self.target)
         rows, seen = self._first_rows(batch), self._seen
-        self._run(self._key(*key), lambda: draft_pass(model, self.cache, rows, seen))
+        self._run(self._key(*key), lambda: draft_pass(self.drafter, self.cache, rows, seen))
 
     def verify(self, batch: int, width: int) -> Verified:
         """Run `verify_pass` over the first `batch` rows and `width` columns of the buffers.
@@ -181,17 +180,17 @@ class Passes:
         precisions = self._full_precisions[:padded]
         verified = self._run(
             self._key("verify", padded, width),
-            lambda: verify_pass(self.model, self.cache, rows, width, precisions, seen),
+            lambda: verify_pass(self.target, self.cache, rows, width, precisions, seen),
         )
         return Verified(verified.logits[:batch], verified.result[:batch])
 
-    def warm_up(self, model: Llama, router: Router | None = None) -> None:
+    def warm_up(self, router: Router | None = None) -> None:
         """Run every pass of one sequence once over padding: what is to be captured is, now."""
         with self.alone():
             self.staging.fill([], 1)
             for width in widths():
                 self.verify(1, width)
-            self.draft_step(model, 1)
+            self.draft_step(1)
             if router is not None:
                 self.note_plan(0, None)
                 router.launch(self.cache.states[0, -1:], self.plan_row(0))

@@ -72,12 +72,12 @@ def profile_draft(model: Llama, plan: DraftPlan) -> float:
     """R: the cost of a draft step under `plan` in units of a pass of plain decoding."""
     passes = _passes(model)
     passes.set_plan(0, plan)
-    model = replace(model, rotary=passes.model.rotary)
-    _draft_seconds(model, passes)
+    passes.drafter = replace(model, rotary=passes.target.rotary)
+    _draft_seconds(passes)
     drafts, plain = [], []
     started = time.perf_counter()
     for _ in range(SWEEPS):
-        drafts.append(_draft_seconds(model, passes))
+        drafts.append(_draft_seconds(passes))
         plain.append(_verify_seconds(passes, 1))
         if len(drafts) > 1 and time.perf_counter() - started > BUDGET_SECONDS:
             break
@@ -114,13 +114,13 @@ def _verify_seconds(passes: Passes, rows: int) -> float:
 
 
 @torch.inference_mode()
-def _draft_seconds(model: Llama, passes: Passes) -> float:
+def _draft_seconds(passes: Passes) -> float:
     """Of one draft step, in a row of DRAFT_STEPS: between two steps a round reads nothing back."""
     with passes.alone():
         _stage(passes, 1, num_drafted=0, num_wanted=DRAFT_STEPS)
         started = time.perf_counter()
         for _ in range(DRAFT_STEPS):
-            passes.draft_step(model, 1)
+            passes.draft_step(1)
         passes.buffers.num_drafted.tolist()  # on a GPU nothing is known to have run before
         return (time.perf_counter() - started) / DRAFT_STEPS
 
@@ -146,7 +146,10 @@ def profile_path(model: Llama) -> Path:
 def measured_costs(
     model: Llama, plans: Sequence[DraftPlan], known: PassCosts | None, path: Path
 ) -> PassCosts:
-    """`known` with all that `plans` need, from disk or measured now; what was measured is kept."""
+    """`known` with R of `plans`, from disk or measured now; what was measured is kept.
+
+    plans: they run passes, and `known` lacks them. known: None is nothing, V neither.
+    """
     stored = _read(path)
     is_new = False
 
@@ -161,11 +164,10 @@ def measured_costs(
         _pairs(get("verify", lambda: profile_verify(model))), is_padded=is_padded
     )
     for plan in plans:
-        if plan.kind == "self" and plan not in costs.drafts:
-            key = hashlib.sha256(bytes(plan.sublayers)).hexdigest()[:16]
-            cost = get(key, lambda plan=plan: profile_draft(model, plan))  # type: ignore[misc]
-            assert isinstance(cost, float), cost
-            costs = costs.with_draft(plan, cost)
+        key = hashlib.sha256(bytes(plan.sublayers)).hexdigest()[:16]
+        cost = get(key, lambda plan=plan: profile_draft(model, plan))  # type: ignore[misc]
+        assert isinstance(cost, float), cost
+        costs = costs.with_draft(plan, cost)
     if is_new:
         _write(path, stored)
     return costs

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine.params import GREEDY, MAX_END_IDS, Sampling
+from engine.params import MAX_END_IDS, Sampling
 from kernels.round.sample import SAMPLE_DTYPES, SampleParams
 from models.config import LlamaConfig
 from models.plan import MAX_DRAFT
@@ -32,7 +32,7 @@ class RoundRow(NamedTuple):
     slot: int = 0  # of the cache
     num_wanted: int = 0  # how far draft steps shall go
     stop_probability: float = 0.0  # a less likely token ends the draft
-    sampling: Sampling = GREEDY
+    sampling: Sampling = Sampling()
     history: Sequence[int] = ()  # all tokens so far, for penalties on them
     num_prompt: int = 0  # of these
 

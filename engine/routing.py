@@ -63,6 +63,6 @@ def plans_beside(plan: DraftPlan, known: Sequence[DraftPlan]) -> tuple[DraftPlan
     n-gram drafts run no pass of the model and are judged whether they are used or not, so they
     stay among the choices where the library's plans, `known`, have them.
     """
-    if plan.kind == "off":
+    if not plan.max_draft:
         return ()
-    return (plan, NGRAM) if plan.kind == "self" and NGRAM in known else (plan,)
+    return (plan, NGRAM) if plan.sublayers and NGRAM in known else (plan,)

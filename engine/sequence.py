@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 
-from engine.controller import Choice, Controller
-from engine.costs import PassCosts
+from engine.drafting import Drafting
 from engine.params import SamplingParams
 from engine.round_buffers import RoundRow
-from engine.routing import plans_beside
-from engine.sources.ngram import NgramIndex
 from engine.stream import TextStream
-from engine.tally import Tally
-from engine.types import (
-    CompletionOutput,
-    FinishReason,
-    RequestOutput,
-    RequestStats,
-    TokenEvent,
-    Verdict,
-)
-from models.plan import MAX_DRAFT, DraftPlan
+from engine.types import CompletionOutput, FinishReason, RequestOutput, RequestStats, TokenEvent
+from models.plan import DraftPlan
 from router.route import Route, Router
 
 
 class RunningSequence:
-    """Tokens, text and accounts of one request. `token_ids` is the prompt and all that followed."""
+    """Tokens, text and accounts of one request. `token_ids` is the prompt and all that followed.
+
+    drafting: how it drafts, which is not the sequence's own business.
+    """
 
     def __init__(
         self,
@@ -48,14 +40,7 @@ class RunningSequence:
         self.sampling = params.sampling(seed, end_ids, may_end)
         room = max_length - len(prompt)
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        self.plans = plans  # among which the controller chooses; none is plain decoding
-        self.router = router
-        self.route: Route | None = None
-        self.router_seconds = 0.0
-        self.controller = Controller(plans)
-        self.ngrams: NgramIndex | None = None
-        self._index_ngrams()
-        self.tally = Tally()
+        self.drafting = Drafting(plans, router)
         self.slot = -1
         self.num_reused = 0  # prompt tokens found in the cache
         self.num_cached = 0  # tokens whose keys and values the cache holds
@@ -69,17 +54,10 @@ class RunningSequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
-    def take_route(self, route: Route, seconds: float) -> None:
-        """Draft as the router says, which took so many seconds to say it."""
-        assert self.router is not None
-        self.route, self.router_seconds = route, seconds
-        self.plans = plans_beside(route.plan, self.router.library.plans)
-        self.controller = Controller(self.plans, self.router.rates(route))
-        self._index_ngrams()
-
-    def _index_ngrams(self) -> None:
-        if any(plan.kind == "ngram" for plan in self.plans):
-            self.ngrams = NgramIndex(self.token_ids)
+    @property
+    def room(self) -> int:
+        """How long a draft may be: a round adds one token more than it accepts."""
+        return self.max_tokens - self.num_generated - 1
 
     def row(
         self, drafted: Sequence[int] = (), num_wanted: int = 0, stop_probability: float = 0.0
@@ -89,18 +67,6 @@ class RunningSequence:
             (self.token_ids[-1], *drafted), len(self.token_ids) - 1, self.slot, num_wanted,
             stop_probability, self.sampling, self.token_ids, self.num_prompt,
         )  # fmt: skip
-
-    def choose(self, costs: PassCosts, num_running: int) -> Choice:
-        """What to draft next. A round adds a token more than its draft, so one less has room."""
-        room = self.max_tokens - self.num_generated - 1
-        match = None if self.ngrams is None else self.ngrams.propose(min(room, MAX_DRAFT))
-        return self.controller.choose(costs, num_running, room, match)
-
-    def account(self, choice: Choice, verdict: Verdict) -> None:
-        """Book a round: the model made the verdict's tokens, the first of them as drafted."""
-        name = "off" if choice.plan is None else choice.plan.name
-        self.tally.add(name, verdict.num_drafted, verdict.num_accepted)
-        self.controller.observe(choice, verdict.num_drafted, verdict.token_ids)
 
     def forget_undelivered(self) -> None:
         """Drop the rest of a round that nobody took: as if plain decoding had been stopped here."""
@@ -115,8 +81,6 @@ class RunningSequence:
         """Take the next token; decide whether it ends the answer, and what may be shown."""
         assert self.finish_reason is None, self.finish_reason
         self.token_ids.append(token_id)
-        if self.ngrams is not None:
-            self.ngrams.append(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
         if token_id in self.end_ids:
@@ -135,7 +99,8 @@ class RunningSequence:
         return TokenEvent(token_id, piece, from_draft, logprob, self.finish_reason, stats)
 
     def stats(self) -> RequestStats:
-        later, route = self.num_generated - 1, self.route
+        later, drafting = self.num_generated - 1, self.drafting
+        route = drafting.route
         is_timed = later > 0 and self.decode_seconds > 0
         return RequestStats(
             prompt_tokens=self.num_prompt,
@@ -144,18 +109,18 @@ class RunningSequence:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             tokens_per_second=later / self.decode_seconds if is_timed else 0.0,
-            plan="+".join(plan.name for plan in self.plans) or "off",
-            rounds=self.tally.num_rounds,
-            drafted=sum(self.tally.drafted_by_position),
-            accepted=sum(self.tally.accepted_by_position),
-            rounds_by_plan=dict(self.tally.rounds_by_plan),
+            plan=drafting.name,
+            rounds=drafting.rounds_by_plan.total(),
+            drafted=sum(drafting.drafted_by_position),
+            accepted=sum(drafting.accepted_by_position),
+            rounds_by_plan=dict(drafting.rounds_by_plan),
             domain=route.domain if route else "",
             similarity=route.similarity if route else 0.0,
             ratio=route.ratio if route else 0.0,
             is_rejected=route.is_rejected if route else False,
-            router_microseconds=self.router_seconds * 1e6,
-            drafted_by_position=tuple(self.tally.drafted_by_position),
-            accepted_by_position=tuple(self.tally.accepted_by_position),
+            router_microseconds=drafting.router_seconds * 1e6,
+            drafted_by_position=tuple(drafting.drafted_by_position),
+            accepted_by_position=tuple(drafting.accepted_by_position),
         )
 
     def output(self) -> RequestOutput:
@@ -167,7 +132,7 @@ class RunningSequence:
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
         )
         prompt = tuple(self.token_ids[: self.num_prompt])
-        return RequestOutput(prompt, (completion,), self.stats(), self.route)
+        return RequestOutput(prompt, (completion,), self.stats(), self.drafting.route)
 
 
 class TokenStream(Iterator[TokenEvent]):
@@ -195,4 +160,4 @@ class TokenStream(Iterator[TokenEvent]):
     @property
     def route(self) -> Route | None:
         """What the router decided: None before the first token, and where nothing is routed."""
-        return self._sequence.route
+        return self._sequence.drafting.route

@@ -57,21 +57,6 @@ def assert_rows(rows: Rows, num_rows: int, precisions: torch.Tensor) -> None:
     assert_plain(torch.int32, rows.positions, rows.num_tokens, rows.slots)
 
 
-def assert_heads(
-    num_heads: int, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None,
-    rotary: RotaryTable, cache_shape: torch.Size,
-) -> None:  # fmt: skip
-    """Query heads in whole groups, pairs to rotate, both norms or none; [.., H_kv, S, D]."""
-    num_kv_heads, _, head_dim = cache_shape[-3:]
-    assert num_heads > 0 and num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
-    assert head_dim % 2 == 0 and rotary.cos.shape == rotary.sin.shape, (head_dim, rotary.sin.shape)
-    assert rotary.cos.shape[1] == head_dim // 2, (rotary.cos.shape, head_dim)
-    assert_plain(torch.float32, *rotary)
-    assert (q_norm is None) == (k_norm is None), "the norm of queries or keys only"
-    for norm in (q_norm, k_norm):
-        assert norm is None or norm.shape == (head_dim,), (norm.shape, head_dim)
-
-
 def assert_qkv_operands(
     x: torch.Tensor,  # [R, C]
     layer: LayerWeights,
@@ -81,17 +66,22 @@ def assert_qkv_operands(
     precisions: torch.Tensor,  # [B, P]
     sublayer: int,
 ) -> None:
-    """What every Q/K/V projection relies on."""
+    """What every Q/K/V projection relies on: whole heads in whole groups, pairs to rotate."""
     num_outputs, (_, num_kv_heads, _, head_dim) = layer.qkv.shape[0], cache.k.shape
-    assert num_outputs % head_dim == 0, (num_outputs, head_dim)
-    assert cache.k.shape == cache.v.shape, (cache.k.shape, cache.v.shape)
     num_heads = num_outputs // head_dim - 2 * num_kv_heads
-    assert_heads(num_heads, layer.q_norm, layer.k_norm, rotary, cache.k.shape)
+    assert num_outputs % head_dim == head_dim % 2 == 0, (num_outputs, head_dim)
+    assert num_heads > 0 and num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
+    assert cache.k.shape == cache.v.shape, (cache.k.shape, cache.v.shape)
+    assert rotary.cos.shape == rotary.sin.shape, (rotary.cos.shape, rotary.sin.shape)
+    assert rotary.cos.shape[1] == head_dim // 2, (rotary.cos.shape, head_dim)
+    assert (layer.q_norm is None) == (layer.k_norm is None), "the norm of queries or keys only"
     assert_rows(rows, x.shape[0], precisions)
     assert_product(x, layer.qkv, precisions, sublayer)
     assert_vectors(x.dtype, x.shape[1], layer.attn_norm)
     assert_vectors(x.dtype, num_outputs, layer.qkv_bias)
-    assert_plain(x.dtype, layer.q_norm, layer.k_norm, *cache)
+    assert_vectors(x.dtype, head_dim, layer.q_norm, layer.k_norm)
+    assert_plain(x.dtype, *cache)
+    assert_plain(torch.float32, *rotary)
 
 
 def assert_attention_operands(

@@ -14,11 +14,9 @@ import torch
 
 from kernels.checks import (
     assert_attention_operands,
-    assert_heads,
     assert_plain,
     assert_product,
     assert_qkv_operands,
-    assert_rows,
     assert_vectors,
 )
 from kernels.cpu import attention as cpu_attention
@@ -206,19 +204,17 @@ def run_layers(
     precisions: torch.Tensor,  # [B, 2L + 1] uint8
 ) -> None:
     """The residual stream through every layer: what the five operations do in turn, bit for bit."""
-    (batch, width), (num_rows, hidden), first = rows.positions.shape, x.shape, layers[0]
+    (batch, width), hidden, first = rows.positions.shape, x.shape[1], layers[0]
     num_layers, num_slots, kv_heads, cache_len, head_dim = k_cache.shape
     heads, ffn = first.attn_out.shape[1] // head_dim, first.down.shape[1]
     # The layers agree with each other, and a layer's tensors too: layer_table has seen to it.
     assert len(layers) == len(table) == num_layers, (len(layers), len(table), num_layers)
-    shape = ((heads + 2 * kv_heads) * head_dim, hidden)
-    assert first.qkv.shape == shape, (first.qkv.shape, shape)
-    assert_heads(heads, first.q_norm, first.k_norm, rotary, k_cache.shape)
+    cache = LayerCache(k_cache[0], v_cache[0])
+    assert_qkv_operands(x, first, rotary, rows, cache, precisions, 0)
+    assert first.qkv.shape[0] == (heads + 2 * kv_heads) * head_dim, (first.qkv.shape, heads)
     assert k_cache.shape == v_cache.shape, (k_cache.shape, v_cache.shape)
-    assert_rows(rows, num_rows, precisions)
     assert precisions.shape[1] == 2 * num_layers + 1, (precisions.shape, num_layers)
-    assert_plain(torch.uint8, precisions)
-    assert_plain(torch.float32, x, k_cache, v_cache, first.attn_norm)
+    assert_plain(torch.float32, x, k_cache, v_cache)
     _check_draft(first.qkv, precisions[:, :-1])
     fits = cpu_layers.run_layers(
         table.ctypes.data, num_layers, x.data_ptr(), eps,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 SKIP, INT8, FULL = 0, 8, 16  # precisions: no product, the draft form, the own form whatever it is
+LEVELS = 127  # of 8 bits: symmetric, -128 stays unused
 
 
 class Dense(NamedTuple):

@@ -18,7 +18,7 @@ from models.config_files import config_from_gguf, config_from_hf
 from models.families import FAMILIES, RopeOrder
 from models.gguf_file import GgufFile, read_tensor
 from models.gguf_split import read_whole_gguf
-from models.layout import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, hf_name
+from models.layout import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, stored_parts
 from models.model_files import file_inside, find_json, read_json
 from models.safetensors_file import open_safetensors, read_safetensor
 
@@ -67,9 +67,6 @@ def _open_directory(path: Path) -> Checkpoint:
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = read_whole_gguf(path)
-    names = {hf_name(name): name for name in file.tensors}
-    if len(names) != len(file.tensors):
-        raise ValueError(f"{path}: holds a tensor under two names; download or convert it again")
     try:
         config = config_from_gguf(file.metadata)
         config = replace(
@@ -79,6 +76,10 @@ def _open_gguf(path: Path) -> Checkpoint:
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    known = {part.gguf: part.name for part in stored_parts(config)}
+    names = {known.get(name, name): name for name in file.tensors}
+    if len(names) != len(file.tensors):
+        raise ValueError(f"{path}: holds a tensor under two names; download or convert it again")
     return Checkpoint(
         path=path,
         config=config,

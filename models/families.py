@@ -23,7 +23,8 @@ class Family:
     gguf_rope_order: RopeOrder = "half"  # what the converter to GGUF makes of Q and K
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
-    # What transformers takes where config.json lacks a key; H, C / H or no window otherwise.
+    # What transformers takes where config.json lacks a key: otherwise H_kv is H, and D is C / H.
+    # Only a family with `sliding_window` here has a window without being asked for one.
     hf_defaults: Mapping[str, int] = field(default_factory=dict)
 
 

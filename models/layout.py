@@ -6,7 +6,6 @@ them in one matrix, one under the other in the order of the table.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -29,6 +28,7 @@ class _Row(NamedTuple):
 
 
 _BIAS, _NORM = attrgetter("has_qkv_bias"), attrgetter("has_qk_norm")
+# `random_weights` draws in this order: another one is another model for the same seed.
 _FIRST = (_Row(EMBEDDING, "token_embd.weight", "embedding", "VC"),)
 _LAYER = (
     _Row("input_layernorm.weight", "attn_norm.weight", "attn_norm", "C"),
@@ -50,7 +50,6 @@ _LAST = (
     _Row("model.norm.weight", "output_norm.weight", "final_norm", "C"),
     _Row(LM_HEAD, "output.weight", "lm_head", "VC", False, lambda c: not c.tie_embeddings),
 )
-_GGUF_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class StoredPart:
     """One stored tensor of a model, and where it lies in `LlamaWeights`."""
 
     name: str  # of Hugging Face
+    gguf: str  # the name in GGUF
     shape: tuple[int, ...]
     is_rotary: bool  # whether the order of rotary pairs applies to the first axis
     layer: int | None  # None: the model itself has the field
@@ -77,30 +77,12 @@ def _parts(config: LlamaConfig, rows: tuple[_Row, ...], layer: int | None) -> It
         "C": config.hidden_size, "F": config.ffn_size, "V": config.vocab_size, "D": D,
         "Q": config.num_heads * D, "K": config.num_kv_heads * D,
     }  # fmt: skip
-    prefix = "" if layer is None else f"model.layers.{layer}."
+    hf, gguf = ("", "") if layer is None else (f"model.layers.{layer}.", f"blk.{layer}.")
     ends: dict[str, int] = {}
     for row in rows:
         if row.is_stored(config):
             shape = tuple(sizes[letter] for letter in row.shape)
             start = ends.get(row.field, 0)
             ends[row.field] = start + shape[0]
-            yield StoredPart(prefix + row.hf, shape, row.is_rotary, layer, row.field, start)
-
-
-def hf_name(gguf_name: str) -> str:
-    """The Hugging Face name of a GGUF tensor, or the name itself where there is none."""
-    match = _GGUF_NAME.fullmatch(gguf_name)
-    if match is None:
-        return gguf_name
-    layer, stem, kind = match.groups()
-    found = (_MODEL_STEMS if layer is None else _LAYER_STEMS).get(stem)
-    prefix = "" if layer is None else f"model.layers.{layer}."
-    return gguf_name if found is None else f"{prefix}{found}.{kind}"
-
-
-def _stems(rows: tuple[_Row, ...]) -> dict[str, str]:
-    """Names without `.weight` or `.bias`: those of GGUF -> those of Hugging Face."""
-    return {row.gguf.rpartition(".")[0]: row.hf.rpartition(".")[0] for row in rows}
-
-
-_LAYER_STEMS, _MODEL_STEMS = _stems(_LAYER), _stems(_FIRST + _LAST)
+            names = hf + row.hf, gguf + row.gguf
+            yield StoredPart(*names, shape, row.is_rotary, layer, row.field, start)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from pathlib import Path
 
 from models.config_files import known_vocab_size
@@ -48,11 +47,8 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.special_ids = codec.special_ids
-        self._ids_of_special = {codec.contents[i]: i for i in codec.special_ids}
         self.vocab_size = max(vocab_size, len(codec.contents))
         self.is_leading_space_dropped = codec.is_leading_space_dropped
-        self.bos_token = self._written(bos_token_id)
-        self.eos_token = self._written(eos_token_id)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written in it become their ids.
@@ -96,23 +92,18 @@ class Tokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The token that is written `text`, a special one before others; None without any."""
-        content = text.encode("utf-8", "surrogatepass")
-        found = self._ids_of_special.get(content)
-        contents = self._codec.contents
-        return contents.index(content) if found is None and content in contents else found
+        return self._codec.find(text)
 
     def special_id(self, text: str) -> int | None:
         """The special token that is written `text`; None where there is none."""
-        return self._ids_of_special.get(text.encode("utf-8", "surrogatepass"))
+        found = self._codec.find(text)
+        return found if found in self.special_ids else None
 
     def _content(self, token_id: int) -> bytes:
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is not in 0 to {self.vocab_size - 1}")
         contents = self._codec.contents
         return contents[token_id] if token_id < len(contents) else b""
-
-    def _written(self, token_id: int | None) -> str:
-        return "" if token_id is None else self._content(token_id).decode("utf-8", "replace")
 
 
 def load_tokenizer(path: Path, gguf_metadata: Mapping[str, object] | None = None) -> Tokenizer:
@@ -144,8 +135,7 @@ def load_tokenizer(path: Path, gguf_metadata: Mapping[str, object] | None = None
     elif spm_path is not None:
         codec = codec_from_spm(read_bounded(spm_path, MAX_JSON), str(spm_path), added)
         bos_token_id = _named_id(named, "bos_token", codec, path)
-        if bos_token_id is None and b"<s>" in codec.contents:
-            bos_token_id = codec.contents.index(b"<s>")
+        bos_token_id = codec.find("<s>") if bos_token_id is None else bos_token_id
         first_id = bos_token_id if _is_bos_added(config, path) else None
     else:
         raise ValueError(
@@ -186,15 +176,11 @@ def _is_bos_added(config: Mapping[str, object], path: Path) -> bool:
 def _named_id(config: Mapping[str, object], name: str, codec: Codec, path: Path) -> int | None:
     """The id of a token that `config` names, as a string or as {"content": ...}."""
     value = config.get(name)
-    content = value.get("content") if isinstance(value, Mapping) else value
-    if content is None:
-        return None
-    wanted = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else b""
-    # Special tokens first: a plain token may spell the same text.
-    for token_id in chain(sorted(codec.special_ids), range(len(codec.contents))):
-        if wanted and codec.contents[token_id] == wanted:
-            return token_id
-    raise ValueError(f"{path}: {name} is {quoted(value)}, which is no token of the vocabulary")
+    text = value.get("content") if isinstance(value, Mapping) else value
+    found = codec.find(text) if isinstance(text, str) and text else None
+    if found is None and text is not None:
+        raise ValueError(f"{path}: {name} is {quoted(value)}, which is no token of the vocabulary")
+    return found
 
 
 def _added_tokens(config: Mapping[str, object], path: Path) -> dict[int, AddedToken]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from models.messages import cause_of
 
@@ -26,6 +25,12 @@ class Codec:
     special_ids: frozenset[int]
     # SentencePiece puts a space before the text it encodes, so decoding takes one off again.
     is_leading_space_dropped: bool
+
+    def find(self, text: str) -> int | None:
+        """The token that is written `text`, a special one before others; None without any."""
+        content = text.encode("utf-8", "surrogatepass")
+        found = next((i for i in sorted(self.special_ids) if self.contents[i] == content), None)
+        return self.contents.index(content) if found is None and content in self.contents else found
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,7 @@ class LibraryErrors(AbstractContextManager[None]):
     def __init__(self, message: str) -> None:
         self._message = message
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             assert error is not None
             raise ValueError(f"{self._message}: {cause_of(error)}") from error

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokenizers import Regex
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+
 from models.messages import quoted
-from models.tokenizer_codec import Codec
-from models.tokenizer_json import codec_from_json
+from models.tokenizer_codec import AddedToken, Codec, LibraryErrors
+from models.tokenizer_json import codec_of
 from models.tokenizer_spm import (
     BYTE,
     CONTROL,
@@ -107,34 +113,27 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> tuple[Codec, boo
     tokens = _strings(metadata, "tokens", source)
     merges = _strings(metadata, "merges", source)
     types = _numbers(metadata, "token_type", len(tokens), source, missing=NORMAL)
-    added = [
-        {
-            "id": token_id,
-            "content": tokens[token_id],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind != USER_DEFINED,
-        }
+    added = {
+        token_id: AddedToken(tokens[token_id], kind != USER_DEFINED, {"normalized": False})
         for token_id, kind in enumerate(types)
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]
-    spec = {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if pre.is_nfc else None,
-        "pre_tokenizer": _pre_tokenizer_json(pre),
-        "decoder": _byte_level_json(is_regex_used=True),
-        "model": {
-            "type": "BPE",
-            "ignore_merges": pre.is_merge_ignored,
-            "vocab": {token: token_id for token_id, token in enumerate(tokens)},
-            # A token may itself begin with a space, never contain one further on.
-            "merges": [_split_merge(merge, source) for merge in merges],
-        },
     }
-    codec, _ = codec_from_json(json.dumps(spec).encode("utf-8"), source)
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    # A token may itself begin with a space, never contain one further on.
+    pairs = [_split_merge(merge, source) for merge in merges]
+    steps: list[PreTokenizer] = []
+    if pre.split is not None:
+        steps = [Split(Regex(pre.split), "isolated")]
+    elif pre.is_digit_split:
+        steps = [Digits(individual_digits=True)]
+    steps.append(ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
+    with LibraryErrors(f"{source}: not a readable tokenizer.json"):
+        backend = Backend(BPE(vocab, pairs, ignore_merges=pre.is_merge_ignored))
+    backend.pre_tokenizer = Sequence(steps)
+    backend.decoder = ByteLevelDecoder()
+    if pre.is_nfc:
+        backend.normalizer = NFC()
+    codec, _ = codec_of(backend, source, added)
     unused = {token_id for token_id, kind in enumerate(types) if kind == UNUSED}
     contents = tuple(
         b"" if token_id in unused else content for token_id, content in enumerate(codec.contents)
@@ -147,31 +146,6 @@ def _split_merge(merge: str, source: str) -> tuple[str, str]:
     if at < 0:
         raise ValueError(f"{source}: merge {quoted(merge)} is not two tokens with a space between")
     return merge[:at], merge[at + 1 :]
-
-
-def _pre_tokenizer_json(pre: _PreTokenizer) -> dict[str, Any]:
-    if pre.split is not None:
-        first: list[dict[str, Any]] = [
-            {
-                "type": "Split",
-                "pattern": {"Regex": pre.split},
-                "behavior": "Isolated",
-                "invert": False,
-            }
-        ]
-    else:
-        first = [{"type": "Digits", "individual_digits": True}] if pre.is_digit_split else []
-    steps = [*first, _byte_level_json(is_regex_used=pre.split is None)]
-    return {"type": "Sequence", "pretokenizers": steps}
-
-
-def _byte_level_json(*, is_regex_used: bool) -> dict[str, Any]:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": is_regex_used,
-    }
 
 
 def _sentencepiece(metadata: Mapping[str, object], source: str) -> Codec:
@@ -192,7 +166,7 @@ def _sentencepiece(metadata: Mapping[str, object], source: str) -> Codec:
     return codec_from_spm(model, source)
 
 
-def _strings(metadata: Mapping[str, object], name: str, source: str) -> Sequence[str]:
+def _strings(metadata: Mapping[str, object], name: str, source: str) -> list[str]:
     key = f"tokenizer.ggml.{name}"
     value = metadata.get(key)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

@@ -46,7 +46,14 @@ def codec_from_json(
         backend = Backend.from_buffer(data)
         backend.no_truncation()
         backend.no_padding()
-    special_ids = _add_tokens(backend, added_tokens or {}, source)
+    return codec_of(backend, source, added_tokens or {})
+
+
+def codec_of(
+    backend: Backend, source: str, added_tokens: Mapping[int, AddedToken]
+) -> tuple[Codec, int | None]:
+    """What `codec_from_json` returns, of a tokenizer that the library has built; adds to it."""
+    special_ids = _add_tokens(backend, added_tokens, source)
     vocab = backend.get_vocab(with_added_tokens=True)
     size = max(vocab.values(), default=-1) + 1
     if not 0 < size <= MAX_VOCAB_SIZE:

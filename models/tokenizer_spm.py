@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from sentencepiece import SentencePieceProcessor
 
@@ -56,35 +56,32 @@ def codec_from_spm(
     for token_id, token in added.items():
         contents[token_id] = token.content.encode("utf-8")
     return Codec(
-        encode=_Encoder(processor, {t.content: i for i, t in added.items() if t.content}, source),
+        encode=_encoder(processor, {t.content: i for i, t in added.items() if t.content}, source),
         contents=tuple(contents),
         special_ids=frozenset(i for i, token in added.items() if token.is_special),
         is_leading_space_dropped="".join(pieces).startswith("\u2581"),
     )
 
 
-class _Encoder:
+def _encoder(
+    processor: SentencePieceProcessor, whole: Mapping[str, int], source: str
+) -> Callable[[str], list[int]]:
     """Text to ids, whole tokens first, the library for the text between them."""
+    longest_first = sorted(whole, key=len, reverse=True)
+    # (?!) matches nowhere: a model without such tokens has nothing to find.
+    split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
 
-    def __init__(
-        self, processor: SentencePieceProcessor, whole: Mapping[str, int], source: str
-    ) -> None:
-        self._processor = processor
-        self._source = source
-        self._whole = whole
-        longest_first = sorted(whole, key=len, reverse=True)
-        # (?!) matches nowhere: a model without such tokens has nothing to find.
-        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
-
-    def __call__(self, text: str) -> list[int]:
+    def encode(text: str) -> list[int]:
         ids: list[int] = []
-        with LibraryErrors(f"{self._source}: this tokenizer cannot encode the text"):
-            for index, part in enumerate(self._split(text)):
+        with LibraryErrors(f"{source}: this tokenizer cannot encode the text"):
+            for index, part in enumerate(split(text)):
                 if index % 2 == 1:
-                    ids.append(self._whole[part])
+                    ids.append(whole[part])
                 elif part:
-                    ids.extend(self._processor.encode(part))
+                    ids.extend(processor.encode(part))
         return ids
+
+    return encode
 
 
 def serialise_bpe(

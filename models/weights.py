@@ -77,15 +77,15 @@ def load_weights(
     if checkpoint.config.tie_embeddings and not config.tie_embeddings:
         config = replace(config, tie_embeddings=_is_head_the_embedding(checkpoint, dtype))
     parts = stored_parts(config)
-    weights = _allocate(config, torch.device(device), dtype)
+    weights = empty_weights(config, device=device, dtype=dtype)
     D = config.head_dim
     total = dtype.itemsize * sum(math.prod(part.shape) for part in parts)
     done = 0
     for part in parts:
-        source, target = _read_finite(checkpoint, part.name, dtype), _view(weights, part)
+        source, target = _read_finite(checkpoint, part.name, dtype), part_of(weights, part)
         if part.is_rotary and checkpoint.rope_order == "half":
-            source = _heads(source, 2, D // 2).transpose(1, 2)
-            target = _heads(target, D // 2, 2)
+            source = rotary_heads(source, 2, D // 2).transpose(1, 2)
+            target = rotary_heads(target, D // 2, 2)
         target.copy_(source)
         done += dtype.itemsize * math.prod(part.shape)
         if on_progress is not None:
@@ -105,10 +105,10 @@ def random_weights(
     A seed gives the same values in every dtype (up to rounding), but others on another device.
     The scale keeps activations and logits near 1 at every width, so that sampling has choices.
     """
-    weights = _allocate(config, torch.device(device), dtype)
+    weights = empty_weights(config, device=device, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for part in stored_parts(config):
-        target = _view(weights, part)
+        target = part_of(weights, part)
         noise = torch.randn(target.shape, generator=generator, device=device)
         if part.name.endswith("norm.weight"):
             target.copy_(1 + 0.1 * noise)
@@ -122,28 +122,9 @@ def random_weights(
 def empty_weights(
     config: LlamaConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> LlamaWeights:
-    """Room for a model in one piece of memory; what it holds is undefined."""
-    return _allocate(config, torch.device(device), dtype)
-
-
-def to_hf_state_dict(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:
-    """The weights under their Hugging Face names and in its row order, as copies.
-
-    With tied embeddings there is no `lm_head.weight`, as in published checkpoints.
-    """
-    state = {}
-    for part in stored_parts(config):
-        tensor = _view(weights, part)
-        if part.is_rotary:
-            halves = _heads(tensor, config.head_dim // 2, 2).transpose(1, 2)
-            tensor = halves.reshape(tensor.shape)
-        state[part.name] = tensor.clone()
-    return state
-
-
-def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
+    """Memory for a model in one piece; its values are undefined."""
     parts = stored_parts(config)
-    arena = Arena((math.prod(part.shape) for part in parts), device, dtype)
+    arena = Arena((math.prod(part.shape) for part in parts), torch.device(device), dtype)
     # The last part of a field ends where the field's tensor does.
     shapes = {(p.layer, p.field): (p.start + p.shape[0], *p.shape[1:]) for p in parts}
 
@@ -162,7 +143,7 @@ def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
     return LlamaWeights(embedding, layers, final_norm, Weight(Dense(lm_head)))
 
 
-def _view(weights: LlamaWeights, part: StoredPart) -> torch.Tensor:
+def part_of(weights: LlamaWeights, part: StoredPart) -> torch.Tensor:
     """Where a stored tensor lies in `weights`."""
     owner = weights if part.layer is None else weights.layers[part.layer]
     field = getattr(owner, part.field)
@@ -170,7 +151,7 @@ def _view(weights: LlamaWeights, part: StoredPart) -> torch.Tensor:
     return tensor[part.start : part.start + part.shape[0]]
 
 
-def _heads(tensor: torch.Tensor, *pairs: int) -> torch.Tensor:
+def rotary_heads(tensor: torch.Tensor, *pairs: int) -> torch.Tensor:
     """[n*D, ...] as [n, *pairs, ...]: (2, D/2) in half order, (D/2, 2) in interleaved order.
 
     Transposing axes 1 and 2 makes one order of the other.
@@ -184,13 +165,11 @@ def _check_names_and_shapes(checkpoint: Checkpoint, parts: list[StoredPart]) -> 
     for part in parts:
         name, got = part.name, checkpoint.shapes.get(part.name)
         if got is None:
-            raise ValueError(
-                f"{where}: has no tensor {name}; expected shape {part.shape}; {remedy}"
-            )
+            cause = f"has no tensor {name}; expected shape {part.shape}"
+            raise ValueError(f"{where}: {cause}; {remedy}")
         if got != part.shape:
-            raise ValueError(
-                f"{where}: tensor {name} has shape {quoted(got)}; expected {part.shape}; {remedy}"
-            )
+            cause = f"tensor {name} has shape {quoted(got)}; expected {part.shape}"
+            raise ValueError(f"{where}: {cause}; {remedy}")
     known = {part.name for part in parts}
     is_gguf = checkpoint.gguf_metadata is not None
     for name in checkpoint.shapes:

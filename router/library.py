@@ -92,10 +92,8 @@ class RouterLibrary:
         if not bool(((norms - 1).abs() < 1e-3).all()):  # false for NaN, too
             raise ValueError("anchors: got some that are not of unit length, or NaN; expected unit "
                              "vectors; calibrate again")  # fmt: skip
-        for name, count in (
-            ("anchor_domains", len(self.domains)),
-            ("anchor_plans", len(self.plans)),
-        ):
+        counts = {"anchor_domains": len(self.domains), "anchor_plans": len(self.plans)}
+        for name, count in counts.items():
             ids = getattr(self, name)
             if ids.dtype != torch.int32 or ids.shape != shape[:1]:
                 raise _error(name, f"{ids.dtype} {tuple(ids.shape)}", f"int32 [{shape[0]}]")

@@ -79,21 +79,14 @@ def greedy_growth(
 
 
 def bayesian(
-    num_layers: int,
-    base: int,
-    score: Score,
-    speed: Speed,
-    *,
-    iterations: int,
-    seed: int,
-    name: str,
+    num_layers: int, base: int, score: Score, speed: Speed, *, iterations: int, seed: int, name: str
 ) -> list[Scored]:
     """Bayesian optimisation over 2L bits, as KNN-SSD (arXiv 2505.16162) searches its skip sets.
 
     Any sub-layer may be skipped, those of the first and the last layer as well. The sampler is
     optuna's Gaussian process, as a plan costs more to measure than to choose: on synthetic
     objectives of 60 bits 100 plans of its choice were as good as 200 to 400 of the tree-structured
-    Parzen estimator's. Choosing takes about a second a plan, and grows with their number.
+    Parzen estimator's. Choosing takes about a second per plan, and grows with their number.
 
     base: 8 or 16, the precision of the sub-layers that are kept.
     Returns all `iterations` plans in the order of their evaluation, all named `name`; a seed gives

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from models.config import LlamaConfig, RopeScaling
-from models.weights import LlamaWeights, to_hf_state_dict
+from models.layout import stored_parts
+from models.weights import LlamaWeights, part_of, rotary_heads
 
 F32 = gguf.GGMLQuantizationType.F32
 
@@ -101,6 +102,21 @@ def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_max_positions,
     }
+
+
+def to_hf_state_dict(config: LlamaConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:
+    """The weights under their Hugging Face names and in its row order, as copies.
+
+    With tied embeddings there is no `lm_head.weight`, as in published checkpoints.
+    """
+    state = {}
+    for part in stored_parts(config):
+        tensor = part_of(weights, part)
+        if part.is_rotary:
+            halves = rotary_heads(tensor, config.head_dim // 2, 2).transpose(1, 2)
+            tensor = halves.reshape(tensor.shape)
+        state[part.name] = tensor.clone()
+    return state
 
 
 def write_hf_checkpoint(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from engine.controller import PLAIN, Choice, Controller
+from engine.sources import make_sources
 from models.plan import DraftPlan
 
 
@@ -18,23 +19,18 @@ def force_drafts(
 ) -> None:
     """Every round drafts length() tokens, or what room there is; with `plans` the next of those."""
 
-    def choose(self, costs, num_running, room, match):
-        self._match = match
-        plan = next(plans) if plans is not None else self.plans[0] if self.plans else None
+    def choose(self, costs, num_running, room):
         num_tokens = min(length(), room)
-        if plan is None or plan.kind == "off" or num_tokens < 1:
-            return PLAIN
-        if plan.kind == "ngram":
-            token_ids = () if match is None else match.token_ids[:num_tokens]
-            return Choice(plan, len(token_ids), token_ids) if token_ids else PLAIN
-        return Choice(plan, num_tokens)
-
-    def observe(self, choice, num_drafted, verified):
-        pass  # plans of the test's own have no averages
+        proposals = {source.name: source.propose(room) for source in self.sources}
+        # A plan of the test's own is observed by no source; n-grams are those of the sequence.
+        for source in self.sources[:1] if plans is None else make_sources([next(plans)]):
+            proposal = proposals.get(source.name) or source.propose(room)
+            if proposal is not None and num_tokens > 0:
+                token_ids = proposal.token_ids[:num_tokens]
+                return Choice(proposal.plan, len(token_ids) or num_tokens, token_ids, source)
+        return PLAIN
 
     monkeypatch.setattr(Controller, "choose", choose)
-    if plans is not None:
-        monkeypatch.setattr(Controller, "observe", observe)
 
 
 def random_plan(num_layers: int, seed: int) -> DraftPlan:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import to_hf_state_dict
 from tiny import family_config, tiny_llama
 from tokenizers_for_tests import CHAT_TEMPLATE, byte_tokenizer
 from transformers import GenerationMixin
@@ -16,7 +17,6 @@ import bench.peers as peers
 from bench.report import CheckError
 from engine.loading import Loaded
 from models.chat_template import ChatTemplate
-from models.weights import to_hf_state_dict
 from models.widen import WIDENINGS, Widening
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,7 +114,7 @@ def test_arms_on_a_widened_model(monkeypatch, tmp_path, capsys):
     template = ChatTemplate(CHAT_TEMPLATE, "test")
     loaded = Loaded("tiny", tiny_llama(config), tokenizer, template, {})
     monkeypatch.setattr(decode, "load", lambda *_: loaded)
-    monkeypatch.setattr("engine.drafts.profile_path", lambda _: tmp_path / "profile.json")
+    monkeypatch.setattr("engine.prepare.profile_path", lambda _: tmp_path / "profile.json")
     monkeypatch.setitem(WIDENINGS, "small", Widening(96, 2, 2))
     few = ["--per-domain", "1", "--new-tokens", "6", "--repeats", "1"]
     decode.main(["--widen", "small", "--domains", "math,code", *few])

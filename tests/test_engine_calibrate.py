@@ -67,7 +67,7 @@ def no_clock(monkeypatch, tmp_path):
     monkeypatch.setattr("engine.profile._verify_seconds", verify_seconds)
     monkeypatch.setattr("engine.profile._draft_seconds", draft_seconds)
     monkeypatch.setattr("engine.profile.BUDGET_SECONDS", math.inf)
-    monkeypatch.setattr("engine.drafts.profile_path", lambda model: tmp_path / "profile.json")
+    monkeypatch.setattr("engine.prepare.profile_path", lambda model: tmp_path / "profile.json")
     ticks = itertools.count()
     monkeypatch.setattr("engine.generate.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
@@ -93,7 +93,7 @@ def work(monkeypatch):
     generate, agreement = LLM.generate, Matchness.agreement
 
     def noted_generate(self, prompts, params):
-        work.add(("decode", tuple(prompts[0]), self.router.library.plans[0]))
+        work.add(("decode", tuple(prompts[0]), params.speculative))
         return generate(self, prompts, params)
 
     def noted_agreement(self, plan):

@@ -88,6 +88,7 @@ def test_domains_that_a_library_cannot_hold_are_refused_at_once(tmp_path, out, n
     "options, message",
     [
         (["--anchors", "0"], "--anchors: got 0, expected at least 1"),
+        (["--anchors", "x"], "--anchors: invalid int value: 'x'"),
         (["--trace-tokens", "-3"], "--trace-tokens: got -3"),
         (["--iterations", "0"], "--iterations: got 0"),
         (["--seed", "-1"], "--seed: got -1, expected 0 to 4294967295"),

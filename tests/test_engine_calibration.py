@@ -11,7 +11,8 @@ from engine import SamplingParams
 from engine.calibrate.calibration import Calibration, Settings
 from engine.calibrate.replay import ngram_rates, smoothed
 from engine.calibrate.state import CalibrationState
-from engine.controller import NGRAM_PRIORS, SELF_PRIOR
+from engine.sources.ngram import NGRAM_PRIORS
+from engine.sources.plan import SELF_PRIOR
 from models.chat_template import ChatTemplate
 from models.plan import NGRAM, OFF, SKIP, DraftPlan
 from router.library import Rates

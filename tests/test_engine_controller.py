@@ -7,14 +7,45 @@ from itertools import pairwise
 
 import pytest
 
-from engine.controller import PLAIN, PROBE_ROUNDS, Acceptance, Controller
+from engine.controller import PLAIN, PROBE_ROUNDS, Controller
 from engine.costs import PassCosts, estimated_costs
-from engine.sources.ngram import Match
+from engine.sources.ngram import Match, NgramSource
+from engine.sources.plan import PlanSource
+from engine.sources.source import Acceptance
 from models.plan import NGRAM, DraftPlan
 
 INT8 = DraftPlan.int8(2)
 COSTS = PassCosts(((1, 1.0), (5, 1.2), (9, 1.4)), {INT8: 0.4})
 NO_MATCH = Match((), 0)
+
+
+def int8_source(*rates):
+    """The int8 plan, with these averages of a first and a later token if any are given."""
+    source = PlanSource(INT8)
+    if rates:
+        source.acceptance = Acceptance(*rates)
+    return source
+
+
+class OneMatch:
+    """An index that finds the same whatever follows."""
+
+    def __init__(self, match):
+        self.match = match
+
+    def append(self, token):
+        pass
+
+    def propose(self, max_tokens):
+        return Match(self.match.token_ids[:max_tokens], self.match.length)
+
+
+def ngram_source(first, later, match):
+    """n-grams that find `match`, with these averages for three tokens."""
+    source = NgramSource(NGRAM)
+    source.acceptance[3] = Acceptance(first, later)
+    source._index = OneMatch(match)
+    return source
 
 
 def run(controller, choice, num_accepted, room=50):
@@ -37,13 +68,12 @@ def test_costs_are_linear_between_measurements_and_beyond():
 @pytest.mark.parametrize("accept", [0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("cost", [0.1, 0.4, 0.6])
 def test_the_length_is_the_one_with_the_largest_expected_speed_up(accept, cost):
-    controller = Controller((INT8,))
+    controller = Controller([int8_source(accept, accept)])
     costs = COSTS.with_draft(INT8, cost)
-    controller._acceptance[INT8, 0] = Acceptance(accept, accept)
     speed_ups = [
         expected_speed_up(accept, accept, g, cost, costs.of_verify(g + 1)) for g in range(1, 9)
     ]
-    choice = controller.choose(costs, 1, 50, None)
+    choice = controller.choose(costs, 1, 50)
     if max(speed_ups) > 1.02:
         assert choice.num_tokens == 1 + speed_ups.index(max(speed_ups))
         # One more token would not pay: its chance is below its cost times the speed-up.
@@ -55,10 +85,10 @@ def test_the_length_is_the_one_with_the_largest_expected_speed_up(accept, cost):
 
 
 def test_a_draft_that_never_fits_is_given_up_and_probed_now_and_then():
-    controller = Controller((INT8,))
+    controller = Controller([int8_source()])
     lengths = []
     for _ in range(200):
-        choice = controller.choose(COSTS, 1, 50, None)
+        choice = controller.choose(COSTS, 1, 50)
         lengths.append(choice.num_tokens)
         run(controller, choice, 0)
     assert sum(1 for n in lengths[:40] if n) < 20
@@ -67,42 +97,37 @@ def test_a_draft_that_never_fits_is_given_up_and_probed_now_and_then():
     assert all(lengths[100 + i] <= 2 for i in late)
     # It comes back when the drafts begin to fit.
     for _ in range(200):
-        choice = controller.choose(COSTS, 1, 50, None)
+        choice = controller.choose(COSTS, 1, 50)
         run(controller, choice, choice.num_tokens)
-    assert controller.choose(COSTS, 1, 50, None).num_tokens >= 4
+    assert controller.choose(COSTS, 1, 50).num_tokens >= 4
 
 
 def test_room_and_matches_limit_the_draft():
-    controller = Controller((INT8, NGRAM))
-    controller._acceptance[INT8, 0] = Acceptance(1.0, 1.0)
+    controller = Controller([int8_source(1.0, 1.0), ngram_source(1.0, 1.0, NO_MATCH)])
     for room in range(10):
-        assert controller.choose(COSTS, 1, room, NO_MATCH).num_tokens == min(room, 8)
-    controller = Controller((NGRAM,))
-    controller._acceptance[NGRAM, 3] = Acceptance(1.0, 1.0)
+        assert controller.choose(COSTS, 1, room).num_tokens == min(room, 8)
     for found in range(1, 12):
         match = Match(tuple(range(found)), 3)
-        choice = controller.choose(COSTS, 1, 6, match)
+        choice = Controller([ngram_source(1.0, 1.0, match)]).choose(COSTS, 1, 6)
         assert choice.token_ids == match.token_ids[: min(found, 6)]
         assert choice.num_tokens == len(choice.token_ids)
-    assert controller.choose(COSTS, 1, 6, NO_MATCH) == PLAIN
+    assert Controller([ngram_source(1.0, 1.0, NO_MATCH)]).choose(COSTS, 1, 6) == PLAIN
 
 
 def test_ngrams_are_judged_while_another_plan_drafts():
-    controller = Controller((INT8, NGRAM))
-    controller._acceptance[INT8, 0] = Acceptance(1.0, 1.0)
-    controller._acceptance[NGRAM, 3] = Acceptance(0.1, 0.1)
     match = Match((1, 2, 3, 4, 5, 6, 7, 8), 3)
-    assert controller.choose(COSTS, 1, 50, match).plan == INT8
+    controller = Controller([int8_source(1.0, 1.0), ngram_source(0.1, 0.1, match)])
+    assert controller.choose(COSTS, 1, 50).name == "int8"
     for _ in range(60):
-        choice = controller.choose(COSTS, 1, 50, match)
+        choice = controller.choose(COSTS, 1, 50)
         controller.observe(
             choice, choice.num_tokens, [1, 2, 3, 4, 5, 6, 7, 8, 9][: choice.num_tokens + 1]
         )
-    assert controller.choose(COSTS, 1, 50, match).plan == NGRAM
+    assert controller.choose(COSTS, 1, 50).name == "ngram"
     for _ in range(60):
-        choice = controller.choose(COSTS, 1, 50, match)
+        choice = controller.choose(COSTS, 1, 50)
         controller.observe(choice, choice.num_tokens, [9] * (choice.num_tokens + 1))
-    assert controller.choose(COSTS, 1, 50, match).plan == INT8
+    assert controller.choose(COSTS, 1, 50).name == "int8"
 
 
 def test_averages_follow_what_happens():
@@ -120,10 +145,8 @@ def test_averages_follow_what_happens():
 def test_sequences_that_share_a_pass_are_drafted_for_less():
     """On a CPU every row costs: four sequences with eight drafts each are 36 rows."""
     costs = PassCosts(((1, 1.0), (4, 1.2), (36, 6.0)), {INT8: 0.5})
-    alone, shared = Controller((INT8,)), Controller((INT8,))
-    assert (
-        alone.choose(costs, 1, 50, None).num_tokens > shared.choose(costs, 4, 50, None).num_tokens
-    )
+    alone, shared = Controller([int8_source()]), Controller([int8_source()])
+    assert alone.choose(costs, 1, 50).num_tokens > shared.choose(costs, 4, 50).num_tokens
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -29,14 +29,14 @@ def llm() -> LLM:
 def test_a_stream_collected_while_a_slot_is_looked_for(llm, monkeypatch):
     """The collector closes the stream in the middle of `acquire`, whose lock this thread holds."""
     expected = llm.generate("the next one", GREEDY)[0].outputs
-    compare, collected = kv_cache._common_prefix, []
+    compare, collected = kv_cache.common_prefix, []
 
     def collect_and_compare(a, b):
         collected.append(gc.collect())
         return compare(a, b)
 
     drop_a_stream_in_a_cycle(llm)
-    monkeypatch.setattr(kv_cache, "_common_prefix", collect_and_compare)
+    monkeypatch.setattr(kv_cache, "common_prefix", collect_and_compare)
     outputs = []
     thread = threading.Thread(
         target=lambda: outputs.append(llm.generate("the next one", GREEDY)[0].outputs), daemon=True

@@ -43,7 +43,9 @@ def triton_llm(device, batch=1, **options):
 def run_through(llm, runner):
     """Let the engine run its passes through `runner`."""
     batch = llm._cache.k.shape[1]
-    llm._passes = Passes(llm.model, llm._cache, batch, run=runner)
+    passes = Passes(llm._passes.target, llm._cache, batch, run=runner)
+    passes.drafter = llm._passes.drafter
+    llm._passes = llm._preparer.passes = passes
     if isinstance(runner, RecordedRunner):
         runner.state = llm._passes.staging.device
 
@@ -106,7 +108,7 @@ def test_a_layer_is_five_launches(device):
     )  # fmt: skip
     runner = RecordedRunner()
     run_through(llm, runner)
-    llm._passes.warm_up(llm.model)
+    llm._passes.warm_up()
     layer = ["norm_qkv_rope_append", "attention_decode", "linear_residual", "norm_gated_mlp"]
     layer = [*layer, "linear_residual"]
     end = ["norm_lm_head", "sample"]

@@ -17,9 +17,10 @@ from tiny import tiny_llm
 from engine import SamplingParams
 from engine.calibrate.costs_by_part import from_parts, measure_parts
 from engine.calibrate.replay import PRIOR_WEIGHT, ngram_rates, replay, smoothed
-from engine.controller import NGRAM_PRIORS, PROBE_ROUNDS, PROBE_TOKENS, Controller
+from engine.controller import PROBE_ROUNDS, PROBE_TOKENS, Controller
 from engine.costs import PassCosts
 from engine.routing import plans_beside
+from engine.sources.ngram import NGRAM_PRIORS
 from models.plan import FULL, INT8, NGRAM, OFF, SKIP, DraftPlan
 from router.fingerprint import fingerprint
 from router.library import Rates, RouterLibrary
@@ -137,9 +138,9 @@ def rounds(monkeypatch):
     seen = []
     choose, observe = Controller.choose, Controller.observe
 
-    def noted_choose(self, costs, num_running, room, match):
-        choice = choose(self, costs, num_running, room, match)
-        seen.append((room, match, choice))
+    def noted_choose(self, costs, num_running, room):
+        choice = choose(self, costs, num_running, room)
+        seen.append((room, [source.propose(room) for source in self.sources], choice))
         return choice
 
     def noted_observe(self, choice, num_drafted, verified):
@@ -177,7 +178,7 @@ def test_replay_makes_the_rounds_of_the_engine(plan, prompt, rounds):
     costs = PassCosts(VERIFY, {plan: 0.15} if flags else {})
     for rates in ({}, {plan.name: {0: Rates(0.6, 0.7)}, NGRAM.name: {2: SURE, 3: SURE}}):
         llm.use_library(library_of(llm.model, plan, rates))
-        llm._drafts.costs = costs
+        llm._preparer.costs = costs
         rounds.clear()
         stats = llm.generate(prompt, replace(params, speculative="auto"))[0].stats
         of_engine = rounds.copy()

@@ -54,12 +54,12 @@ def test_the_cache_after_each_round_is_that_of_plain_decoding(lengths, monkeypat
         force_drafts(monkeypatch, lambda turns=turns: next(turns))
         params = replace(GREEDY, max_tokens=40, speculative=plan).with_defaults({})
         text = TextStream(byte_tokenizer())
-        plans = llm._drafts.prepare(plan)
+        plans = llm._preparer.prepare(plan)
         sequence = RunningSequence(prompt, params, 0, text, frozenset(), 256, plans)
         sequence.slot = 0
         _first_token(llm._passes, sequence)
         while sequence.finish_reason is None:
-            _round(llm.model, llm._passes, llm.costs, [sequence])
+            _round(llm._passes, llm.costs, [sequence])
             length = sequence.num_cached
             assert length == len(sequence.token_ids) - 1
             assert torch.equal(valid(llm._cache, 0, length), valid(plain._cache, 0, length))
@@ -121,7 +121,7 @@ def test_lengths_add_up_whatever_is_drafted_and_accepted(max_tokens, rounds):
         assert len(sequence.token_ids) - 1 + num_drafted < 3 + sequence.max_tokens <= 64
         verdict = Verdict([9] * (num_accepted + 1), num_accepted, num_drafted)
         choice = Choice(EVERYTHING if num_drafted else None, num_drafted)
-        sequence.account(choice, verdict)
+        sequence.drafting.observe(choice, verdict)
         events = _take(sequence, verdict, torch.zeros(num_accepted + 1, VOCAB))
         made += len(events)
         assert [event.from_draft for _, event in events] == [

@@ -12,10 +12,12 @@ from forced import force_drafts
 from tiny import family_config, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
 
+import engine.drafting
 import engine.prefill
 from engine import SamplingParams
-from engine.controller import NGRAM_PRIORS, Controller
 from engine.routing import plans_beside
+from engine.sources import make_sources
+from engine.sources.ngram import NGRAM_PRIORS
 from kernels.ops import TORCH
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
 from models.plan import NGRAM, OFF, DraftPlan
@@ -118,10 +120,9 @@ def test_the_plan_off_decodes_plainly():
 def test_a_prompt_between_two_plans_takes_the_default_and_its_rates(monkeypatch):
     """Between two anchors of different plans: their mean is about as near to both."""
     seen = {}
-    honest = Controller.__init__
     monkeypatch.setattr(
-        Controller, "__init__",
-        lambda self, plans, rates=None: (seen.update(rates or {}), honest(self, plans, rates))[1],
+        engine.drafting, "make_sources",
+        lambda plans, rates=None: (seen.update(rates or {}), make_sources(plans, rates))[1],
     )  # fmt: skip
     llm = tiny_llm()
     own = features_of(llm, ["neither of them"])[0]
@@ -145,12 +146,12 @@ def test_a_prompt_between_two_plans_takes_the_default_and_its_rates(monkeypatch)
 
 def test_the_controller_starts_from_the_rates_of_the_library():
     rates = {"int8": {0: Rates(0.3, 0.4)}, "ngram": {2: Rates(0.6, 0.7)}}
-    known = Controller((INT8, NGRAM), rates)._acceptance
-    assert (known[INT8, 0].first, known[INT8, 0].later) == (0.3, 0.4)
-    assert (known[NGRAM, 2].first, known[NGRAM, 2].later) == (0.6, 0.7)
+    int8, ngrams = (source.acceptance for source in make_sources((INT8, NGRAM), rates))
+    assert int8.rates == (0.3, 0.4)
+    assert ngrams[2].rates == (0.6, 0.7)
     # What the library does not know stays what it is without one.
-    assert (known[NGRAM, 3].first, known[NGRAM, 3].later) == NGRAM_PRIORS[3]
-    assert Controller((INT8, NGRAM))._acceptance[NGRAM, 2].first == NGRAM_PRIORS[2].first
+    assert ngrams[3].rates == NGRAM_PRIORS[3]
+    assert make_sources((INT8, NGRAM))[1].acceptance[2].first == NGRAM_PRIORS[2].first
 
 
 def test_the_feature_does_not_depend_on_how_the_prompt_got_into_the_cache(monkeypatch):

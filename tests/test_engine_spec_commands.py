@@ -25,7 +25,7 @@ from engine.chat.repl import handle_input
 from engine.llm import LLM
 from engine.params import SamplingParams, Speculative
 from models.chat_template import ChatTemplate
-from models.plan import DraftPlan
+from models.plan import NGRAM, DraftPlan
 
 Say = Callable[[str], tuple[str, str]]
 QUESTION = [{"role": "user", "content": "abcabcabcab"}]
@@ -131,6 +131,9 @@ def test_spec_on_is_what_the_command_line_said(say: Say, repl: Repl, plan_file: 
         say("/spec off")
         say("/spec on")
         assert repl.params.speculative == expected
+    repl.llm.speculative = (HALF, NGRAM)
+    assert say("/spec on")[1] == "speculative  half+ngram\n"
+    assert repl.params.speculative == (HALF, NGRAM)
     repl.llm.speculative, repl.params = str(plan_file), SamplingParams()
     assert say("/spec")[1] == f"speculative  {plan_file} (half)\n"
     say("/spec on")

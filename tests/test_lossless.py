@@ -266,7 +266,7 @@ def test_sampled_tokens_follow_the_model_with_drafts(monkeypatch):
     config = family_config("llama2", vocab_size=size, max_positions=8)
     llm = tiny_llm(config, max_sequences=batch, speculative="off")
     plan = DraftPlan("draft", "self", (0, 16, 8, 0))
-    plans = llm._drafts.prepare(plan)
+    plans = llm._preparer.prepare(plan)
     force_drafts(monkeypatch, lambda: 2)
     params = SamplingParams(temperature=1.2, max_tokens=3, ignore_eos=True).with_defaults({})
     expected = exact_probabilities(llm, prompt, size, 1.2)
@@ -285,7 +285,7 @@ def test_sampled_tokens_follow_the_model_with_drafts(monkeypatch):
             sequences.append(sequence)
         running = sequences
         while running:
-            _round(llm.model, llm._passes, llm.costs, running)
+            _round(llm._passes, llm.costs, running)
             running = [s for s in running if s.finish_reason is None]
         drawn = torch.tensor([s.token_ids[4:] for s in sequences])
         counts += (drawn @ torch.tensor([size**2, size, 1])).bincount(minlength=size**3)

@@ -13,6 +13,7 @@ import transformers
 from checkpoints import hf_config, tiny_config
 from refusals import refusal
 
+from models import families
 from models.config import RopeScaling
 from models.config_files import config_from_gguf, config_from_hf
 
@@ -304,3 +305,18 @@ def test_gguf_values() -> None:
 def test_gguf_refusals(change: dict[str, Any], word: str) -> None:
     message = refusal(config_from_gguf, gguf_metadata(**change))
     assert re.search(word, message), message
+
+
+def test_a_family_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = families.Family(
+        "new", "NewForCausalLM", gguf="new", has_qkv_bias=True, hf_defaults={"head_dim": 8}
+    )
+    monkeypatch.setitem(families.FAMILIES, "new", family)
+    monkeypatch.setitem(families.GGUF_FAMILIES, "new", family)
+    d = hf_config(tiny_config()) | {"model_type": "new", "architectures": ["NewForCausalLM"]}
+    del d["head_dim"]
+    expected = dataclasses.replace(tiny_config(), architecture="new", has_qkv_bias=True, head_dim=8)
+    assert config_from_hf(d) == expected
+    metadata = {key.replace("llama.", "new."): v for key, v in gguf_metadata().items()}
+    config = config_from_gguf(metadata | {"general.architecture": "new"})
+    assert (config.architecture, config.has_qkv_bias, config.head_dim) == ("new", True, 16)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_config, write_gguf
+from checkpoints import tiny_config, to_hf_state_dict, write_gguf
 from refusals import check_words, refusal
 
 from models.checkpoint import open_checkpoint
 from models.hub import resolve_model
-from models.weights import load_weights, random_weights, to_hf_state_dict
+from models.weights import load_weights, random_weights
 
 CONFIG = tiny_config()
 

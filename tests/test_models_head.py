@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import hf_config, tiny_config, write_hf_checkpoint, write_safetensors
+from checkpoints import (
+    hf_config,
+    tiny_config,
+    to_hf_state_dict,
+    write_hf_checkpoint,
+    write_safetensors,
+)
 from refusals import check_words, refusal
 from safetensors.torch import save_model
 from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
@@ -17,7 +23,7 @@ from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 from engine.loading import load
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.llama import logits
-from models.weights import LlamaWeights, load_weights, random_weights, to_hf_state_dict
+from models.weights import LlamaWeights, load_weights, random_weights
 
 CPU = torch.device("cpu")
 CONFIG = tiny_config(tie_embeddings=True, vocab_size=byte_tokenizer().vocab_size)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from checkpoints import hf_config
+from checkpoints import hf_config, to_hf_state_dict
 from tiny import FAMILIES, family_config, rows_of, tiny_llama
 
 from engine.kv_cache import make_kv_cache
@@ -16,7 +16,6 @@ from kernels.ops import TORCH
 from kernels.ops_cpu import NUMBA
 from models import plan as plan_module
 from models.llama import forward, full_precisions, logits
-from models.weights import to_hf_state_dict
 
 OPS = {"torch": TORCH, "numba": NUMBA}
 PROMPT_TOKENS, NEW_TOKENS = 40, 32

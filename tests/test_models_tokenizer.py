@@ -17,6 +17,7 @@ from tokenizers_for_tests import (
     EOS,
     byte_tokenizer,
     byte_tokenizer_json,
+    ends_of,
     varied_texts,
     write_byte_tokenizer,
 )
@@ -61,7 +62,7 @@ def test_byte_level_equals_hugging_face(tmp_path: Path) -> None:
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     )
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert ends_of(tokenizer) == ("<s>", "</s>")
     assert tokenizer.special_ids == {0, 1, 2}
     assert tokenizer.vocab_size == len(reference)
     for text in [*varied_texts(200), "<think é>x", "a<s>b</s>"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
-from tokenizers_for_tests import byte_alphabet, varied_texts
+from tokenizers_for_tests import byte_alphabet, ends_of, varied_texts
 from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -43,7 +43,7 @@ def test_default_model_equals_hugging_face(default_metadata: dict[str, object]) 
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert ends_of(tokenizer) == ("<|im_start|>", "<|im_end|>")
     assert tokenizer.vocab_size == len(reference) == 49152
     for text in varied_texts(400):
         ids = tokenizer.encode(text)
@@ -84,7 +84,7 @@ def test_gguf_token_types() -> None:
     assert tokenizer.special_ids == {262}
     assert tokenizer.token_bytes(263) == b"<tool>"
     assert tokenizer.token_bytes(264) == tokenizer.token_bytes(262) == b""
-    assert (tokenizer.eos_token, tokenizer.bos_token_id) == ("<eos>", None)
+    assert (ends_of(tokenizer)[1], tokenizer.bos_token_id) == ("<eos>", None)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from checkpoints import (
     hf_config,
     llama3_divisors,
     tiny_config,
+    to_hf_state_dict,
     write_gguf,
     write_hf_checkpoint,
     write_safetensors,
@@ -28,7 +29,7 @@ from kernels.weight import Weight
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.config import LlamaConfig, RopeScaling
 from models.gguf_file import read_gguf
-from models.weights import LlamaWeights, load_weights, random_weights, to_hf_state_dict
+from models.weights import LlamaWeights, load_weights, random_weights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 REPOSITORY = Path(__file__).parent.parent
@@ -217,7 +218,7 @@ def test_names_and_shapes_are_checked_before_memory_is_allocated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = changed(tmp_path, tiny_config(), change)
-    monkeypatch.setattr("models.weights._allocate", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr("models.weights.empty_weights", lambda *_, **__: pytest.fail("allocated"))
     with pytest.raises(ValueError) as error:
         load_weights(checkpoint, device="cpu", dtype=torch.float32)
     assert all(word in str(error.value) for word in words), error.value

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from make_golden import GOLDEN
+from operands import with_tensors
 from test_models_weights import assert_same, flat
 from tiny import FAMILIES, family_config, rows_of, tiny_llama, to_device
 
@@ -83,7 +84,7 @@ def run(
     states, scores = [], []
     for start in range(0, len(token_ids), step):
         rows = rows_of(token_ids[start : start + step], start)
-        rows = type(rows)(*(tensor.to(model.device) for tensor in rows))
+        rows = with_tensors(rows, lambda tensor: tensor.to(model.device))
         states.append(forward(model, rows, cache.k, cache.v, precisions, TORCH))
         scores.append(logits(model, states[-1], precisions, TORCH))
     return torch.cat(states), torch.cat(scores)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from budget import DTYPES
-from checkpoints import hf_config
+from checkpoints import hf_config, to_hf_state_dict
 from routers import EARLY, EPS, INT8, LATE, PLANS, make_router, model_of, on_a_line
 from tiny import family_config, rows_of, tiny_llama
 
@@ -22,7 +22,6 @@ from kernels.route.pool_states import pool_states_ref
 from models.config import MAX_HIDDEN_SIZE
 from models.llama import forward, full_precisions
 from models.plan import NGRAM, OFF, plans_from_skip_sets
-from models.weights import to_hf_state_dict
 from router.feature import as_feature
 from router.library import MIN_RATIO, Rates, RouterLibrary
 from router.route import Neighbour, Router

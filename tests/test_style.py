@@ -14,6 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["kernels", "models", "router", "engine", "bench"]  # each may import those before it
 CLIS = {"engine/chat", "engine/calibrate", "bench"}  # folders whose files may print
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 50, 90
+MAX_PRODUCT = 19_000  # lines of all packages: what grows somewhere shrinks elsewhere
+MAX_README = 150
+# What a room of kernels/ may import beside itself, weight.py and checks.py: an operation stands
+# beside its Triton kernel, and so needs the machinery of the GPU; a CPU kernel never does.
+ROOMS = {
+    "layer": {"gpu"},
+    "round": {"gpu"},
+    "route": {"gpu"},
+    "gpu": set(),
+    "cpu": {"layer", "round", "route"},
+}
+READMES = sorted(p for p in ROOT.rglob("*.md") if ".venv" not in p.parts)
 SOURCES = sorted(p for d in [*PACKAGES, "tests"] for p in (ROOT / d).rglob("*.py"))
 
 
@@ -66,6 +78,40 @@ def test_imports_point_one_way(source):
         assert name not in ("tests", "transformers") or package == "bench", relative(source)
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_kernels_keep_apart(room):
+    for path in sorted((ROOT / "kernels" / room).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module is None or not module.startswith("kernels"):
+                continue
+            names = [f"{module}.{alias.name}" for alias in node.names] + [module]
+            rooms = {name.split(".")[1] for name in names if "." in name} & ROOMS.keys()
+            assert rooms <= {room} | ROOMS[room], f"{relative(path)} imports {module}"
+
+
+def test_cpu_operations_load_nothing_of_the_gpu():
+    imported = {
+        node.module
+        for node in ast.walk(ast.parse((ROOT / "kernels" / "ops_cpu.py").read_text()))
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert not any(module.startswith("kernels.gpu") for module in imported), imported
+
+
+def test_product_does_not_grow():
+    lines = sum(len(path.read_text().splitlines()) for path in SOURCES if path.parts[-2] != "tests")
+    assert lines <= MAX_PRODUCT, lines
+
+
+def test_packages_are_all_listed():
+    """setuptools takes the packages that pyproject.toml names, and no other."""
+    named = set(re.findall(r'"([\w.]+)"', (ROOT / "pyproject.toml").read_text()))
+    for path in SOURCES:
+        if path.name == "__init__.py":
+            assert relative(path.parent).replace("/", ".") in named, relative(path.parent)
+
+
 def test_forbidden_constructs(source):
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.ExceptHandler):
@@ -89,10 +135,17 @@ def test_tests_are_flat_and_do_not_shadow_packages():
         assert Path(importlib.import_module(package).__file__).parent == ROOT / package
 
 
-def test_readme_links_and_commands_exist():
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), f"README links to {target}"
+@pytest.mark.parametrize("readme", READMES, ids=relative)
+def test_readme_links_and_commands_exist(readme):
+    text = readme.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (readme.parent / target).exists(), f"{relative(readme)} links to {target}"
+    if readme.name == "LOG.md":
+        return  # of its day
     for module in re.findall(r"python -m ((?:engine|bench)\.\w+)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_readme_is_read_in_one_go():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README

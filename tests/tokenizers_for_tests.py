@@ -99,3 +99,10 @@ def byte_tokenizer(vocab_size: int = 258) -> Tokenizer:
         write_byte_tokenizer(Path(name))
         (Path(name) / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
         return load_tokenizer(Path(name))
+
+
+def ends_of(tokenizer: Tokenizer) -> tuple[str, str]:
+    """How the tokens that begin and end a text are written, "" where there is none."""
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    bos, eos = ("" if i is None else tokenizer.decode([i], skip_special_tokens=False) for i in ids)
+    return bos, eos

@@ -16,25 +16,26 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 
 import torch
 
-from engine.calibrate.costs_by_part import PlanCosts, from_parts, measure_parts
+from engine.calibrate.costs_by_part import CostsByPart, from_parts, measure_parts
 from engine.calibrate.prompts import MIX
 from engine.calibrate.replay import ngram_rates, replay, smoothed
 from engine.calibrate.state import CalibrationState
 from engine.command import Report
-from engine.controller import NGRAM_PRIORS, SELF_PRIOR
 from engine.costs import PassCosts
 from engine.llm import LLM
 from engine.params import SamplingParams
 from engine.profile import profile_draft
 from engine.routing import plans_beside
+from engine.sources.ngram import NGRAM_PRIORS
+from engine.sources.plan import SELF_PRIOR
+from engine.types import RequestOutput
 from models.plan import FULL, INT8, NGRAM, OFF, SKIP, DraftPlan
 from router.anchors import cluster, fit_min_ratio
-from router.feature import as_feature
 from router.fingerprint import fingerprint
 from router.library import PlanRates, Rates, RouterLibrary
 from router.matchness import Matchness, Trace, acceptance
@@ -58,8 +59,8 @@ class Settings:
     max_minutes: float | None = None
 
 
-Judge = Callable[[DraftPlan], list[list[bool]]]  # of each trace, which tokens a plan drafts rightly
-Flags = dict[DraftPlan, list[list[bool]]]  # what it says, by plan
+Judge = Callable[[DraftPlan], list[list[bool]]]  # for each trace, which tokens a plan drafts right
+Flags = dict[DraftPlan, list[list[bool]]]  # the same, by plan
 
 
 class Calibration:
@@ -88,7 +89,6 @@ class Calibration:
 
         Raises ValueError for a domain in which no answer has two tokens.
         """
-        self._llm.use_library(self._only(self._int8))
         traces, features = {}, {}
         for domain, texts in self._prompts.items():
             traces[domain], features[domain] = self._trace(domain, texts)
@@ -119,15 +119,17 @@ class Calibration:
         return traces, torch.tensor(features, dtype=torch.float32)
 
     def _answer(self, prompt: Sequence[int]) -> dict[str, object]:
-        params = SamplingParams(
-            temperature=0, max_tokens=self._settings.trace_tokens, speculative="auto"
-        )
-        output = self._llm.generate([prompt], params)[0]
-        assert output.route is not None
-        feature = as_feature(output.route.state_sum).tolist()
-        return {"token_ids": output.outputs[0].token_ids, "feature": feature}
+        token_ids = self._decode(prompt, self._int8).outputs[0].token_ids
+        return {"token_ids": token_ids, "feature": self._llm.feature(prompt).tolist()}
 
-    def _costs(self) -> tuple[PassCosts, PlanCosts]:
+    def _decode(self, prompt: Sequence[int], plan: DraftPlan) -> RequestOutput:
+        """A greedy answer, drafted as for a prompt that was routed to the plan."""
+        plans = plans_beside(plan, (NGRAM,))
+        tokens = self._settings.trace_tokens
+        params = SamplingParams(temperature=0, max_tokens=tokens, speculative=plans)
+        return self._llm.generate([prompt], params)[0]
+
+    def _costs(self) -> tuple[PassCosts, CostsByPart]:
         """What passes cost here: the engine's profile, and R by parts."""
         self._report("costs of passes", 0, 1)
 
@@ -164,12 +166,11 @@ class Calibration:
 
     def _judge(self, name: str, traces: Sequence[Trace]) -> Judge:
         """Tells of a plan which tokens of the traces it drafts rightly; remembered by `name`."""
-        matchness: Matchness | None = None  # made when something has to be measured
+        # Made when something has to be measured.
+        matchness = cache(lambda: Matchness(self._llm.model, traces))
 
         def measure(plan: DraftPlan) -> list[str]:
-            nonlocal matchness
-            matchness = matchness or Matchness(self._llm.model, traces)
-            return ["".join("01"[int(f)] for f in one) for one in matchness.agreement(plan)]
+            return ["".join("01"[int(f)] for f in one) for one in matchness().agreement(plan)]
 
         def judge(plan: DraftPlan) -> list[list[bool]]:
             key = f"{name} {_digest(bytes(plan.sublayers))}"
@@ -177,13 +178,7 @@ class Calibration:
 
         return judge
 
-    def _best_skip_set(
-        self,
-        name: str,
-        base: int,
-        judge: Judge,
-        speed: Speed,
-    ) -> DraftPlan | None:
+    def _best_skip_set(self, name: str, base: int, judge: Judge, speed: Speed) -> DraftPlan | None:
         """The searched skip set with the highest expected speed, as far as the time allows."""
         seen: list[Scored] = []
 
@@ -221,18 +216,19 @@ class Calibration:
         traces: Sequence[Trace],
         flags: Flags,
         passes: PassCosts,
-        parts: PlanCosts,
+        parts: CostsByPart,
     ) -> DraftPlan:
         """The candidate that answers the domain's prompts soonest; the best three by the clock."""
         table = parts.fill(passes, flags)
-        expected = {
-            plan: sum(
-                replay(trace, plans_beside(plan, (NGRAM,)), _of_trace(flags, i), table)
+
+        def expected(plan: DraftPlan) -> float:
+            plans = plans_beside(plan, (NGRAM,))
+            return sum(
+                replay(trace, plans, {p: rows[i] for p, rows in flags.items()}, table)
                 for i, trace in enumerate(traces)
             )
-            for plan in (*flags, NGRAM, OFF)
-        }
-        best = sorted(expected, key=lambda plan: expected[plan])[:TIMED_PLANS]
+
+        best = sorted((*flags, NGRAM, OFF), key=expected)[:TIMED_PLANS]
         # Another search, or a longer one, may have other plans of the same names.
         name = f"seconds {domain} {self._where} {_digest(repr(best).encode())}"
         seconds = self._state.get(name, lambda: self._time(domain, traces, best))
@@ -242,9 +238,6 @@ class Calibration:
         self, domain: str, traces: Sequence[Trace], plans: Sequence[DraftPlan]
     ) -> dict[str, float]:
         """Seconds of decoding with each plan: the fastest runs of each prompt, plans by turns."""
-        params = SamplingParams(
-            temperature=0, max_tokens=self._settings.trace_tokens, speculative="auto"
-        )
         timed = traces[:TIMED_PROMPTS]
         fastest = {plan.name: [math.inf] * len(timed) for plan in plans}
         for run in range(TIMED_RUNS):
@@ -252,20 +245,10 @@ class Calibration:
                 self._report(f"{domain}: by the clock", run * len(timed) + i,
                              TIMED_RUNS * len(timed))  # fmt: skip
                 for plan in plans:
-                    self._llm.use_library(self._only(plan))
-                    stats = self._llm.generate([trace.prompt_ids], params)[0].stats
+                    stats = self._decode(trace.prompt_ids, plan).stats
                     best = fastest[plan.name]
                     best[i] = min(best[i], stats.decode_seconds)
         return {name: sum(best) for name, best in fastest.items()}
-
-    def _only(self, plan: DraftPlan) -> RouterLibrary:
-        """A library that routes every prompt to `plan`."""
-        size = self._llm.model.config.hidden_size
-        anchor = torch.nn.functional.normalize(torch.ones(1, size))
-        first = torch.zeros(1, dtype=torch.int32)
-        plans = tuple(dict.fromkeys((plan, NGRAM)))
-        mark = fingerprint(self._llm.model)
-        return RouterLibrary(mark, self._num_layers, ("any",), plans, 0, anchor, first, first)
 
     def _library(
         self,
@@ -322,10 +305,6 @@ def _enough(domain: str, traces: Sequence[Trace]) -> list[Trace]:
         raise ValueError(f"domain {domain!r}: got no answer of two tokens, expected at least one; "
                          "give it other prompts or more trace tokens")  # fmt: skip
     return kept
-
-
-def _of_trace(flags: Flags, i: int) -> dict[DraftPlan, list[bool]]:
-    return {plan: rows[i] for plan, rows in flags.items()}
 
 
 def _self_rates(flags: Flags) -> dict[str, dict[int, Rates]]:

@@ -14,15 +14,15 @@ from models.plan import FULL, INT8, SKIP, DraftPlan
 
 
 @dataclass(frozen=True)
-class PlanCosts:
+class CostsByPart:
     """R by parts, in plain decode steps: precision -> cost; blocks are (attention, MLP)."""
 
     head: Mapping[int, float]
     block: Mapping[int, tuple[float, float]]
 
     def of(self, plan: DraftPlan) -> float:
-        """R of a plan; 0 for plans that run no pass of the model."""
-        if plan.kind != "self":
+        """R of a plan; 0 for one that runs no sub-layer of the model."""
+        if not plan.sublayers:
             return 0.0
         return self.head[plan.head_precision] + sum(
             self.block[precision][i % 2] for i, precision in enumerate(plan.sublayers)
@@ -50,7 +50,7 @@ def measure_parts(
     }
 
 
-def from_parts(parts: Mapping[str, tuple[float, float, float]], num_layers: int) -> PlanCosts:
+def from_parts(parts: Mapping[str, tuple[float, float, float]], num_layers: int) -> CostsByPart:
     """The table from what `measure_parts` found. Noise may not make a part cheaper than nothing."""
     head, block = {}, {SKIP: (0.0, 0.0)}
     for base in (FULL, INT8):
@@ -60,4 +60,4 @@ def from_parts(parts: Mapping[str, tuple[float, float, float]], num_layers: int)
             max(0.0, everything - mlp) / num_layers,
             max(0.0, everything - attention) / num_layers,
         )
-    return PlanCosts(head, block)
+    return CostsByPart(head, block)

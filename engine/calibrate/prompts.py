@@ -48,7 +48,7 @@ def _read_domain(path: Path) -> list[str]:
             raise ValueError(f"{where}: the prompt is empty or no text")
         prompts.append(check_text(where, prompt))
     if not prompts:
-        raise ValueError(f"{path}: has no prompts; expected one JSON object a line")
+        raise ValueError(f"{path}: has no prompts; expected one JSON object per line")
     return prompts
 
 

@@ -1,6 +1,6 @@
 """What a round-by-round run would cost on a recorded answer: the engine's decisions without passes.
 
-The same controller and n-gram index as in a request, on tokens that are known, with the measured
+The same controller and sources as in a request, on tokens that are known, with the measured
 cost table. A draft of the model is right where its teacher-forced argmax is (router/matchness.py).
 """
 
@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from engine.controller import Controller
 from engine.costs import PassCosts
+from engine.prefix import common_prefix
+from engine.sources import make_sources
 from engine.sources.ngram import MATCH_LENGTHS, NgramIndex
 from models.plan import MAX_DRAFT, DraftPlan
 from router.library import PlanRates, Rates
@@ -30,32 +32,22 @@ def replay(
     flags: for each plan that runs the model, whether it drafts token i + 1 right after token i.
     """
     answer, made, cost = trace.token_ids, 1, 0.0
-    controller, index = Controller(plans, rates), NgramIndex(trace.prompt_ids)
-    index.append(answer[0])
+    controller = Controller(make_sources(plans, rates))
+    controller.start([*trace.prompt_ids, answer[0]])
     while made < len(answer):
-        room = len(answer) - made - 1
-        match = index.propose(min(room, MAX_DRAFT)) if has_ngram(plans) else None
-        choice = controller.choose(costs, 1, room, match)
-        right = 0
-        if choice.token_ids:
-            while right < choice.num_tokens and choice.token_ids[right] == answer[made + right]:
-                right += 1
-        elif choice.plan is not None:
-            agrees = flags[choice.plan]
-            while right < choice.num_tokens and agrees[made - 1 + right]:
-                right += 1
+        choice = controller.choose(costs, 1, len(answer) - made - 1)
+        until = made + choice.num_tokens
+        if choice.plan is None:
+            right = common_prefix(choice.token_ids, answer[made:until])
+        else:
+            agrees = flags[choice.plan][made - 1 : until - 1]
+            right = [*agrees, False].index(False)
             cost += choice.num_tokens * costs.of_draft(choice.plan)
         cost += costs.of_verify(choice.num_tokens + 1)
         verified = answer[made : made + right + 1]
         controller.observe(choice, choice.num_tokens, verified)
-        for token in verified:
-            index.append(token)
         made += right + 1
     return cost
-
-
-def has_ngram(plans: Sequence[DraftPlan]) -> bool:
-    return any(plan.kind == "ngram" for plan in plans)
 
 
 def ngram_rates(traces: Sequence[Trace], general: Mapping[int, Rates]) -> dict[int, Rates]:
@@ -65,11 +57,7 @@ def ngram_rates(traces: Sequence[Trace], general: Mapping[int, Rates]) -> dict[i
         index, made = NgramIndex(trace.prompt_ids), 0
         while made < len(trace.token_ids):
             match = index.propose(min(MAX_DRAFT, len(trace.token_ids) - made))
-            right = 0
-            while right < len(match.token_ids) and (
-                match.token_ids[right] == trace.token_ids[made + right]
-            ):
-                right += 1
+            right = common_prefix(match.token_ids, trace.token_ids[made : made + MAX_DRAFT])
             if match.token_ids:
                 judged = min(right + 1, len(match.token_ids))
                 count = counts[match.length]

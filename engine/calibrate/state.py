@@ -13,8 +13,8 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,25 +29,18 @@ class CalibrationState:
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
         self._values: dict[str, Any] = {}
-        try:
+        with _writing(path):
             self._file = _open_alone(path)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
         try:
-            self._begin(settings)
+            with _writing(path):
+                whole = self._read(self._file.read(), settings)
+                self._file.truncate(whole)
+                self._file.seek(whole)
+            if whole == 0:
+                self._append({"settings": settings})
         except ValueError:
             self.close()
             raise
-
-    def _begin(self, settings: dict[str, Any]) -> None:
-        try:
-            whole = self._read(self._file.read(), settings)
-            self._file.truncate(whole)
-            self._file.seek(whole)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        if whole == 0:
-            self._append({"settings": settings})
 
     @property
     def num_values(self) -> int:
@@ -68,13 +61,11 @@ class CalibrationState:
             self._file.close()
 
     def _append(self, record: dict[str, Any]) -> None:
-        try:
-            line = json.dumps(record).encode()
+        line = json.dumps(record).encode()
+        with _writing(self.path):
             self._file.write(b"%08x %s\n" % (zlib.crc32(line), line))
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
 
     def _read(self, data: bytes, settings: dict[str, Any]) -> int:
         """Take what the file holds; returns how many of its bytes are whole lines."""
@@ -140,8 +131,12 @@ def _holder(file: BinaryIO) -> str:
     return f"process {struct.unpack(flock, fcntl.fcntl(file, fcntl.F_GETLK, asked))[-1]}"
 
 
-def _cannot_write(path: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"{path}: cannot be written: {error.strerror or error}; make room or choose another --out, "
-        "then run the same command to go on"
-    )
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written: {error.strerror or error}; make room or choose another "
+            "--out, then run the same command to go on"
+        ) from error

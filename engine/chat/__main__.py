@@ -32,6 +32,7 @@ _PARAMETERS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed",
     "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
+_OPTIONS = ("revision", "device", "dtype", "max_length", "speculative", "router", "profile")
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
 end it. With --prompt, standard input is not read: a loop such as `while read line` can call this
@@ -95,17 +96,8 @@ def load_llm(args: argparse.Namespace) -> LLM:
             raise KeyboardInterrupt
         if not is_compiled():
             note("compiling kernels for this processor: once, about half a minute")
-        return LLM(
-            args.model,
-            revision=args.revision,
-            device=args.device,
-            dtype=args.dtype,
-            max_length=args.max_length,
-            speculative=args.speculative,
-            router=args.router,
-            profile=args.profile,
-            on_progress=on_progress,
-        )
+        options = {name: getattr(args, name) for name in _OPTIONS}
+        return LLM(args.model, on_progress=on_progress, **options)
 
 
 def _version() -> str:

@@ -82,10 +82,8 @@ def answer_question(repl: Repl, question: str, *, is_again: bool = False) -> Non
     earlier = repl.conversation.messages[:-2] if is_again else repl.conversation.messages
     conversation = Conversation(repl.conversation.system, [*earlier])
     conversation.add("user", question)
-    with (
-        AnswerWriter(sys.stdout) as writer,
-        _interrupt_as_flag(repl, lambda: writer.has_started) as is_stopped,
-    ):
+    writer = AnswerWriter(sys.stdout)
+    with writer, _stoppable(repl, lambda: writer.has_started) as is_stopped:
         answer = ask(repl.llm, conversation.asked(), repl.params, writer.write, is_stopped)
     repl.last_stats, repl.last_route = answer.stats, answer.route
     if answer.finish_reason is None and not answer.text:
@@ -99,7 +97,7 @@ def answer_question(repl: Repl, question: str, *, is_again: bool = False) -> Non
 
 
 @contextmanager
-def _interrupt_as_flag(repl: Repl, has_started: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+def _stoppable(repl: Repl, has_started: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
     """Yields whether Ctrl-C was pressed; a second one ends the chat by KeyboardInterrupt."""
     is_stopped = False
 
@@ -203,7 +201,7 @@ def _stats(repl: Repl, argument: str) -> None:
 
 def _spec(repl: Repl, argument: str) -> None:
     # Here and not above: it imports torch, which the loaded model has done by now.
-    from engine.drafts import NAMES, resolve_plans
+    from engine.prepare import NAMES, resolve_plans
 
     llm = repl.llm
     value = _speculative(repl)
@@ -214,7 +212,8 @@ def _spec(repl: Repl, argument: str) -> None:
     plans = resolve_plans(value, llm.model)
     if argument:
         # The plan of a file and not its name: the file may change, or go.
-        kept = value if value in NAMES else plans[0] if plans else "off"
+        is_file = isinstance(value, (str, os.PathLike)) and value not in NAMES
+        kept = (plans[0] if plans else "off") if is_file else value
         repl.params = replace(repl.params, speculative=kept)
     names = one_line("+".join(plan.name for plan in plans) or "no drafts")
     if value == "auto" and llm.router is not None:
@@ -230,7 +229,8 @@ def _speculative(repl: Repl) -> Speculative:
 
 
 def _setting(value: Speculative) -> str:
-    return one_line(value.name if isinstance(value, DraftPlan) else value)
+    plans = (value,) if isinstance(value, DraftPlan) else value
+    return one_line("+".join(p.name for p in plans) if isinstance(plans, tuple) else plans)
 
 
 def _plan(repl: Repl, argument: str) -> None:
@@ -255,7 +255,7 @@ def _verify(repl: Repl, argument: str) -> None:
     num_tokens = len(answer.events)
     num_drafted = sum(event.from_draft for event in answer.events)
     # Nothing is said about a prompt that takes its time: the cache has it since the answer.
-    with _interrupt_as_flag(repl, lambda: True) as is_stopped:
+    with _stoppable(repl, lambda: True) as is_stopped:
         note(f"re-running {num_tokens} tokens without drafts; {num_drafted} of them were drafted")
         comparison = compare_with_plain(repl.llm, answer, is_stopped)
     num_same = comparison.num_same

@@ -188,13 +188,8 @@ def save_conversation(conversation: Conversation, model: str, path: Path) -> Non
         except ValueError:
             message = f"{path} exists and is not a saved conversation; use another name"
             raise ValueError(message) from None
-    document = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "model": model,
-        "system": conversation.system,
-        "messages": conversation.messages,
-    }
+    values = (_FORMAT, _VERSION, model, conversation.system, conversation.messages)
+    document = dict(zip(_FILE_KEYS, values, strict=True))
     data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"the conversation is larger than the {MAX_FILE_BYTES} bytes of a file")
@@ -209,10 +204,10 @@ def load_conversation(path: Path) -> Conversation:
     document = parse_json(path, read_bounded(path, MAX_FILE_BYTES).removeprefix(codecs.BOM_UTF8))
     if set(document) != set(_FILE_KEYS):
         raise ValueError(f"{path}: expected a JSON object with the keys {', '.join(_FILE_KEYS)}")
-    if document["format"] != _FORMAT:
-        raise ValueError(f"{path}: format is {quoted(document['format'])}, expected {_FORMAT!r}")
-    if type(document["version"]) is not int or document["version"] != _VERSION:
-        raise ValueError(f"{path}: version is {quoted(document['version'])}, expected {_VERSION}")
+    for key, expected in (("format", _FORMAT), ("version", _VERSION)):
+        value = document[key]
+        if type(value) is not type(expected) or value != expected:
+            raise ValueError(f"{path}: {key} is {quoted(value)}, expected {expected!r}")
     if not isinstance(document["model"], str):
         raise ValueError(f"{path}: model is {quoted(document['model'])}, expected a string")
     system = document["system"]

@@ -52,10 +52,8 @@ def _read_stdin() -> str:
 
 def answer_text(llm: LLM, params: SamplingParams, conversation: Conversation) -> RequestStats:
     """Print the answer as it comes. Raises KeyboardInterrupt where it was stopped."""
-    with (
-        AnswerWriter(sys.stdout) as writer,
-        noted_interrupts(lambda: writer.has_started) as is_stopped,
-    ):
+    writer = AnswerWriter(sys.stdout)
+    with writer, noted_interrupts(lambda: writer.has_started) as is_stopped:
         answer = ask(llm, conversation.asked(), params, writer.write, is_stopped)
         if not writer.has_started and not is_stopped():
             writer.write("")  # an empty answer is an empty line

@@ -48,11 +48,8 @@ def rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slot
 
     Every address in the cache and in the rotary table is computed from these numbers.
     """
-    ps, ns, ss = (
-        ints_at(positions, batch * width),
-        ints_at(num_tokens, batch),
-        ints_at(slots, batch),
-    )
+    ps = ints_at(positions, batch * width)
+    ns, ss = ints_at(num_tokens, batch), ints_at(slots, batch)
     for b in range(batch):
         if ss[b] < 0 or ss[b] >= num_slots or ns[b] > width:
             return False

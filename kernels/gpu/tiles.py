@@ -71,25 +71,13 @@ def weigh_columns(w, x32, norm):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def project_rows(  # type: ignore[no-untyped-def]
-    x_ptr,  # [R, K]
-    norm_ptr,  # [K]
-    w_ptr,  # [N, K]
-    offs_n,
-    mask_n,
-    offs_r,
-    mask_r,
-    K,
-    first_k,
-    end_k,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
+    x_ptr, norm_ptr, w_ptr, offs_n, mask_n, offs_r, mask_r, K, first_k, end_k,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_NORM: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
     """Return W (x * norm)^T [BLOCK_N, BLOCK_R] and each row's sum of x^2 [BLOCK_R], in float32.
 
-    The sums go over first_k <= k < end_k, first_k a multiple of BLOCK_K.
+    x [R, K], norm [K], W [N, K]; sums over first_k <= k < end_k, first_k a multiple of BLOCK_K.
     The weight is the left operand: 16 rows are too few for the left side of a tensor-core dot.
     """
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.tiles import any_row, load_norm, load_tile, project_rows
-from kernels.layer.planned_linear import LEVELS
-from kernels.weight import Weight
+from kernels.weight import LEVELS, Weight
 
 SMALLEST = 1e-30  # stands in for the largest activation of a group of zeros; its inverse is finite
 
@@ -63,24 +62,11 @@ def quantise_columns(x32):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def project_rows_int8(  # type: ignore[no-untyped-def]
-    x_ptr,  # [R, K]
-    norm_ptr,  # [K]
-    w_ptr,  # [N, K] int8
-    w_scale_ptr,  # [N]
-    offs_n,
-    mask_n,
-    offs_r,
-    mask_r,
-    K,
-    first_k,
-    end_k,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """What `project_rows` returns, in 8 bits."""
+    x_ptr, norm_ptr, w_ptr, w_scale_ptr, offs_n, mask_n, offs_r, mask_r, K, first_k, end_k,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_NORM: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """What `project_rows` returns, with W [N, K] in 8 bits and its scale [N]."""
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     sum_squares = tl.zeros((BLOCK_R,), tl.float32)
     offs_k = tl.arange(0, BLOCK_K)
@@ -107,29 +93,13 @@ def project_rows_int8(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def project_planned(  # type: ignore[no-untyped-def]
-    x_ptr,  # [R, K]
-    norm_ptr,  # [K]
-    w_ptr,  # [N, K]
-    w8_ptr,  # [N, K] int8, looked at if HAS_INT8
-    w8_scale_ptr,  # [N], likewise
-    runs,
-    is_int8,
-    offs_n,
-    mask_n,
-    offs_r,
-    mask_r,
-    K,
-    first_k,
-    end_k,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_INT8: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
+    x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, runs, is_int8, offs_n, mask_n, offs_r, mask_r,
+    K, first_k, end_k, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_INT8: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
     """`project_rows` in the precision of each row; of a row that does not run, anything.
 
+    w8 and w8_scale are looked at if HAS_INT8.
     A loop runs if any row needs it, and computes each row by itself: what a row gets does not
     depend on the precision of the others.
     """

@@ -1,7 +1,5 @@
 """Decode attention, flash-decoding style (Dao et al. 2023), for 1 to 16 new tokens a sequence.
 
-    o_t = softmax(q_t k_s^T / sqrt(D)  over s <= position_t) v_s
-
 The law and the shapes are `attention_ref`. The blocks of `BLOCK_S` cache positions are dealt out to
 `NUM_SPLITS` programs in turn; a program takes its blocks for one key/value head and a tile of 16
 query rows, row = t * group + g, so that the heads of a group and the tokens of a sequence share the
@@ -104,33 +102,12 @@ def _combine_splits(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["T", "GROUP", "sublayer", "scale"])
 def _attention_decode_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    positions_ptr,
-    num_tokens_ptr,
-    slots_ptr,
-    precisions_ptr,
-    part_ptr,
-    max_ptr,
-    sum_ptr,
-    counters_ptr,
-    o_ptr,
-    stride_p,
-    T,
-    H_KV,
-    GROUP,
-    S,
-    sublayer,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, num_tokens_ptr, slots_ptr, precisions_ptr,
+    part_ptr, max_ptr, sum_ptr, counters_ptr, o_ptr,
+    stride_p, T, H_KV, GROUP, S, sublayer, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     wait_for_previous(PDL)
     split, max_splits = tl.program_id(0), tl.num_programs(0)
     # Tiles of a key head run side by side: they read the same keys and values.

@@ -1,7 +1,5 @@
 """Prefill attention: FlashAttention-2 (Dao 2023) of a chunk of new tokens over the cache so far.
 
-    o_t = softmax(q_t k_s^T / sqrt(D)  over s <= position_t) v_s
-
 The law and the shapes are `attention_ref`. A program takes a tile of tokens of one sequence and
 one query head, and walks the cache from position 0 to the tile's last. Scores, softmax and sums
 are float32; softmax weights are rounded to the cache's dtype for the second dot. 4*D operations a
@@ -47,25 +45,11 @@ def _attend_blocks(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["T", "GROUP", "sublayer", "scale"])
 def _attention_prefill_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    positions_ptr,
-    num_tokens_ptr,
-    slots_ptr,
-    precisions_ptr,
+    q_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, num_tokens_ptr, slots_ptr, precisions_ptr,
     o_ptr,
-    stride_p,
-    T,
-    GROUP,
-    S,
-    sublayer,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    stride_p, T, GROUP, S, sublayer, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     # Late tiles attend to the most positions: start them first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)

@@ -55,28 +55,11 @@ def _part_of_k(split, K, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):  # type:
 
 @triton.jit(do_not_specialize=["R", "T", "sublayer"])
 def _linear_residual_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    w_ptr,
-    w8_ptr,
-    w8_scale_ptr,
-    residual_ptr,
-    precisions_ptr,
-    part_ptr,
-    counters_ptr,
-    stride_p,
-    R,
-    T,
-    N,
-    K,
-    sublayer,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    HAS_INT8: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, w_ptr, w8_ptr, w8_scale_ptr, residual_ptr, precisions_ptr, part_ptr, counters_ptr,
+    stride_p, R, T, N, K, sublayer,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_INT8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     wait_for_previous(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R

@@ -40,27 +40,11 @@ def norm_lm_head_ref(
 
 @triton.jit(do_not_specialize=["R", "T", "sublayer", "eps"])
 def _norm_lm_head_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    norm_ptr,
-    w_ptr,
-    w8_ptr,
-    w8_scale_ptr,
-    precisions_ptr,
-    logits_ptr,
-    stride_p,
-    R,
-    T,
-    N,
-    K,
-    sublayer,
-    eps,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    HAS_INT8: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, norm_ptr, w_ptr, w8_ptr, w8_scale_ptr, precisions_ptr, logits_ptr,
+    stride_p, R, T, N, K, sublayer, eps,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_INT8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     wait_for_previous(PDL)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R

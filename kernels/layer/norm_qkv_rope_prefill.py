@@ -1,8 +1,5 @@
 """First operation of a layer in prefill: what norm_qkv_rope.py computes, for a prompt's rows.
 
-    [q; k; v] = rms_norm(x) @ W_qkv^T + b          q, k = rms_norm per head (Qwen3 only)
-    (q_2i, q_2i+1) <- rotation by angle position * f_i of the pair, likewise k
-
 The law and the shapes are `norm_qkv_rope_append_ref`. Three launches: the norm, the library's GEMM,
 for which a prompt has rows enough, and a kernel for all that follows. A program of that one takes
 BLOCK_H heads of a row, so that a row's angles are read once for many heads. It moves
@@ -57,32 +54,12 @@ def _rotate(y, is_rotated, position, cos_ptr, sin_ptr, HEAD_DIM: tl.constexpr): 
 
 @triton.jit(do_not_specialize=["T", "sublayer", "eps"])
 def _norm_qkv_rope_prefill_kernel(  # type: ignore[no-untyped-def]
-    y_ptr,
-    bias_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
-    num_tokens_ptr,
-    slots_ptr,
-    precisions_ptr,
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    stride_p,
-    T,
-    H,
-    H_KV,
-    S,
-    sublayer,
-    eps,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    y_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, num_tokens_ptr,
+    slots_ptr, precisions_ptr, q_ptr, k_cache_ptr, v_cache_ptr,
+    stride_p, T, H, H_KV, S, sublayer, eps,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_QK_NORM: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0)
     seq = row // T
     runs = tl.load(precisions_ptr + seq * stride_p + sublayer) != 0

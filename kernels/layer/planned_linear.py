@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.weight import INT8, Dense, Int8, Weight
+from kernels.weight import INT8, LEVELS, Dense, Int8, Weight
 
-LEVELS = 127  # symmetric: -128 stays unused
 CHUNK_ELEMENTS = 1 << 18
 
 

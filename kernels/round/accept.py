@@ -36,14 +36,10 @@ def accept_ref(
 
 @triton.jit(do_not_specialize=["T", "W"])
 def _accept_kernel(  # type: ignore[no-untyped-def]
-    target_ptr,
-    token_ids_ptr,
-    num_drafted_ptr,
-    result_ptr,
-    T,
-    W,
+    target_ptr, token_ids_ptr, num_drafted_ptr, result_ptr,
+    T, W,
     BLOCK_T: tl.constexpr,
-):
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     offs_t = tl.arange(0, BLOCK_T)
     mask_t = offs_t < T

@@ -57,19 +57,11 @@ def _top_probability(row_ptr, V, BLOCK_V: tl.constexpr):  # type: ignore[no-unty
 
 @triton.jit(do_not_specialize=["W"])
 def _keep_drafted_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr,
-    drawn_ptr,
-    token_ids_ptr,
-    num_drafted_ptr,
-    num_wanted_ptr,
-    end_ids_ptr,
+    logits_ptr, drawn_ptr, token_ids_ptr, num_drafted_ptr, num_wanted_ptr, end_ids_ptr,
     stop_probability_ptr,
-    V,
-    W,
-    E,
-    BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    V, W, E,
+    BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     num_drafted = tl.load(num_drafted_ptr + b)
     num_wanted = tl.load(num_wanted_ptr + b)

@@ -62,21 +62,11 @@ def verify_rows_ref(
 
 @triton.jit(do_not_specialize=["W"])
 def _draft_rows_kernel(  # type: ignore[no-untyped-def]
-    token_ids_ptr,
-    first_ptr,
-    num_drafted_ptr,
-    num_wanted_ptr,
-    slots_ptr,
-    slot_precisions_ptr,
-    newest_ptr,
-    position_ptr,
-    num_tokens_ptr,
-    next_position_ptr,
-    precisions_ptr,
-    W,
-    P,
+    token_ids_ptr, first_ptr, num_drafted_ptr, num_wanted_ptr, slots_ptr, slot_precisions_ptr,
+    newest_ptr, position_ptr, num_tokens_ptr, next_position_ptr, precisions_ptr,
+    W, P,
     BLOCK_P: tl.constexpr,
-):
+):  # fmt: skip
     b = tl.program_id(0)
     num_drafted = tl.load(num_drafted_ptr + b)
     is_drafting = num_drafted < tl.load(num_wanted_ptr + b)
@@ -95,18 +85,11 @@ def _draft_rows_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["W", "T", "S"])
 def _verify_rows_kernel(  # type: ignore[no-untyped-def]
-    token_ids_ptr,
-    first_ptr,
-    num_drafted_ptr,
-    newest_ptr,
-    position_ptr,
-    num_tokens_ptr,
+    token_ids_ptr, first_ptr, num_drafted_ptr, newest_ptr, position_ptr, num_tokens_ptr,
     next_position_ptr,
-    W,
-    T,
-    S,
+    W, T, S,
     BLOCK_T: tl.constexpr,
-):
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     offs_t = tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
@@ -170,10 +153,11 @@ def verify_rows(
 def _empty_rows(token_ids: torch.Tensor, slots: torch.Tensor, width: int) -> Rows:
     """The rows of a pass of T = `width` over token_ids [B, W], to be filled in."""
     batch = token_ids.shape[0]
+
+    def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=token_ids.device)
+
+    newest, next_position = empty(torch.int64, batch, width), empty(torch.int64, batch * width)
     return Rows(
-        token_ids.new_empty(batch, width),
-        slots.new_empty(batch, width),
-        slots.new_empty(batch),
-        slots,
-        token_ids.new_empty(batch * width),
+        newest, empty(torch.int32, batch, width), empty(torch.int32, batch), slots, next_position
     )

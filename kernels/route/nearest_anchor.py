@@ -94,24 +94,11 @@ def _anchor_cosines(total_ptr, anchors_ptr, offs_n, N, C, BLOCK_C: tl.constexpr)
 # A row of precisions may lie at any byte: its alignment must not make another kernel.
 @triton.jit(do_not_specialize=["precisions_ptr", "N", "W", "default_plan", "min_ratio"])
 def _nearest_anchor_kernel(  # type: ignore[no-untyped-def]
-    total_ptr,
-    anchors_ptr,
-    anchor_plans_ptr,
-    plan_precisions_ptr,
-    cosines_ptr,
-    counter_ptr,
-    record_ptr,
-    precisions_ptr,
-    N,
-    C,
-    W,
-    default_plan,
-    min_ratio,
-    ALL_ANCHORS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+    total_ptr, anchors_ptr, anchor_plans_ptr, plan_precisions_ptr, cosines_ptr, counter_ptr,
+    record_ptr, precisions_ptr,
+    N, C, W, default_plan, min_ratio,
+    ALL_ANCHORS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     cosines, has_direction = _anchor_cosines(total_ptr + b * C, anchors_ptr, offs_n, N, C, BLOCK_C)

@@ -62,19 +62,10 @@ def _token_scales_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["n"])
 def _pool_states_kernel(  # type: ignore[no-untyped-def]
-    states_ptr,
-    scales_ptr,
-    norm_ptr,
-    partial_ptr,
-    counter_ptr,
-    total_ptr,
-    n,
-    C,
-    POOL_TOKENS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    states_ptr, scales_ptr, norm_ptr, partial_ptr, counter_ptr, total_ptr,
+    n, C,
+    POOL_TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     first = tl.program_id(1) * POOL_TOKENS

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import family_config, tiny_llm
 
-import engine.drafts
+import engine.prepare
 import engine.profile
 from engine import SamplingParams
-from engine.drafts import resolve_plans
+from engine.prepare import resolve_plans
 from engine.profile import measured_costs, profile_path
 from kernels.ops import TORCH
 from kernels.weight import Weight
@@ -129,7 +129,7 @@ def profiles(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine.profile, "_verify_seconds", seconds)
     path = tmp_path / "cache" / "profile.json"
-    monkeypatch.setattr(engine.drafts, "profile_path", lambda model: path)
+    monkeypatch.setattr(engine.prepare, "profile_path", lambda model: path)
     return path, measured
 
 

@@ -1,4 +1,4 @@
-"""The plans that an engine drafts with, and what they need: int8 weights, costs.
+"""Prepares the plans that requests draft with: the draft form of the weights, and costs.
 
 Plans come as names, as DraftPlan, or as files; what one needs is made when it is first asked for.
 """
@@ -6,14 +6,13 @@ Plans come as names, as DraftPlan, or as files; what one needs is made when it i
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from engine.costs import estimated_costs
 from engine.params import Speculative, is_speculative
+from engine.passes import Passes
 from engine.profile import measured_costs, profile_path
 from models.llama import Llama
 from models.plan import NGRAM, DraftPlan, load_plan
@@ -23,37 +22,33 @@ from models.weights import sublayer_bytes
 NAMES = ("auto", "off", "ngram", "int8")
 
 
-class Drafts:
-    """A model with all that its plans so far need. Threads may share it.
+class PlanPreparer:
+    """Makes what plans need. Threads may share it.
 
-    model: the model, with int8 weights once a plan has asked for them.
-    costs: what its passes cost, with R of every plan prepared so far.
+    costs: what passes cost, with R of every plan prepared so far.
     """
 
-    def __init__(self, model: Llama, is_profiling: bool, lock: AbstractContextManager[Any]):
-        """lock: held while passes are measured, which others would disturb."""
-        self.model = model
-        self.costs = estimated_costs(model.device.type)
+    def __init__(self, passes: Passes, is_profiling: bool):
+        """passes: whose drafter is to be able to run every plan that was prepared."""
+        self.passes = passes
+        self.costs = estimated_costs(passes.target.device.type)
         self._is_measured = False
         self._is_profiling = is_profiling
-        self._lock = lock
 
     def prepare(self, value: Speculative) -> tuple[DraftPlan, ...]:
-        """The plans that `value` means; see resolve_plans for the errors."""
-        return self.prepare_plans(resolve_plans(value, self.model))
-
-    def prepare_plans(self, plans: tuple[DraftPlan, ...]) -> tuple[DraftPlan, ...]:
-        """Make what `plans` need; they must be plans for this model."""
-        with self._lock:
+        """The plans that `value` means, ready to draft; see resolve_plans for the errors."""
+        plans = resolve_plans(value, self.passes.target)
+        with self.passes.lock:  # as other passes would disturb those that are measured
             if any(plan.uses_int8 for plan in plans):
-                self.model = with_int8(self.model)
-            missing = [p for p in plans if p.kind == "self" and p not in self.costs.drafts]
+                self.passes.drafter = with_int8(self.passes.drafter)
+            model = self.passes.drafter
+            missing = [p for p in plans if p.sublayers and p not in self.costs.drafts]
             if plans and self._is_profiling and (missing or not self._is_measured):
                 known = self.costs if self._is_measured else None
-                self.costs = measured_costs(self.model, plans, known, profile_path(self.model))
+                self.costs = measured_costs(model, missing, known, profile_path(model))
                 self._is_measured = True
             elif missing:
-                sizes = sublayer_bytes(self.model.weights)
+                sizes = sublayer_bytes(model.weights)
                 for plan in missing:
                     self.costs = self.costs.with_estimate(plan, sizes)
         return plans
@@ -79,7 +74,7 @@ def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
     """
     check_speculative(value)
     num_layers = model.config.num_layers
-    if value == "off" or (value == "auto" and not is_lossless(model)):
+    if value == "off" or (value == "auto" and not can_draft(model)):
         return ()
     if value == "auto":
         return DraftPlan.int8(num_layers), NGRAM
@@ -87,11 +82,12 @@ def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
     for plan in plans:
         plan.check(num_layers)
     plans = tuple(plan for plan in plans if plan.max_draft)
-    if plans and not is_lossless(model):
+    if plans and not can_draft(model):
+        dtype = str(model.dtype).removeprefix("torch.")
         raise ValueError(
-            f"speculative: got {plans[0].name!r} with {str(model.dtype).removeprefix('torch.')} on "
-            "a CPU, where the number of rows moves the last bit and a draft could change a token; "
-            "expected 'off' or 'auto'; use dtype='float32' to draft"
+            f"speculative: got {plans[0].name!r} with {dtype} on a CPU, where the number of rows "
+            "moves the last bit and a draft could change a token; expected 'off' or 'auto'; use "
+            "dtype='float32' to draft"
         )
     return plans
 
@@ -106,6 +102,9 @@ def _resolve_plan(value: str | os.PathLike[str] | DraftPlan, num_layers: int) ->
     return load_plan(Path(value), num_layers)
 
 
-def is_lossless(model: Llama) -> bool:
-    """Whether a row's bits do not depend on the rows beside it, or only in float32's last place."""
+def can_draft(model: Llama) -> bool:
+    """Whether drafts cannot change a token: a row's bits do not depend on the rows beside it.
+
+    In float32 they may in the last place, with torch's own products.
+    """
     return model.decode_ops.is_row_invariant or model.dtype == torch.float32
