@@ -114,14 +114,16 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         assert len({tuple(ids) for ids in tokens.values()}) == 1, "a neighbour changed a token"
         report.print_verdict(True, "tokens are the same in every condition")
         rates = alternate(runs, tokens, args.repeats)
-    found = {
-        name: {"tokens_per_second": rate, "share_of_idle": rate.median / rates["idle"].median}
-        for name, rate in rates.items()
+    shares = {name: rates[name].median / rates["idle"].median for name in runs}
+    table = {
+        name: {"tokens_per_second": rates[name], "share_of_idle": shares[name]} for name in runs
     }
-    report.print_table("condition", found.items())
-    columns = {column: {name: row[column] for name, row in found.items()}
-               for column in ("tokens_per_second", "share_of_idle")}  # fmt: skip
-    return result | columns | {"identical": True}
+    report.print_table("condition", table.items())
+    return result | {
+        "tokens_per_second": {name: round(rate.median, 2) for name, rate in rates.items()},
+        "share_of_idle": {name: round(share, 3) for name, share in shares.items()},
+        "identical": True,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,11 +33,8 @@ class Spread(NamedTuple):
 
     def __format__(self, spec: str) -> str:
         """median [low, high], each by `spec`."""
-        low, middle, high = (format(value, spec) for value in self)
+        low, middle, high = (format(value, spec or ".2f") for value in self)
         return f"{middle} [{low}, {high}]"
-
-    def __str__(self) -> str:
-        return format(self, ".2f")
 
     def times(self, factor: float) -> Spread:
         return Spread(*(factor * value for value in self))
