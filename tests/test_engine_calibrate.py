@@ -61,7 +61,7 @@ def no_clock(monkeypatch, tmp_path):
     def verify_seconds(passes, rows):
         return float(passes._full_precisions[0].sum()) * (1 + 0.1 * (rows - 1))
 
-    def draft_seconds(model, passes):
+    def draft_seconds(passes):
         return float(passes.plan_row(0).sum())
 
     monkeypatch.setattr("engine.profile._verify_seconds", verify_seconds)

@@ -18,7 +18,7 @@ from tiny import tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE
 
 import engine.chat.__main__
-import engine.generate
+import engine.round
 from engine.chat.commands import Repl, run_command
 from engine.chat.conversation import Comparison, Conversation, ask, compare_with_plain
 from engine.chat.repl import handle_input
@@ -72,16 +72,15 @@ def llm() -> LLM:
 @pytest.fixture
 def liar(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
     """An engine that gets the first token after a draft wrong, and nothing else."""
-    honest = engine.generate.accept
+    honest = engine.round._accept
 
-    def accept(draft, verified):
-        verdicts = honest(draft, verified)
-        for verdict in verdicts:
-            if verdict.num_drafted:
-                verdict.token_ids[-1] ^= 1
-        return verdicts
+    def accept(row):
+        verdict = honest(row)
+        if verdict.num_drafted:
+            verdict.token_ids[-1] ^= 1
+        return verdict
 
-    monkeypatch.setattr(engine.generate, "accept", accept)
+    monkeypatch.setattr(engine.round, "_accept", accept)
     return llm
 
 
