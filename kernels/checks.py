@@ -5,10 +5,14 @@ Kernels compute addresses from shapes alone, so a tensor is plain: contiguous, o
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from kernels.operands import LayerCache, RotaryTable, Rows
-from kernels.weight import LayerWeights, Weight
+
+if TYPE_CHECKING:  # weights are checked with what is here
+    from kernels.weight import LayerWeights, Weight
 
 
 def assert_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kernels.checks import assert_plain, assert_vectors
+
 SKIP, INT8, FULL = 0, 8, 16  # precisions: no product, the draft form, the own form whatever it is
 LEVELS = 127  # of 8 bits: symmetric, -128 stays unused
 
@@ -42,8 +44,7 @@ class Dense(NamedTuple):
     def check(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Kernels compute addresses from the shape alone."""
         assert self.values.shape == shape, (self.values.shape, shape)
-        assert self.values.dtype == dtype, (self.values.dtype, dtype)
-        assert self.values.is_contiguous(), self.values.stride()
+        assert_plain(dtype, self.values)
 
 
 class Int8(NamedTuple):
@@ -64,9 +65,8 @@ class Int8(NamedTuple):
     def check(self, shape: tuple[int, ...]) -> None:
         """Kernels compute addresses from the shape alone."""
         assert (self.codes.shape, self.scale.shape) == (shape, shape[:1]), (self.scale.shape, shape)
-        assert self.codes.dtype == torch.int8, self.codes.dtype
-        assert self.scale.dtype == torch.float32, self.scale.dtype
-        assert all(tensor.is_contiguous() for tensor in self), self.codes.stride()
+        assert_plain(torch.int8, self.codes)
+        assert_plain(torch.float32, self.scale)
 
 
 class Weight(NamedTuple):
@@ -113,6 +113,11 @@ class LayerWeights(NamedTuple):
     gate_up: Weight  # [2*F, C]: F rows of gate, then F rows of up
     down: Weight  # [C, F]
 
+    @property
+    def matrices(self) -> tuple[Weight, Weight, Weight, Weight]:
+        """In the order in which a pass reads them."""
+        return self.qkv, self.attn_out, self.gate_up, self.down
+
 
 def addresses(*tensors: torch.Tensor | None) -> list[int]:
     """Where tensors lie in memory, 0 for one that there is not."""
@@ -134,19 +139,15 @@ def _check_layer(layer: LayerWeights, first: LayerWeights) -> None:
     (hidden, num_o), dtype = first.attn_out.shape, first.attn_norm.dtype
     num_qkv, ffn = first.qkv.shape[0], first.down.shape[1]
     shapes = ((num_qkv, hidden), (hidden, num_o), (2 * ffn, hidden), (hidden, ffn))
-    weights = (layer.qkv, layer.attn_out, layer.gate_up, layer.down)
-    for weight, shape in zip(weights, shapes, strict=True):
+    for weight, shape in zip(layer.matrices, shapes, strict=True):
         weight.check(shape, dtype)
         assert (weight.draft is None) == (first.qkv.draft is None), "weights of different forms"
-    assert layer.attn_norm.shape == layer.mlp_norm.shape == (hidden,), layer.attn_norm.shape
-    assert layer.qkv_bias is None or layer.qkv_bias.shape == (num_qkv,), layer.qkv_bias.shape
+    assert_vectors(dtype, hidden, layer.attn_norm, layer.mlp_norm)
+    assert_vectors(dtype, num_qkv, layer.qkv_bias)
+    assert_plain(dtype, layer.q_norm, layer.k_norm)
     for tensor, other in zip(_tensors(layer), _tensors(first), strict=True):
         assert (tensor is None) == (other is None), "layers of different forms"
-        if tensor is not None and other is not None:
-            assert tensor.shape == other.shape, (tensor.shape, other.shape)
-            assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
-    for tensor in (layer.attn_norm, layer.qkv_bias, layer.q_norm, layer.k_norm, layer.mlp_norm):
-        assert tensor is None or tensor.dtype == dtype, tensor.dtype
+        assert tensor is None or other is None or tensor.shape == other.shape, tensor.shape
     assert (layer.q_norm is None) == (layer.k_norm is None), "the norm of queries or keys only"
 
 

@@ -49,20 +49,14 @@ def without_int8(model: Llama) -> Llama:
 
 def _with_matrices(model: Llama, change: Callable[[Weight], Weight]) -> Llama:
     """The model with every matrix changed, in the order in which a pass reads them."""
-    layers = tuple(
-        layer._replace(
-            qkv=change(layer.qkv),
-            attn_out=change(layer.attn_out),
-            gate_up=change(layer.gate_up),
-            down=change(layer.down),
-        )
-        for layer in model.weights.layers
-    )
+    layers = []
+    for layer in model.weights.layers:
+        qkv, attn_out, gate_up, down = map(change, layer.matrices)
+        layers.append(layer._replace(qkv=qkv, attn_out=attn_out, gate_up=gate_up, down=down))
     lm_head = change(model.weights.lm_head)
-    return replace(model, weights=replace(model.weights, layers=layers, lm_head=lm_head))
+    return replace(model, weights=replace(model.weights, layers=tuple(layers), lm_head=lm_head))
 
 
 def matrices(weights: LlamaWeights) -> list[Weight]:
     """Every matrix that has an 8-bit form, in the order in which a pass reads them."""
-    layers = [(x.qkv, x.attn_out, x.gate_up, x.down) for x in weights.layers]
-    return [*(weight for layer in layers for weight in layer), weights.lm_head]
+    return [*(weight for layer in weights.layers for weight in layer.matrices), weights.lm_head]

@@ -50,7 +50,7 @@ class LlamaWeights:
 
 def sublayer_bytes(weights: LlamaWeights) -> tuple[int, ...]:
     """Bytes of the own form: of the matrices of the 2L sub-layers, then of the LM head."""
-    blocks = [pair for x in weights.layers for pair in ((x.qkv, x.attn_out), (x.gate_up, x.down))]
+    blocks = [pair for x in weights.layers for pair in (x.matrices[:2], x.matrices[2:])]
     return tuple(sum(weight.nbytes for weight in block) for block in (*blocks, (weights.lm_head,)))
 
 

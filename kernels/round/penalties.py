@@ -45,7 +45,8 @@ def penalise(
     count = seen.in_answer.index_select(0, slots)[:, None].repeat(1, width, 1)
     count.scatter_add_(2, draft, is_before)
     is_seen = (count > 0) | seen.in_prompt.index_select(0, slots)[:, None]
-    repetition, presence, frequency = (values.view(-1, 1, 1) for values in params[-3:])
+    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+    repetition, presence, frequency = (values.view(-1, 1, 1) for values in penalties)
     scores = logits.view(batch, width, vocab_size)
     scaled = torch.where(scores > 0, scores / repetition, scores * repetition)
     scores = torch.where(is_seen, scaled, scores)

@@ -32,7 +32,7 @@ from kernels.round.noise import gumbel, gumbel_ref
 class SampleParams(NamedTuple):
     """How each of B sequences draws its tokens.
 
-    The order counts: kernels take the first five, and `penalise` (penalties.py) the last three.
+    The order counts: kernels take the first five.
     """
 
     temperature: torch.Tensor  # [B] float32, 0 is greedy
