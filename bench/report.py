@@ -102,9 +102,8 @@ def run_benchmark(
     args: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]]
 ) -> dict[str, Any]:
     """Print the report of `run`, which finds a `torch.device` in args.device; return the result."""
-    from engine.loading import (
-        choose_device,
-    )  # loads kernels: how they run is decided there and then
+    # Here and not above: it loads kernels, and how they run is decided then.
+    from engine.loading import choose_device
 
     started = time.monotonic()
     try:

@@ -37,7 +37,7 @@ def shape(
     return LlamaConfig(
         num_layers=num_layers, hidden_size=hidden_size, ffn_size=ffn_size, num_heads=num_heads,
         num_kv_heads=num_kv_heads, vocab_size=vocab_size, max_positions=max_positions,
-        rope_theta=rope_theta, **usual | {"head_dim": hidden_size // num_heads} | others,
+        rope_theta=rope_theta, **usual | others,
     )  # fmt: skip
 
 

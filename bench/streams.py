@@ -194,9 +194,8 @@ def arms_of_prompt(
     routed: the plans in force that the router has picked. Off and n-grams alone are arms already.
     """
     same: dict[str, str] = {}
-    if (
-        routed in experiment.columns and not is_rejected
-    ):  # rejected, acceptance starts from other rates
+    # Of a rejected prompt acceptance starts from other rates.
+    if routed in experiment.columns and not is_rejected:
         same[routed] = "knn"
     arms = dict(experiment.arms)
     arms |= {name: arm for name, arm in experiment.columns.items() if name not in same}

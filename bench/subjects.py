@@ -115,7 +115,7 @@ def make_subject(
     model: Llama, int8_model: Llama, max_context: int, run: Runner | None = None
 ) -> Subject:
     """The subject around two forms of a model. run: how its passes run, as `Passes` takes it."""
-    assert max_context <= len(model.rotary.cos), (max_context, model.rotary.cos.shape)
+    assert max_context <= model.num_positions, (max_context, model.num_positions)
     # No sequence reaches the last position: it is for what pads a pass.
     cache = make_kv_cache(model.config, 1, max_context + 1, model.device, model.dtype)
     passes, twin = Passes(model, cache, 1, run), Passes(model, cache, 1, run_eagerly)

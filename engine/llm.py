@@ -13,7 +13,7 @@ from engine.costs import PassCosts
 from engine.generate import generate, prompt_feature
 from engine.loading import Loaded, assemble, check_can_draft, choose_device, choose_dtype, load
 from engine.params import SamplingParams, Speculative
-from engine.prepare import NAMES, check_speculative
+from engine.prepare import check_speculative, kept
 from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
 from engine.routing import check_router, make_router
 from engine.sequence import RunningSequence, TokenStream
@@ -131,11 +131,7 @@ class LLM:
         if model.device.type == "cuda":
             with torch.inference_mode():
                 self._passes.warm_up(self._router)
-        # The plan of a file and not its name: the file may change, or go.
-        is_file = isinstance(speculative, (str, os.PathLike)) and speculative not in NAMES
-        self._speculative: Speculative = speculative
-        if is_file:
-            self._speculative = plans[0] if plans else "off"
+        self._speculative = kept(speculative, plans)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None

@@ -140,8 +140,9 @@ def assemble(
         raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
     if max_sequences < 1:
         raise ValueError(f"max_sequences: got {max_sequences}, expected at least 1")
-    max_length = model.rotary.cos.shape[0]
-    cache = make_kv_cache(model.config, max_sequences, max_length, model.device, model.dtype)
+    cache = make_kv_cache(
+        model.config, max_sequences, model.num_positions, model.device, model.dtype
+    )
     passes = Passes(model, cache, max_sequences)
     after_step()
     # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.

@@ -17,6 +17,12 @@ MAX_END_IDS = 128  # end-of-sequence and stop tokens of a request
 MIN_TEMPERATURE = 1e-5  # below, logits / temperature leaves float32's range
 MAX_LOGPROBS = 20
 MAX_FLOAT = 1e38
+# What the chat can be told, by flag and by /set: numbers, or None for the default.
+INTEGERS = ("max_tokens", "top_k", "seed")
+FLOATS = (
+    "temperature", "top_p", "min_p",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 
 class Sampling(NamedTuple):
@@ -39,7 +45,8 @@ class Sampling(NamedTuple):
     @property
     def is_penalised(self) -> bool:
         """Whether it matters which tokens the sequence has already."""
-        return self[-3:] != (1.0, 0.0, 0.0)
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,13 @@ def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
     return plans
 
 
+def kept(value: Speculative, plans: tuple[DraftPlan, ...]) -> Speculative:
+    """`value` to be used again, given the plans that it means now: a file may change, or go."""
+    if isinstance(value, (str, os.PathLike)) and value not in NAMES:
+        return plans[0] if plans else "off"
+    return value
+
+
 def _resolve_plan(value: str | os.PathLike[str] | DraftPlan, num_layers: int) -> DraftPlan:
     if isinstance(value, DraftPlan):
         return value

@@ -23,15 +23,11 @@ from engine.chat.once import answer_json, answer_text, read_prompt
 from engine.chat.terminal import print_stats
 from engine.command import EXIT_OK, Parser, note, number, progress_bar, run_program
 from engine.interrupts import noted_interrupts
-from engine.params import SamplingParams
+from engine.params import FLOATS, INTEGERS, SamplingParams
 
 if TYPE_CHECKING:
     from engine.llm import LLM
 
-_PARAMETERS = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed",
-    "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
 _OPTIONS = ("revision", "device", "dtype", "max_length", "speculative", "router", "profile")
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
@@ -58,7 +54,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"knn-ssd-engine {_version()}")
         return EXIT_OK
     try:
-        params = SamplingParams(**{name: getattr(args, name) for name in _PARAMETERS})
+        params = SamplingParams(**{name: getattr(args, name) for name in (*INTEGERS, *FLOATS)})
         prompt = read_prompt(args.prompt)
         conversation = Conversation(check_text("--system", unix_text(args.system or "")) or None)
     except ValueError as error:

@@ -26,7 +26,7 @@ from engine.chat.conversation import (
 from engine.chat.terminal import AnswerWriter, print_stats
 from engine.command import note, one_line, visible
 from engine.interrupts import handled_interrupts, say
-from engine.params import SamplingParams, Speculative
+from engine.params import FLOATS, INTEGERS, SamplingParams, Speculative
 from engine.types import RequestStats, TokenEvent
 from models.plan import DraftPlan
 
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from router.route import Route
 
 QUOTES = '"""'
-_INTEGERS = ("max_tokens", "top_k", "seed")
-_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-_FLOATS = ("temperature", "top_p", "min_p", *_PENALTIES)
 _HELP = '''\
 /help, /?               this list
 /exit, /bye, /quit      leave (also Ctrl-D)
@@ -154,9 +151,9 @@ def _regen(repl: Repl, argument: str) -> None:
 def _set(repl: Repl, argument: str) -> None:
     name, _, value = argument.replace("=", " ", 1).partition(" ")
     name, value = name.replace("-", "_"), value.strip()
-    if name not in (*_INTEGERS, *_FLOATS) or not value:
-        raise ValueError(f"expected /set NAME VALUE, NAME one of {', '.join(_FLOATS + _INTEGERS)}")
-    kind: type[int] | type[float] = int if name in _INTEGERS else float
+    if name not in (*INTEGERS, *FLOATS) or not value:
+        raise ValueError(f"expected /set NAME VALUE, NAME one of {', '.join(FLOATS + INTEGERS)}")
+    kind: type[int] | type[float] = int if name in INTEGERS else float
     try:
         number = None if value == "default" else kind(value)
     except ValueError:
@@ -176,7 +173,7 @@ def _show(repl: Repl, argument: str) -> None:
     origin = "  (default)" if repl.params.speculative is None else ""
     note(f"speculative  {_setting(_speculative(repl))}{origin}")
     effective = chat_params(repl.params, llm.generation).with_defaults(llm.generation)
-    for name in (*_FLOATS, *_INTEGERS):
+    for name in (*FLOATS, *INTEGERS):
         value = getattr(effective, name)
         origin = "  (default)" if getattr(repl.params, name) is None else ""
         note(f"{name:<12} {'unset' if value is None else value}{origin}")
@@ -201,7 +198,7 @@ def _stats(repl: Repl, argument: str) -> None:
 
 def _spec(repl: Repl, argument: str) -> None:
     # Here and not above: it imports torch, which the loaded model has done by now.
-    from engine.prepare import NAMES, resolve_plans
+    from engine.prepare import NAMES, kept, resolve_plans
 
     llm = repl.llm
     value = _speculative(repl)
@@ -211,10 +208,7 @@ def _spec(repl: Repl, argument: str) -> None:
         value = argument if argument in NAMES else os.path.expanduser(argument)
     plans = resolve_plans(value, llm.model)
     if argument:
-        # The plan of a file and not its name: the file may change, or go.
-        is_file = isinstance(value, (str, os.PathLike)) and value not in NAMES
-        kept = (plans[0] if plans else "off") if is_file else value
-        repl.params = replace(repl.params, speculative=kept)
+        repl.params = replace(repl.params, speculative=kept(value, plans))
     names = one_line("+".join(plan.name for plan in plans) or "no drafts")
     if value == "auto" and llm.router is not None:
         names = "what the router picks, see /plan"
