@@ -23,9 +23,10 @@ chat: $(VENV)/.chat
 	@$(BIN)/python -m engine.chat \
 		$(if $(filter command,$(origin PROMPT)),--prompt="$$CHAT_PROMPT") $(ARGS)
 
-# Two processes, each with whole files: most tests keep one core busy.
+# Two processes, each with whole files in their order: most tests keep one core busy, and xdist would
+# begin with the files of most tests, which leaves few long ones for the end.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
