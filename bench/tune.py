@@ -31,7 +31,7 @@ from dataclasses import replace
 from datetime import date
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -56,7 +56,7 @@ from bench.candidates import (
     with_launch,
 )
 from bench.cases import Case, Expected, Setting, check, expected
-from bench.compile import SHARED_LIMITS, Compiled, compile_launch, compiling_only, recorded_launches
+from bench.compile import SHARED_LIMITS, Usage, compiling_only, usage
 from bench.shapes import SHAPES
 from kernels.gpu.launch import capability_of
 
@@ -67,15 +67,6 @@ REPEATS = 7
 SEED = 20261124
 # A candidate that the compiler's passes cannot handle; any other RuntimeError is ours.
 PASS_FAILED = "PassManager::run failed"
-
-
-class Fit(NamedTuple):
-    """What the compiler says of a candidate: bytes per block, registers and stack per thread."""
-
-    shared: int = 0
-    registers: int = 0
-    stack: int = 0
-    refusal: str = ""
 
 
 def refusal_of(attempt: Callable[[], Any]) -> str:
@@ -241,25 +232,23 @@ def tune(classes: Mapping[ShapeClass, Sequence[Problem]], limit: int) -> list[di
     return results
 
 
-def compile_candidate(capability: int, problem: Problem, launch: Parameters) -> Fit:
-    """Compile one candidate for a GPU that need not be there; of a matrix the 8-bit form.
+def compile_candidate(capability: int, problem: Problem, launch: Parameters) -> dict[str, Any]:
+    """What a candidate takes of a GPU that need not be there; of a matrix the 8-bit form.
 
     A kernel with that form has the loop over the own form as well.
     """
     group = next(case_groups(problem, Setting(problem.config, DTYPE, torch.device("meta"))))
     case = with_launch(group.get("int8", group["one"]), launch)
-    with recorded_launches(capability) as launches:
-        case.kernel(*case.sets[0])
-    compiled: list[Compiled] = []
-    refusal = refusal_of(lambda: compiled.append(compile_launch(launches[0], capability)))
+    with compiling_only(capability, capability) as compiled:
+        refusal = refusal_of(lambda: case.kernel(*case.sets[0]))
     if refusal:
-        return Fit(refusal=refusal)
-    (found,) = compiled
+        return dict.fromkeys(Usage._fields, 0) | {"refusal": refusal}
+    found = usage(compiled[0])
     if found.shared > SHARED_LIMITS[capability]:
         refusal = "exceeds shared memory"
     elif found.stack:
         refusal = "spills"
-    return Fit(found.shared, found.registers, found.stack, refusal)
+    return found._asdict() | {"refusal": refusal}
 
 
 def compile_all(
@@ -272,9 +261,8 @@ def compile_all(
             print(f"{describe_class(shape_class, problems[:1])}, sm_{capability}", flush=True)
             now = present(capability, shape_class)
             launches = candidates(capability, shape_class, limit)
-            fits = list(pool.map(partial(compile_candidate, capability, problems[0]), launches))
+            rows = list(pool.map(partial(compile_candidate, capability, problems[0]), launches))
             names = (parameters(launch, now) for launch in launches)
-            rows = [fit._asdict() for fit in fits]
             report.print_table("  parameters", zip(names, rows, strict=True), width=64)
             rows = [launch._asdict() | row for launch, row in zip(launches, rows, strict=True)]
             results.append({**shape_class._asdict(), "capability": capability, "candidates": rows})

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from operands import qkv_layer, rows_at  # noqa: E402
 
-from bench.compile import Launch, compile_launch, recorded_launches  # noqa: E402
+from bench.compile import compiling_only, usage  # noqa: E402
 from kernels.gpu.launch import NUM_COUNTERS  # noqa: E402
 from kernels.operands import LayerCache, RotaryTable  # noqa: E402
 from kernels.ops_gpu import TRITON, TRITON_PREFILL  # noqa: E402
@@ -154,28 +154,27 @@ def launch_all(run: Run) -> None:
     TRITON.keep_states(meta(batch * width, c), rows, meta(4, 4096, c))
 
 
-def distinct_launches(capability: int) -> Iterator[tuple[Run, Launch]]:
-    """Every distinct launch with the first run that makes it."""
+def distinct_kernels(capability: int) -> Iterator[tuple[Run, Any]]:
+    """Every distinct kernel that is compiled with the first run that launches it."""
     seen: set[str] = set()
     for run in RUNS:
-        with recorded_launches(capability) as launches:
+        with compiling_only(capability, capability) as compiled:
             launch_all(run)
-        fresh = {launch.key(): launch for launch in launches if launch.key() not in seen}
+        fresh = {kernel.hash: kernel for kernel in compiled if kernel.hash not in seen}
         seen.update(fresh)
-        yield from ((run, launch) for launch in fresh.values())
+        yield from ((run, kernel) for kernel in fresh.values())
 
 
-def describe(launch: Launch, capability: int) -> dict[str, Any]:
-    compiled = compile_launch(launch, capability)
-    ptx = compiled.ptx
+def describe(compiled: Any) -> dict[str, Any]:
+    ptx, needed = compiled.asm["ptx"], usage(compiled)
     return {
-        "shared": compiled.shared,
-        "reg": compiled.registers,
-        "stack": compiled.stack,
+        "shared": needed.shared,
+        "reg": needed.registers,
+        "stack": needed.stack,
         "wide_loads": len(re.findall(r"cp\.async\.cg[^;]*, 0x10|ld\.global\S*\.v4\.b32", ptx)),
         # Only weights carry a cache hint: they are the ones read once.
         "narrow_weights": sum(
-            int(width, 16) < widest_load(launch)
+            int(width, 16) < widest_load(compiled)
             for width in re.findall(r"cp\.async\S*cache_hint[^;]*, (0x\w+)", ptx)
         ),
         "int8_dots": len(re.findall(r"mma\S*\.s8\.s8|kind::i8", ptx)),
@@ -187,20 +186,21 @@ def describe(launch: Launch, capability: int) -> dict[str, Any]:
     }
 
 
-def widest_load(launch: Launch) -> int:
+def widest_load(compiled: Any) -> int:
     """Bytes of a weight that a thread reads at a time: 16, or its share of a smaller int8 tile."""
-    if not launch.constants.get("HAS_INT8"):
+    names = compiled.src.fn.arg_names
+    constants = {names[index]: value for (index,), value in compiled.src.constants.items()}
+    if not constants.get("HAS_INT8"):
         return 16
-    tile = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"]
-    return min(16, tile // (32 * dict(launch.options)["num_warps"]))
+    tile = constants["BLOCK_N"] * constants["BLOCK_K"]
+    return min(16, tile // (32 * compiled.metadata.num_warps))
 
 
 def main() -> None:
     capability = int(sys.argv[1])
-    for run, launch in distinct_launches(capability):
-        usage = describe(launch, capability)
+    for run, compiled in distinct_kernels(capability):
         where = {"model": run.model, "dtype": str(run.dtype), "int8": run.has_int8}
-        record = {"kernel": launch.kernel.__name__, **where, **usage}
+        record = {"kernel": compiled.src.fn.__name__, **where, **describe(compiled)}
         sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()
 
