@@ -5,6 +5,7 @@ Kernels compute addresses from shapes alone, so a tensor is plain: contiguous, o
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,11 +45,15 @@ def assert_precisions(precisions: torch.Tensor, sublayer: int, num_rows: int) ->
 
 
 def assert_product(
-    x: torch.Tensor, weight: Weight, precisions: torch.Tensor, sublayer: int
+    x: torch.Tensor,
+    weight: Weight,
+    precisions: torch.Tensor,
+    sublayer: int,
+    dtypes: Container[torch.dtype] | None = None,
 ) -> None:
-    """x [R, K] and a weight [N, K] of one dtype."""
+    """x [R, K] and a weight [N, K] of one dtype, or of `dtypes` where kernels widen weights."""
     assert_plain(x.dtype, x)
-    weight.check((weight.shape[0], x.shape[1]), x.dtype)
+    weight.check((weight.shape[0], x.shape[1]), dtypes or (x.dtype,))
     assert_precisions(precisions, sublayer, x.shape[0])
 
 
@@ -69,6 +74,7 @@ def assert_qkv_operands(
     cache: LayerCache,
     precisions: torch.Tensor,  # [B, P]
     sublayer: int,
+    dtypes: Container[torch.dtype] | None = None,  # as for assert_product
 ) -> None:
     """What every Q/K/V projection relies on: whole heads in whole groups, pairs to rotate."""
     num_outputs, (_, num_kv_heads, _, head_dim) = layer.qkv.shape[0], cache.k.shape
@@ -80,7 +86,7 @@ def assert_qkv_operands(
     assert rotary.cos.shape[1] == head_dim // 2, (rotary.cos.shape, head_dim)
     assert (layer.q_norm is None) == (layer.k_norm is None), "the norm of queries or keys only"
     assert_rows(rows, x.shape[0], precisions)
-    assert_product(x, layer.qkv, precisions, sublayer)
+    assert_product(x, layer.qkv, precisions, sublayer, dtypes)
     assert_vectors(x.dtype, x.shape[1], layer.attn_norm)
     assert_vectors(x.dtype, num_outputs, layer.qkv_bias)
     assert_vectors(x.dtype, head_dim, layer.q_norm, layer.k_norm)

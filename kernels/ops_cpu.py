@@ -1,7 +1,8 @@
 """Launchers of the CPU kernels, and their `NUMBA` record: float32 tensors in, addresses down.
 
-Addresses and sizes are passed instead of arrays: unpacking an array costs about a microsecond.
-The engine calls `run_layers` and `norm_lm_head`; the single operations serve tests and benchmarks.
+Only the values of matrices may have 16 bits. Addresses and sizes are passed instead of arrays:
+unpacking an array costs about a microsecond. The engine calls `run_layers` and `norm_lm_head`; the
+single operations serve tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from kernels.cpu import attention as cpu_attention
 from kernels.cpu import layers as cpu_layers
 from kernels.cpu import matmul
 from kernels.cpu.sample import sample, top_probability
+from kernels.cpu.table import weight_numbers
 from kernels.operands import LayerCache, RotaryTable, Rows
 from kernels.ops import TORCH
-from kernels.weight import INT8, LayerWeights, Weight, addresses
+from kernels.weight import FLOATS, INT8, LayerWeights, Weight, addresses
 
 OUTSIDE = "slots or positions outside the cache, or tokens that are not in a row"
 
@@ -37,10 +39,10 @@ def _check_draft(weight: Weight, precisions: torch.Tensor) -> None:
 
 
 def _forms(x: torch.Tensor, weight: Weight, precisions: torch.Tensor) -> np.ndarray:
-    """A float32 weight as planned_matmul reads it; the caller keeps it until that is done."""
+    """A weight as planned_matmul reads it; the caller keeps it until that is done."""
     assert x.dtype == torch.float32, x.dtype
     _check_draft(weight, precisions)
-    return np.array(addresses(*weight.tensors), np.int64)
+    return np.array(weight_numbers(weight), np.int64)
 
 
 def norm_qkv_rope_append(
@@ -54,7 +56,7 @@ def norm_qkv_rope_append(
     sublayer: int,
 ) -> torch.Tensor:
     """See norm_qkv_rope.py; q comes back as a view [R, H, D] with the row stride of Q, K and V."""
-    assert_qkv_operands(x, layer, rotary, rows, cache, precisions, sublayer)
+    assert_qkv_operands(x, layer, rotary, rows, cache, precisions, sublayer, FLOATS)
     forms, num_out = _forms(x, layer.qkv, precisions[:, sublayer]), layer.qkv.shape[0]
     (batch, width), (num_rows, hidden) = rows.positions.shape, x.shape
     num_slots, kv_heads, cache_len, head_dim = cache.k.shape
@@ -104,7 +106,7 @@ def linear_residual(
     counters: torch.Tensor,
 ) -> None:
     """See linear_residual.py."""
-    assert_product(x, weight, precisions, sublayer)
+    assert_product(x, weight, precisions, sublayer, FLOATS)
     forms = _forms(x, weight, precisions[:, sublayer])
     assert residual.shape == (len(x), weight.shape[0]), (residual.shape, x.shape, weight.shape)
     assert_plain(torch.float32, residual)
@@ -124,7 +126,7 @@ def norm_gated_mlp(
 ) -> torch.Tensor:
     """See norm_gated_mlp.py."""
     (num_rows, hidden), ffn = x.shape, gate_up.shape[0] // 2
-    assert_product(x, gate_up, precisions, sublayer)
+    assert_product(x, gate_up, precisions, sublayer, FLOATS)
     forms = _forms(x, gate_up, precisions[:, sublayer])
     assert gate_up.shape[0] == 2 * ffn, gate_up.shape
     assert_vectors(torch.float32, hidden, norm_weight)
@@ -146,7 +148,7 @@ def norm_lm_head(
 ) -> torch.Tensor:
     """See norm_lm_head.py."""
     (num_rows, hidden), vocab = x.shape, lm_head.shape[0]
-    assert_product(x, lm_head, precisions, sublayer)
+    assert_product(x, lm_head, precisions, sublayer, FLOATS)
     forms = _forms(x, lm_head, precisions[:, sublayer])
     assert_vectors(torch.float32, hidden, norm_weight)
     logits = x.new_empty(num_rows, vocab)
@@ -210,7 +212,7 @@ def run_layers(
     # The layers agree with each other, and a layer's tensors too: layer_table has seen to it.
     assert len(layers) == len(table) == num_layers, (len(layers), len(table), num_layers)
     cache = LayerCache(k_cache[0], v_cache[0])
-    assert_qkv_operands(x, first, rotary, rows, cache, precisions, 0)
+    assert_qkv_operands(x, first, rotary, rows, cache, precisions, 0, FLOATS)
     assert first.qkv.shape[0] == (heads + 2 * kv_heads) * head_dim, (first.qkv.shape, heads)
     assert k_cache.shape == v_cache.shape, (k_cache.shape, v_cache.shape)
     assert precisions.shape[1] == 2 * num_layers + 1, (precisions.shape, num_layers)

@@ -7,23 +7,23 @@ to know of it. A sequence's precision of a sub-layer says which form its rows ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.checks import assert_plain, assert_vectors
+from kernels.checks import assert_plain
 
 SKIP, INT8, FULL = 0, 8, 16  # precisions: no product, the draft form, the own form whatever it is
 LEVELS = 127  # of 8 bits: symmetric, -128 stays unused
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that kernels on a CPU widen to float32
 
 
 class Dense(NamedTuple):
     """An own form: every value as it is, row-major."""
 
-    values: torch.Tensor  # [N, K] in the model's dtype
+    values: torch.Tensor  # [N, K]: on a CPU one of FLOATS, elsewhere in the dtype of activations
 
     @property
     def shape(self) -> torch.Size:
@@ -33,18 +33,29 @@ class Dense(NamedTuple):
     def nbytes(self) -> int:
         return self.values.nbytes
 
+    @property
+    def kind(self) -> torch.dtype:
+        """What kernels on a CPU choose a product by."""
+        return self.values.dtype
+
+    @property
+    def address(self) -> int:
+        """What such a product reads."""
+        return self.values.data_ptr()
+
     def rows(self, part: slice = slice(None)) -> torch.Tensor:
         """The values of some outputs, [n, K]."""
         return self.values[part]
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [R, K] -> x @ W^T [R, N]."""
-        return F.linear(x, self.values)
+        return F.linear(x, self.values.to(x.dtype))
 
-    def check(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def check(self, shape: tuple[int, ...], dtypes: Container[torch.dtype]) -> None:
         """Kernels compute addresses from the shape alone."""
         assert self.values.shape == shape, (self.values.shape, shape)
-        assert_plain(dtype, self.values)
+        assert self.values.dtype in dtypes, (self.values.dtype, dtypes)
+        assert_plain(self.values.dtype, self.values)
 
 
 class Int8(NamedTuple):
@@ -93,9 +104,9 @@ class Weight(NamedTuple):
         """As kernels take them: values, codes and scale, None where there is no draft form."""
         return (*self.own, *(self.draft or (None, None)))
 
-    def check(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def check(self, shape: tuple[int, ...], dtypes: Container[torch.dtype]) -> None:
         """Both forms are of this shape, and such as kernels can read."""
-        self.own.check(shape, dtype)
+        self.own.check(shape, dtypes)
         if self.draft is not None:
             self.draft.check(shape)
 
@@ -122,38 +133,3 @@ class LayerWeights(NamedTuple):
 def addresses(*tensors: torch.Tensor | None) -> list[int]:
     """Where tensors lie in memory, 0 for one that there is not."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def layer_table(layers: Sequence[LayerWeights]) -> np.ndarray:
-    """[L, 17] int64 addresses: a row is a layer's tensors, in order, three for each Weight.
-
-    The layers must be alike, and the tensors of a layer fit each other.
-    """
-    for layer in layers:
-        _check_layer(layer, layers[0])
-    return np.array([addresses(*_tensors(layer)) for layer in layers], np.int64)
-
-
-def _check_layer(layer: LayerWeights, first: LayerWeights) -> None:
-    """What reads a layer by addresses takes its sizes and forms from the first layer."""
-    (hidden, num_o), dtype = first.attn_out.shape, first.attn_norm.dtype
-    num_qkv, ffn = first.qkv.shape[0], first.down.shape[1]
-    shapes = ((num_qkv, hidden), (hidden, num_o), (2 * ffn, hidden), (hidden, ffn))
-    for weight, shape in zip(layer.matrices, shapes, strict=True):
-        weight.check(shape, dtype)
-        assert (weight.draft is None) == (first.qkv.draft is None), "weights of different forms"
-    assert_vectors(dtype, hidden, layer.attn_norm, layer.mlp_norm)
-    assert_vectors(dtype, num_qkv, layer.qkv_bias)
-    assert_plain(dtype, layer.q_norm, layer.k_norm)
-    for tensor, other in zip(_tensors(layer), _tensors(first), strict=True):
-        assert (tensor is None) == (other is None), "layers of different forms"
-        assert tensor is None or other is None or tensor.shape == other.shape, tensor.shape
-    assert (layer.q_norm is None) == (layer.k_norm is None), "the norm of queries or keys only"
-
-
-def _tensors(layer: LayerWeights) -> list[torch.Tensor | None]:
-    """A layer's tensors in order, three for each Weight, None for one that there is not."""
-    tensors: list[torch.Tensor | None] = []
-    for field in layer:
-        tensors += field.tensors if isinstance(field, Weight) else [field]
-    return tensors

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.weight import Dense, LayerWeights, Weight, layer_table
+from kernels.cpu.table import layer_table
+from kernels.weight import Dense, LayerWeights, Weight
 from models.arena import Arena
 from models.checkpoint import Checkpoint
 from models.config import LlamaConfig

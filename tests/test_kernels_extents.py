@@ -9,10 +9,11 @@ import torch
 from operands import qkv_layer, rows_at
 
 from kernels.cpu.sample import sample, top_probability
+from kernels.cpu.table import layer_table
 from kernels.operands import LayerCache, RotaryTable
 from kernels.ops_cpu import NUMBA, run_layers
 from kernels.round.sample import SampleParams
-from kernels.weight import Dense, Int8, LayerWeights, Weight, layer_table
+from kernels.weight import Dense, Int8, LayerWeights, Weight
 
 C, H, H_KV, D, F, V = 24, 4, 2, 8, 20, 37
 SLOTS, S, B, T, L = 3, 16, 2, 4, 2
@@ -251,7 +252,6 @@ def test_a_layer_that_is_no_whole_is_in_no_table(changes):
         {"attn_out": dense(C, H * D - 1)},
         {"gate_up": dense(2 * F - 1, C)},
         {"down": dense(C - 1, F)}, {"down": Weight(Dense(torch.randn(F, C).T))},
-        {"down": dense(C, F, dtype=HALF)},
         {"down": Weight(OWN, Int8(CODES, SCALE))},
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from kernels.cpu.compile import device, kernel
-from kernels.cpu.product import matmul
+from kernels.cpu.product import tiled_product
 from kernels.cpu.scalars import F, bytes_at, exp, floats_at, ints_at, keep_alive, rows_fit
 from kernels.cpu.tiles import LANES, fma, make_weighted_sum_tile
 
@@ -96,7 +96,7 @@ def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
     scores = np.empty((rows, length), np.float32)
     total = np.empty(rows, np.float32)
     p, p_stride = np.int64(scores.ctypes.data), length * 4
-    matmul(q, q_stride, rows, k, head_dim, length, p, p_stride, True)
+    tiled_product(q, q_stride, rows, k, head_dim, length, p, p_stride)
     scale = F(1.0) / np.sqrt(F(head_dim))
     for r in range(rows):
         _exponentials(p + r * p_stride, scale, length - rows + 1 + r, length)

@@ -56,10 +56,11 @@ def own_folder(path: Path) -> Path:
 class KernelCache(_Cache):  # type: ignore[misc]
     """One kernel's machine code, a file for each signature: what a numba dispatcher asks for."""
 
-    def __init__(self, function: Callable[..., Any], folder_name: str):
+    def __init__(self, function: Callable[..., Any], folder_name: str, name: str | None = None):
         """folder_name: in `cache_path()`; other code, and another numba, have another."""
         self._folder_name = folder_name
-        self._name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
+        name = name or function.__qualname__
+        self._name = f"{function.__module__.rpartition('.')[2]}.{name}"
 
     @property
     def cache_path(self) -> str:

@@ -6,17 +6,20 @@ hash of all of them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 import threading
 from collections.abc import Callable
-from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numba
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+from numba import types
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 
 from kernels.cpu.cache import KernelCache, cache_path
 
@@ -45,7 +48,7 @@ device = numba.njit(
 )
 
 
-@cache  # every kernel asks
+@functools.cache  # every kernel asks
 def code_digest() -> str:
     """A hash of what the machine code depends on: the kernels' sources, numba, the processor."""
     parts = (sys.implementation.cache_tag, numba.__version__, get_host_cpu_name())
@@ -77,8 +80,27 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return dispatcher if IS_THREADSAFE else _by_turns(dispatcher)
 
 
+def callback(name: str, function: Callable[..., None]) -> Callable[[], Any]:
+    """Compile, when first asked, a function of nine int64 for kernels that call it by `address`.
+
+    What kernels inline is optimised again for each of their loops; this is compiled once. `name`
+    is that of its machine code on disk.
+    """
+
+    @functools.cache
+    def compiled() -> Any:
+        signature = types.void(*[types.int64] * 9)
+        options = {"boundscheck": False, "error_model": "numpy"}
+        code: Any = CFunc(function, normalize_signature(signature), {}, options)
+        code._cache = KernelCache(function, _folder_name(), name)
+        code.compile()
+        return code
+
+    return compiled
+
+
 def _by_turns(dispatcher: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(dispatcher)
+    @functools.wraps(dispatcher)
     def launch(*args: Any) -> Any:
         with LAUNCH_LOCK:
             return dispatcher(*args)

@@ -21,10 +21,9 @@ from kernels.cpu.matmul import (
 from kernels.cpu.product import planned_matmul, precision_of
 from kernels.cpu.scalars import addresses_at, keep_alive, norm_rows, rows_fit
 
-# A row of the table holds the addresses of a layer's tensors in the order of LayerWeights, three
-# for each Weight (its forms), 0 for one that the model has not.
-NUM_FIELDS = 17
-QKV, ATTN_OUT, GATE_UP, DOWN = 1 * 8, 7 * 8, 11 * 8, 14 * 8  # bytes from the row's beginning
+# A row of the table, see cpu/table.py: places of weights in bytes from the row's beginning.
+NUM_FIELDS = 25
+QKV, ATTN_OUT, GATE_UP, DOWN = 1 * 8, 9 * 8, 15 * 8, 20 * 8
 
 
 @kernel
@@ -48,8 +47,8 @@ def run_layers(
     for layer in range(num_layers):
         w = table + layer * NUM_FIELDS * 8
         fields = addresses_at(w, NUM_FIELDS)
-        attn_norm, bias, q_norm, k_norm = fields[0], fields[4], fields[5], fields[6]
-        mlp_norm = fields[10]
+        attn_norm, bias, q_norm, k_norm = fields[0], fields[6], fields[7], fields[8]
+        mlp_norm = fields[14]
         k, v = k_caches + layer * layer_bytes, v_caches + layer * layer_bytes
         attn_precisions, mlp_precisions = precisions + 2 * layer, precisions + 2 * layer + 1
         precision = precision_of(attn_precisions, stride_p, batch)

@@ -1,11 +1,12 @@
-"""Products with a weight matrix on a CPU, in float32, from float32 or 8-bit weights.
+"""Products with a weight matrix on a CPU, in float32, from weights of any kind.
 
     out[r, c] = sum_k x[r, k] * w[c, k]        (times the scale of c for 8-bit weights)
 
-Few rows wait for memory: a tile then takes several weight rows that lie far apart, each a stream
-that the hardware prefetches; neighbouring rows share a page, and its prefetcher follows only one
-stream a page. Many rows wait for arithmetic: 4 x 4 tiles load least. Every sum has one order, that
-of cpu/tiles.py, so that a row has the same bits whatever tile computes it.
+Weights are widened in registers, so a 16-bit matrix gives the bits of the float32 matrix of its
+values. Few rows wait for memory: a tile then takes several weight rows that lie far apart, each a
+stream that the hardware prefetches; neighbouring rows share a page, and its prefetcher follows only
+one stream a page. Many rows wait for arithmetic: 4 x 4 tiles load least. Every sum has one order,
+that of cpu/tiles.py, so that a row has the same bits whatever tile computes it.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -13,39 +14,28 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+import torch
 from llvmlite.binding import get_host_cpu_features
 
-from kernels.cpu.compile import device
-from kernels.cpu.scalars import F, addresses_at, bytes_at, dot_tail, floats_at
-from kernels.cpu.tiles import LANES, as_pointer, fma, make_dot_panel
-from kernels.weight import FULL, INT8
+from kernels.cpu.compile import callback, device
+from kernels.cpu.scalars import F, addresses_at, bytes_at, dot_tail, floats_at, keep_alive
+from kernels.cpu.tiles import ELEMENTS, LANES, call, fma, make_dot_panel, make_widen
+from kernels.weight import INT8
 
 # Weight rows of a tile, by the rows of x that share it: as many sums as there are registers for.
 if get_host_cpu_features().get("avx512f"):
     STREAMS = {1: 4, 2: 4, 3: 4, 4: 4, 5: 4, 6: 4, 7: 4, 8: 3}
-    INT8_STREAMS = {1: 8, 2: 8, 4: 4}
+    INT8_STREAMS = {1: 8, 2: 8, 3: 4, 4: 4}
 else:
     STREAMS = {1: 4, 2: 2, 3: 2, 4: 1}
-    INT8_STREAMS = {1: 4, 2: 2, 4: 1}
+    INT8_STREAMS = {1: 4, 2: 2, 3: 2, 4: 1}
 STREAM_ROWS = 16  # more rows are computed in 4 x 4 tiles
 
 MIXED = -1
 
-
-def _panels(streams: dict[int, int], is_int8: bool) -> list[Any]:
-    """Panels of 1 to 8 rows; the largest in the place of those that are never called."""
-    largest = max(streams)
-    sizes = [rows if rows in streams else largest for rows in range(1, 9)]
-    return [make_dot_panel(rows, streams[rows], is_int8) for rows in sizes]
-
-
-_p1, _p2, _p3, _p4, _p5, _p6, _p7, _p8 = _panels(STREAMS, False)
-_q1, _q2, _, _q4, *_ = _panels(INT8_STREAMS, True)
-_panel_4x4 = make_dot_panel(4, 4, False, True)
-_panel_1x4 = make_dot_panel(1, 4, False, True)
-LARGEST = max(STREAMS)
+_panel_4x4 = make_dot_panel(4, 4, "float32", True)
+_panel_1x4 = make_dot_panel(1, 4, "float32", True)
 
 
 @device
@@ -55,48 +45,68 @@ def piece_of(rows, largest):
     return (rows + pieces - 1) // pieces
 
 
-@device
-def _stream(rows, x, x_stride, w, w_stride, num_k, num_cols, out, out_stride):
-    """The panel for 1 to LARGEST rows."""
-    if rows == 1:
-        _p1(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-    elif rows == 2:
-        _p2(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-    elif rows == 3:
-        _p3(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-    elif rows == 4:
-        _p4(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-    elif rows == 5:
-        _p5(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-    elif rows == 6:
-        _p6(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-    elif rows == 7:
-        _p7(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-    else:
-        _p8(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+def _make_stream_product(element: str, streams: dict[int, int]) -> Any:
+    """The product of a few rows with weights [num_cols, num_k] of a type, contiguous."""
+    largest, item, widen_one = max(streams), ELEMENTS[element][1], make_widen(element, 1)
+    # The largest panel in the place of those that are never called.
+    sizes = [min(rows, largest) for rows in range(1, 9)]
+    p1, p2, p3, p4, p5, p6, p7, p8 = (make_dot_panel(n, streams[n], element) for n in sizes)
+
+    @device
+    def panel(n, x, x_stride, w, w_stride, num_k, num_cols, out, out_stride):
+        if n == 1:
+            p1(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+        elif n == 2:
+            p2(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+        elif n == 3:
+            p3(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+        elif n == 4:
+            p4(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+        elif n == 5:
+            p5(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+        elif n == 6:
+            p6(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+        elif n == 7:
+            p7(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+        else:
+            p8(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+
+    @device
+    def product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
+        whole, w_stride, r = num_k // LANES * LANES, num_k * item, 0
+        while r < rows:
+            n = piece_of(rows - r, largest)
+            x_row, y_row = x + r * x_stride, out + r * out_stride
+            panel(n, x_row, x_stride, w, w_stride, whole, num_cols, y_row, out_stride)
+            r += n
+        if whole < num_k:
+            one = np.empty(1, np.float32)
+            for r in range(rows):
+                xs = floats_at(x + r * x_stride, num_k)
+                ys = floats_at(out + r * out_stride, num_cols)
+                for c in range(num_cols):
+                    total = F(0.0)
+                    for k in range(whole, num_k):
+                        widen_one(w + c * w_stride, k, one.ctypes.data)
+                        total = fma(xs[k], one[0], total)
+                    ys[c] += total
+
+    return product
 
 
 @device
-def matmul(x, x_stride, rows, w, num_k, num_cols, out, out_stride, is_cached):
-    """out[r, c] = sum_k x[r, k] * w[c, k] in float32, w [num_cols, num_k] contiguous.
-
-    is_cached: w comes from the core's cache and not from memory, as that of many rows does.
-    """
+def tiled_product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
+    """out[r, c] = sum_k x[r, k] * w[c, k] for float32 w [num_cols, num_k] in the core's cache."""
     whole = num_k // LANES * LANES
     r = 0
     while r < rows:
         x_row, y_row = x + r * x_stride, out + r * out_stride
-        if is_cached:
-            if r + 4 <= rows:
-                _panel_4x4(x_row, x_stride, w, num_k * 4, whole, num_cols, y_row, out_stride)
-                r += 4
-            else:
-                _panel_1x4(x_row, x_stride, w, num_k * 4, whole, num_cols, y_row, out_stride)
-                r += 1
+        if r + 4 <= rows:
+            _panel_4x4(x_row, x_stride, w, num_k * 4, whole, num_cols, y_row, out_stride)
+            r += 4
         else:
-            wanted = piece_of(rows - r, LARGEST)
-            _stream(wanted, x_row, x_stride, w, num_k * 4, whole, num_cols, y_row, out_stride)
-            r += wanted
+            _panel_1x4(x_row, x_stride, w, num_k * 4, whole, num_cols, y_row, out_stride)
+            r += 1
     if whole < num_k:
         for r in range(rows):
             ys = floats_at(out + r * out_stride, num_cols)
@@ -104,35 +114,53 @@ def matmul(x, x_stride, rows, w, num_k, num_cols, out, out_stride, is_cached):
                 ys[c] += dot_tail(x + r * x_stride, w + c * num_k * 4, whole, num_k)
 
 
-@device
-def _matmul_int8(x, x_stride, rows, w, scale, num_k, num_cols, out, out_stride):
-    """The same with 8-bit weights and a scale for each of them."""
-    whole = num_k // LANES * LANES
-    r = 0
-    while r < rows:
-        x_row, y_row = x + r * x_stride, out + r * out_stride
-        if r + 4 <= rows:
-            _q4(x_row, x_stride, w, num_k, whole, num_cols, y_row, out_stride)
-            r += 4
-        elif r + 2 <= rows:
-            _q2(x_row, x_stride, w, num_k, whole, num_cols, y_row, out_stride)
-            r += 2
-        else:
-            _q1(x_row, x_stride, w, num_k, whole, num_cols, y_row, out_stride)
-            r += 1
-    if whole < num_k:
-        for r in range(rows):
-            xs = floats_at(x + r * x_stride, num_k)
-            ys = floats_at(out + r * out_stride, num_cols)
-            for c in range(num_cols):
-                ws = numba.carray(as_pointer(w + c * num_k), num_k, np.int8)
-                for k in range(whole, num_k):
-                    ys[c] = fma(xs[k], F(ws[k]), ys[c])
-    scales = floats_at(scale, num_cols)
+def _make_product(element: str) -> Any:
+    """A product with an own form of values of that type."""
+    item, widen, widen_one = ELEMENTS[element][1], make_widen(element), make_widen(element, 1)
+    is_float32, stream_product = element == "float32", _make_stream_product(element, STREAMS)
+
+    def product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
+        w = addresses_at(form, 1)[0] + first * num_k * item
+        if rows <= STREAM_ROWS:
+            stream_product(x, x_stride, rows, w, num_k, num_cols, out, out_stride)
+        elif is_float32:
+            tiled_product(x, x_stride, rows, w, num_k, num_cols, out, out_stride)
+        else:  # widened once for all rows
+            size = num_cols * num_k
+            wide, whole = np.empty(size, np.float32), size // LANES * LANES
+            address = np.int64(wide.ctypes.data)
+            for i in range(0, whole, LANES):
+                widen(w, i, address + i * 4)
+            for i in range(whole, size):
+                widen_one(w, i, address + i * 4)
+            tiled_product(x, x_stride, rows, address, num_k, num_cols, out, out_stride)
+            keep_alive(wide)
+
+    return callback(f"product_{element}", product)
+
+
+_codes_product = _make_stream_product("int8", INT8_STREAMS)
+
+
+def _int8_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
+    """A product with the codes and scales of a draft form."""
+    fields = addresses_at(form, 2)
+    w, scales = fields[0] + first * num_k, floats_at(fields[1] + first * 4, num_cols)
+    _codes_product(x, x_stride, rows, w, num_k, num_cols, out, out_stride)
     for r in range(rows):
         ys = floats_at(out + r * out_stride, num_cols)
         for c in range(num_cols):
             ys[c] *= scales[c]
+
+
+# What multiplies with a form: (address of the form's own addresses, first of num_cols rows of W, x,
+# x_stride, rows, num_k, num_cols, out, out_stride). Kernels call it by its address.
+PRODUCTS = {
+    torch.float32: _make_product("float32"),
+    torch.bfloat16: _make_product("bfloat16"),
+    torch.float16: _make_product("float16"),
+}
+INT8_PRODUCT = callback("product_int8", _int8_product)
 
 
 @device
@@ -153,23 +181,20 @@ def planned_matmul(
 ):  # fmt: skip
     """Columns [first, last) of x W^T for the sequences that run the sub-layer; out begins there.
 
-    `weight` is the address of a `Weight`'s three addresses, `precisions` that of the sub-layer's
-    column, `precision` what `precision_of` says of it. Rows of a sequence that skips are unchanged.
+    `weight` is the address of a `Weight`'s numbers, `precisions` that of the sub-layer's column,
+    `precision` what `precision_of` says of it. Rows of a sequence that skips are unchanged.
     """
-    forms = addresses_at(weight, 3)
-    full = forms[0] + first * num_k * 4
-    int8, scale = forms[1] + first * num_k, forms[2] + first * 4
-    if precision == FULL:
-        is_cached = rows > STREAM_ROWS
-        matmul(x, x_stride, rows, full, num_k, last - first, out, out_stride, is_cached)
-    elif precision == INT8:
-        _matmul_int8(x, x_stride, rows, int8, scale, num_k, last - first, out, out_stride)
-    else:
-        column, width = bytes_at(precisions, (batch - 1) * stride_p + 1), rows // batch
-        is_cached = width > STREAM_ROWS
-        for b in range(batch):
-            xb, yb = x + b * width * x_stride, out + b * width * out_stride
-            if column[b * stride_p] == INT8:
-                _matmul_int8(xb, x_stride, width, int8, scale, num_k, last - first, yb, out_stride)
-            elif column[b * stride_p] > 0:
-                matmul(xb, x_stride, width, full, num_k, last - first, yb, out_stride, is_cached)
+    numbers = addresses_at(weight, 4)
+    is_mixed, column = precision == MIXED, bytes_at(precisions, (batch - 1) * stride_p + 1)
+    groups = batch if is_mixed else 1  # of rows of one precision
+    size = rows // groups
+    for b in range(groups):
+        wanted = np.int64(column[b * stride_p]) if is_mixed else precision
+        if wanted > 0:
+            product, form = numbers[0], weight + 8
+            if wanted == INT8:
+                product, form = numbers[2], weight + 24
+            call(
+                product, form, first, x + b * size * x_stride, x_stride, size, num_k,
+                last - first, out + b * size * out_stride, out_stride,
+            )  # fmt: skip

@@ -14,17 +14,25 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import types
+from llvmlite.binding import get_host_cpu_features
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
 F32 = ir.FloatType()
-I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 VECTOR = ir.VectorType(F32, LANES)
 ZERO = ir.Constant(VECTOR, [0.0] * LANES)
+# Types of a weight: what is loaded, and its bytes. Each is widened to float32 without rounding.
+ELEMENTS = {
+    "float32": (F32, 4), "bfloat16": (ir.IntType(16), 2), "float16": (ir.IntType(16), 2),
+    "int8": (ir.IntType(8), 1),
+}  # fmt: skip
+# Of the processor that numba compiles for: float16 is widened in one instruction.
+_features = config.CPU_FEATURES
+HAS_F16C = "+f16c" in (get_host_cpu_features().flatten() if _features is None else _features)
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -119,34 +127,60 @@ def _loop(
     return values
 
 
-def _load_weights(builder: Any, row: Any, k: Any, is_int8: bool) -> Any:
-    """LANES weights from element k of a row, as floats."""
-    if not is_int8:
-        return _load(builder, builder.add(row, builder.mul(k, ir.Constant(I64, 4))), VECTOR)
-    pointer = builder.inttoptr(builder.add(row, k), ir.VectorType(I8, LANES).as_pointer())
-    stored = builder.load(pointer, align=1)
-    return builder.sitofp(builder.sext(stored, ir.VectorType(I32, LANES)), VECTOR)
+def _load_weights(builder: Any, row: Any, k: Any, element: str, lanes: int = LANES) -> Any:
+    """A vector of weights from element k of a row, as floats."""
+    kind, num_bytes = ELEMENTS[element]
+    floats, ints = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
+    address = builder.add(row, builder.mul(k, ir.Constant(I64, num_bytes)))
+    pointer = builder.inttoptr(address, ir.VectorType(kind, lanes).as_pointer())
+    stored = builder.load(pointer, align=num_bytes)
+    if element == "float32":
+        return stored
+    if element == "int8":
+        return builder.sitofp(builder.sext(stored, ints), floats)
+    if element == "float16" and HAS_F16C:
+        halves = ir.VectorType(ir.HalfType(), lanes)
+        return builder.fpext(builder.bitcast(stored, halves), floats)
+    bits = builder.zext(stored, ints)
+    if element == "float16":
+        return builder.bitcast(_widen_float16(builder, bits), floats)
+    # A bfloat16 is the upper half of a float32.
+    return builder.bitcast(builder.shl(bits, ir.Constant(ints, [16] * lanes)), floats)
+
+
+def _widen_float16(builder: Any, bits: Any) -> Any:
+    """The bits of floats from those of finite float16; LLVM would call a function for each."""
+
+    def constant(value: float, kind: Any = bits.type) -> Any:
+        return ir.Constant(kind, [value] * kind.count)
+
+    size, floats = builder.and_(bits, constant(0x7FFF)), ir.VectorType(F32, bits.type.count)
+    sign = builder.shl(builder.and_(bits, constant(0x8000)), constant(16))
+    normal = builder.add(builder.shl(size, constant(13)), constant((127 - 15) << 23))
+    tiny = builder.fmul(builder.uitofp(size, floats), constant(2.0**-24, floats))
+    is_tiny = builder.icmp_unsigned("<", size, constant(1 << 10))  # subnormal, or 0
+    return builder.or_(builder.select(is_tiny, builder.bitcast(tiny, bits.type), normal), sign)
 
 
 class PanelShape(NamedTuple):
-    """Rows of x and rows of w that a tile takes; where the latter lie, and in which form."""
+    """Rows of x and rows of w that a tile takes; of which type the latter are, where they lie."""
 
     rows: int
     cols: int
-    is_int8: bool = False
+    element: str = "float32"
     is_adjacent: bool = False
 
 
 def _emit_tile(builder: Any, shape: PanelShape, args: Sequence[Any]) -> None:
     """out[r, c] = sum over k < K of x[r, k] * w[c, k]; all sums are kept in registers."""
-    rows, cols, is_int8, is_adjacent = shape
+    rows, cols, element, is_adjacent = shape
     x, x_stride, w, w_stride, num_k, out, out_stride, col_stride = args
     x_rows = [_offset(builder, x, x_stride, r) for r in range(rows)]
     w_rows = [_offset(builder, w, w_stride, c) for c in range(cols)]
 
     def body(k: Any, acc: list[Any]) -> list[Any]:
         k_bytes = builder.mul(k, ir.Constant(I64, 4))
-        weights = [_load_weights(builder, row, k, is_int8) for row in w_rows]
+        weights = [_load_weights(builder, row, k, element) for row in w_rows]
         new = []
         for r, row in enumerate(x_rows):
             value = _load(builder, builder.add(row, k_bytes), VECTOR)
@@ -166,8 +200,8 @@ def _emit_tile(builder: Any, shape: PanelShape, args: Sequence[Any]) -> None:
 
 def _panel(module: Any, shape: PanelShape) -> Any:
     """The panel as a function of its own: inlined wherever it is used, it compiles for ages."""
-    rows, cols, is_int8, is_adjacent = shape
-    name = f"dot_panel_{rows}x{cols}_{int(is_int8)}{int(is_adjacent)}"
+    rows, cols, element, is_adjacent = shape
+    name = f"dot_panel_{rows}x{cols}_{element}_{int(is_adjacent)}"
     if name in module.globals:
         return module.globals[name]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 8), name)
@@ -190,7 +224,7 @@ def _panel(module: Any, shape: PanelShape) -> Any:
 
     _loop(builder, [], *((done, cols) if is_adjacent else (num_tiles, 1)), column)
     if cols > 1:
-        builder.call(_panel(module, PanelShape(rows, 1, is_int8)), (
+        builder.call(_panel(module, PanelShape(rows, 1, element)), (
             x, x_stride, builder.add(w, builder.mul(done, w_stride)), w_stride, num_k,
             builder.sub(num_cols, done), builder.add(out, builder.mul(done, ir.Constant(I64, 4))),
             out_stride,
@@ -199,13 +233,15 @@ def _panel(module: Any, shape: PanelShape) -> Any:
     return function
 
 
-def make_dot_panel(rows: int, cols: int, is_int8: bool = False, is_adjacent: bool = False) -> Any:
+def make_dot_panel(
+    rows: int, cols: int, element: str = "float32", is_adjacent: bool = False
+) -> Any:
     """out[r, c] = sum over k < K of x[r, k] * w[c, k] for c < num_cols, K a multiple of LANES.
 
     Arguments are those of PanelShape: so many rows of w at a time, neighbours if `is_adjacent` and
     else as far apart as they can be. Strides are those of rows.
     """
-    shape = PanelShape(rows, cols, is_int8, is_adjacent)
+    shape = PanelShape(rows, cols, element, is_adjacent)
 
     @intrinsic
     def dot_panel(_, x, x_stride, w, w_stride, num_k, num_cols, out, out_stride):
@@ -218,6 +254,21 @@ def make_dot_panel(rows: int, cols: int, is_int8: bool = False, is_adjacent: boo
         return signature, codegen
 
     return dot_panel
+
+
+def make_widen(element: str, lanes: int = LANES) -> Any:
+    """Write so many weights of a row of that type, from its k-th, as float32 to an address."""
+
+    @intrinsic
+    def widen(_, row, k, out):
+        def codegen(context, builder, _signature, arguments):
+            row, k, out = arguments
+            _store(builder, _load_weights(builder, row, k, element, lanes), out)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 3), codegen
+
+    return widen
 
 
 def make_weighted_sum_tile(rows: int, blocks: int) -> Any:
@@ -286,3 +337,15 @@ def as_pointer(_, address):
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.intp), codegen
+
+
+@intrinsic
+def call(_, function, form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
+    """Call the product at an address, see cpu/product.py."""
+
+    def codegen(context, builder, _signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 9)
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 10), codegen
