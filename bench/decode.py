@@ -31,7 +31,7 @@ from bench.peers import MAX_LENGTH, compare_model
 from bench.timing import rotated, spread
 from engine import LLM, SamplingParams
 from engine.calibrate.prompts import read_prompts as read_folder
-from engine.loading import choose_dtype, choose_ops, load
+from engine.loading import choose_dtypes, choose_ops, load
 from engine.params import Speculative
 from engine.profile import profile_draft, profile_verify
 from engine.types import RequestStats
@@ -237,9 +237,9 @@ def widened_llm(model: str | None, name: str, device: torch.device) -> LLM:
             f"widen: {name} has a hidden size of {size}, expected at most {CPU_HIDDEN_SIZE} on a "
             "CPU; use --device cuda"
         )
-    dtype = choose_dtype("auto", device)
-    small = load(model, None, torch.device("cpu"), torch.float32, MAX_LENGTH, None)
-    ops = choose_ops(device, dtype)
+    dtype = choose_dtypes("auto", device)[0]
+    small = load(model, None, torch.device("cpu"), torch.float32, None, MAX_LENGTH, None)
+    ops = choose_ops(device)
     large = widened_model(small.model, name, *ops, dtype=dtype, device=device)
     # Its router is the library of the larger weights, where there is one.
     return LLM.from_loaded(replace(small, name=f"{small.name} as {name}", model=large))

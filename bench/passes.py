@@ -49,7 +49,7 @@ from bench.subjects import (
     take_turns,
 )
 from bench.timing import Ceilings, Spread, gpu_ceilings, spread
-from engine.loading import choose_dtype, choose_ops
+from engine.loading import choose_dtypes, choose_ops
 from engine.prefill import prefill
 from models.config import LlamaConfig
 from models.quantise import int8_bytes
@@ -159,13 +159,13 @@ def measure_shape(
 
     Raises ValueError where it does not fit, and CheckError where the passes are wrong.
     """
-    dtype, published = choose_dtype("auto", device), config.max_positions
+    dtype, published = choose_dtypes("auto", device)[0], config.max_positions
     check_memory(name, config, device, dtype)
     config = with_positions(config, choose_contexts(config, contexts, dtype, free_bytes(device))[0])
     ceilings = gpu_ceilings()
     print(ceilings)
     with torch.inference_mode():
-        models = make_models(config, choose_ops(device, dtype), device, dtype)
+        models = make_models(config, choose_ops(device), device, dtype)
         torch.cuda.empty_cache()
         room = free_bytes(device) - MARGIN
         allowed, left_out = choose_contexts(config, contexts, dtype, room)

@@ -30,7 +30,7 @@ from bench import report
 from bench.shapes import MARGIN, free_bytes, random_tokens, textless, weight_bytes
 from bench.timing import Run, Spread, alternate, warm_up
 from engine import LLM, SamplingParams
-from engine.loading import Loaded, choose_dtype, choose_ops
+from engine.loading import Loaded, choose_dtypes, choose_ops
 from models.config import LlamaConfig
 from models.hub import resolve_model
 from models.llama import make_llama
@@ -153,9 +153,9 @@ def engine_requests(
     name: str, config: LlamaConfig, device: torch.device, new_tokens: int
 ) -> dict[str, Run]:
     """Requests to an LLM. Every prompt is new, so that none finds its tokens in the cache."""
-    dtype = choose_dtype("auto", device)
+    dtype = choose_dtypes("auto", device)[0]
     weights = random_weights(config, seed=0, device=device, dtype=dtype)
-    ops = choose_ops(device, dtype)
+    ops = choose_ops(device)
     model = make_llama(config, weights, PROMPT_TOKENS + new_tokens, *ops)
     loaded = Loaded(name, model, textless(config), None, {})
     llm = LLM.from_loaded(loaded, speculative="off", router="none", profile=False)
@@ -175,7 +175,7 @@ def transformers_requests(
 
     with device:
         model = transformers.AutoModelForCausalLM.from_config(
-            peer_config(config), dtype=choose_dtype("auto", device), attn_implementation="sdpa"
+            peer_config(config), dtype=choose_dtypes("auto", device)[0], attn_implementation="sdpa"
         )
     model = model.to(device).eval()
 
@@ -241,7 +241,7 @@ def compare_shape(
 
     Raises ValueError where not even one model fits into memory.
     """
-    size = weight_bytes(config, choose_dtype("auto", device))
+    size = weight_bytes(config, choose_dtypes("auto", device)[0])
     free = free_bytes(device)
     if size + MARGIN > free:
         raise ValueError(

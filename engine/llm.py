@@ -11,7 +11,7 @@ import torch
 
 from engine.costs import PassCosts
 from engine.generate import generate, prompt_feature
-from engine.loading import Loaded, assemble, check_can_draft, choose_device, choose_dtype, load
+from engine.loading import Loaded, assemble, choose_device, choose_dtypes, load
 from engine.params import SamplingParams, Speculative
 from engine.prepare import check_speculative, kept
 from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
@@ -21,7 +21,7 @@ from engine.stream import TextStream
 from engine.types import RequestOutput, TokenEvent
 from models.llama import Llama
 from models.plan import DraftPlan
-from models.quantise import int8_bytes
+from models.quantise import int8_bytes, matrices
 from router.library import RouterLibrary
 from router.route import Router
 
@@ -34,7 +34,12 @@ class LLM:
 
     model: a directory, a `.gguf` file or a hub id; None is the default model.
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
-    dtype: "auto" (bfloat16 on CUDA, float32 on a CPU), "float32", "float16" or "bfloat16".
+    dtype: "auto" (bfloat16 on CUDA), "float32", "float16" or "bfloat16", to which matrices are
+        converted. Activations are of it, too, on CUDA, and on a CPU always float32.
+    weights: "stored" keeps matrices as the file stores them where that is a dtype of these: 16-bit
+        ones are widened as they are read, so the tokens are those of "float" from half the bytes.
+        "float" converts them to `dtype`, of which "auto" is float32 on a CPU. "auto" is "stored" on
+        a CPU where no dtype is named, else "float".
     max_sequences: how many requests can hold a slot of the cache at once.
     max_length: tokens of context of each; None is the model's own, at most 8192.
     seed: makes the seeds of requests that name none reproducible.
@@ -62,6 +67,7 @@ class LLM:
         revision: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        weights: str = "auto",
         max_sequences: int = 1,
         max_length: int | None = None,
         seed: int | None = None,
@@ -73,7 +79,7 @@ class LLM:
         check_speculative(speculative)
         check_router(router)
         torch_device = choose_device(device)
-        torch_dtype = choose_dtype(dtype, torch_device)
+        dtypes = choose_dtypes(dtype, torch_device, weights)
         num_bytes = 0
 
         def on_bytes(done: int, total: int) -> None:
@@ -82,7 +88,7 @@ class LLM:
             if on_progress is not None:
                 on_progress(done, total)
 
-        loaded = load(model, revision, torch_device, torch_dtype, max_length, on_bytes)
+        loaded = load(model, revision, torch_device, *dtypes, max_length, on_bytes)
         self._start(
             loaded, max_sequences, seed, speculative, router, profile,
             after_step=lambda: on_bytes(num_bytes, num_bytes),
@@ -119,7 +125,8 @@ class LLM:
         self.model_name = loaded.name
         self.generation = loaded.generation
         self.device = str(model.device)
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        dtypes = {str(weight.own.kind) for weight in matrices(model.weights)}
+        self.dtype = "+".join(sorted(dtypes)).replace("torch.", "")
         self.max_length = model.num_positions
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
@@ -196,10 +203,8 @@ class LLM:
     def use_library(self, library: RouterLibrary | None) -> None:
         """Let this library pick the plans of "auto" requests from now on; None is without one.
 
-        Raises ValueError for a library of another model, and where no draft is lossless.
+        Raises ValueError for a library of another model.
         """
-        if library is not None:
-            check_can_draft(self.model)
         self._router = None if library is None else make_router(library, self.model)
 
     @property

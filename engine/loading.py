@@ -12,9 +12,9 @@ import torch
 from engine.kv_cache import KVCache, SlotPool, make_kv_cache
 from engine.passes import Passes
 from engine.prefill import prefill
-from engine.prepare import PlanPreparer, can_draft
-from engine.routing import NONE, open_router
-from kernels.ops import TORCH, Ops
+from engine.prepare import PlanPreparer
+from engine.routing import open_router
+from kernels.ops import Ops
 from kernels.ops_cpu import NUMBA
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
 from models.chat_template import ChatTemplate, load_chat_template
@@ -28,6 +28,7 @@ from models.weights import load_weights
 from router.route import Router
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WEIGHTS = ("auto", "stored", "float")
 DEFAULT_MAX_LENGTH = 8192
 
 
@@ -57,24 +58,34 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on CUDA and float32 on a CPU. Raises ValueError for unknown names."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+def choose_dtypes(
+    dtype: str, device: torch.device, weights: str = "auto"
+) -> tuple[torch.dtype, torch.dtype | None]:
+    """Of activations, and of matrices, None for that which each is stored in; see `LLM`.
 
-
-def choose_ops(device: torch.device, dtype: torch.dtype) -> tuple[Ops, Ops]:
-    """The operations of prefill and of decode passes.
-
-    Triton on CUDA, numba for float32 on a CPU. Plain torch is the choice, not a fallback, for
-    16-bit dtypes on a CPU: they save memory there, no time.
+    Raises ValueError for unknown names, and for "stored" on CUDA or beside a dtype.
     """
-    if device.type == "cuda":
-        return TRITON_PREFILL, TRITON
-    return (NUMBA, NUMBA) if dtype == torch.float32 else (TORCH, TORCH)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise ValueError(
+            f"weights: got {weights!r}, expected {', '.join(map(repr, WEIGHTS))}; use 'auto'"
+        )
+    is_cuda = device.type == "cuda"
+    if weights == "stored" and (is_cuda or dtype != "auto"):
+        raise ValueError(
+            f"weights: got 'stored' on {device.type} with dtype={dtype!r}, expected a CPU and "
+            "dtype='auto', as CUDA kernels and a named dtype want matrices converted; use 'float'"
+        )
+    activations = torch.bfloat16 if is_cuda else torch.float32
+    converted = DTYPES.get(dtype, activations)
+    is_kept = weights != "float" and dtype == "auto" and not is_cuda
+    return converted if is_cuda else activations, None if is_kept else converted
+
+
+def choose_ops(device: torch.device) -> tuple[Ops, Ops]:
+    """The operations of prefill and of decode passes: Triton on CUDA, numba on a CPU."""
+    return (TRITON_PREFILL, TRITON) if device.type == "cuda" else (NUMBA, NUMBA)
 
 
 def choose_max_length(max_length: int | None, config: LlamaConfig) -> int:
@@ -96,22 +107,26 @@ def load(
     revision: str | None,
     device: torch.device,
     dtype: torch.dtype,
+    matrix_dtype: torch.dtype | None,
     max_length: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Loaded:
-    """Find, check and read a model. Raises ValueError in one line for whatever is wrong with it."""
+    """Find, check and read a model; for its dtypes see `load_weights`.
+
+    Raises ValueError in one line for whatever is wrong with it."""
     path = resolve_model(model, revision)
     checkpoint = open_checkpoint(path)
     num_positions = choose_max_length(max_length, checkpoint.config)
     tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)
     chat_template = load_chat_template(path, checkpoint.gguf_metadata)
     ends = end_token_ids(checkpoint.config, tokenizer, chat_template)
-    weights = load_weights(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
+    weights = load_weights(
+        checkpoint, device=device, dtype=dtype, matrix_dtype=matrix_dtype, on_progress=on_progress
+    )
     config = replace(checkpoint.config, eos_token_ids=ends, tie_embeddings=weights.is_tied)
-    ops = choose_ops(device, dtype)
     return Loaded(
         name=path.name if model is None else os.fspath(model),
-        model=make_llama(config, weights, num_positions, *ops),
+        model=make_llama(config, weights, num_positions, *choose_ops(device)),
         tokenizer=tokenizer,
         chat_template=chat_template,
         generation=checkpoint.generation,
@@ -149,18 +164,7 @@ def assemble(
     with torch.inference_mode(), passes.alone():
         prefill(model, cache, 0, [0, 0], 0)
     after_step()
-    if router not in (None, NONE):
-        check_can_draft(model)
-    opened = open_router(router, model) if can_draft(model) else None  # else it decodes plainly
+    opened = open_router(router, model)
     preparer = PlanPreparer(passes, profile)
     after_step()
     return Parts(cache, SlotPool(max_sequences), passes, preparer, opened)
-
-
-def check_can_draft(model: Llama) -> None:
-    """Raises ValueError for a router where a draft could change a token."""
-    if not can_draft(model):
-        raise ValueError(
-            f"router: got a library for {str(model.dtype).removeprefix('torch.')} on a CPU, "
-            "expected 'none', as a draft could change a token there; use dtype='float32'"
-        )

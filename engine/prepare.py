@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from engine.costs import estimated_costs
 from engine.params import Speculative, is_speculative
 from engine.passes import Passes
@@ -69,27 +67,18 @@ def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
     """The plans among which a sequence's controller chooses; () is plain decoding.
 
     "auto" is int8 and n-gram drafts, whichever pays at the moment. Raises ValueError for an unknown
-    name, a file that holds no plan for this model, and for 16-bit dtypes on a CPU: their matrix
-    products give other bits for several rows than for one, so a draft could change a token.
+    name, and a file that holds no plan for this model.
     """
     check_speculative(value)
     num_layers = model.config.num_layers
-    if value == "off" or (value == "auto" and not can_draft(model)):
+    if value == "off":
         return ()
     if value == "auto":
         return DraftPlan.int8(num_layers), NGRAM
     plans = value if isinstance(value, tuple) else (_resolve_plan(value, num_layers),)
     for plan in plans:
         plan.check(num_layers)
-    plans = tuple(plan for plan in plans if plan.max_draft)
-    if plans and not can_draft(model):
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"speculative: got {plans[0].name!r} with {dtype} on a CPU, where the number of rows "
-            "moves the last bit and a draft could change a token; expected 'off' or 'auto'; use "
-            "dtype='float32' to draft"
-        )
-    return plans
+    return tuple(plan for plan in plans if plan.max_draft)
 
 
 def kept(value: Speculative, plans: tuple[DraftPlan, ...]) -> Speculative:
@@ -107,11 +96,3 @@ def _resolve_plan(value: str | os.PathLike[str] | DraftPlan, num_layers: int) ->
     if value == "ngram":
         return NGRAM
     return load_plan(Path(value), num_layers)
-
-
-def can_draft(model: Llama) -> bool:
-    """Whether drafts cannot change a token: a row's bits do not depend on the rows beside it.
-
-    In float32 they may in the last place, with torch's own products.
-    """
-    return model.decode_ops.is_row_invariant or model.dtype == torch.float32

@@ -30,7 +30,7 @@ from kernels.operands import RotaryTable
 from models.llama import Llama
 from models.model_files import read_json
 from models.plan import DraftPlan
-from models.quantise import without_int8
+from models.quantise import matrices, without_int8
 
 # Most useful first: a large model may get no further. More than a sequence may verify are two's.
 VERIFY_ROWS = (5, 9, 2, 16, 3, 7, 32)
@@ -135,8 +135,9 @@ def profile_path(model: Llama) -> Path:
     """Where the profile of such a model on such a machine is kept."""
     device = model.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else get_host_cpu_name()
+    kinds = [str(weight.own.kind) for weight in matrices(model.weights)]
     parts = (
-        model.config, where, code_digest(), model.dtype, model.decode_ops.name,
+        model.config, where, code_digest(), model.dtype, kinds, model.decode_ops.name,
         numba.get_num_threads(), torch.__version__, triton.__version__,
     )  # fmt: skip
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -46,8 +46,6 @@ class Ops:
     between launches. Where several programs share a tile's sum they count themselves there, and the
     last one adds it up; every kernel leaves zeros behind. The other implementations do not look.
     `run_layers` is all layers of a pass in one launch, where an implementation has that.
-    `is_row_invariant`: a row has the same bits however many rows share the pass, so that a draft
-    cannot change a token; with torch's products that holds only up to rounding.
     """
 
     name: str
@@ -66,7 +64,6 @@ class Ops:
     accept: Callable[[Tensor, Tensor, Tensor], Tensor]
     pool_states: Callable[[Tensor, Tensor, float], Tensor]
     nearest_anchor: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor], Tensor]
-    is_row_invariant: bool
     run_layers: RunLayers | None = None
 
 
@@ -85,5 +82,4 @@ TORCH = Ops(
     accept=accept_ref,
     pool_states=pool_states_ref,
     nearest_anchor=nearest_anchor_ref,
-    is_row_invariant=False,
 )

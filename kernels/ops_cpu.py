@@ -238,6 +238,5 @@ NUMBA = replace(
     sample=sample,
     keep_drafted=keep_drafted,
     accept=accept,
-    is_row_invariant=True,
     run_layers=run_layers,
 )

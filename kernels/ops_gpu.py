@@ -46,7 +46,6 @@ TRITON = Ops(
     accept=accept,
     pool_states=pool_states,
     nearest_anchor=nearest_anchor_triton,
-    is_row_invariant=True,
 )
 
 TRITON_PREFILL = replace(
@@ -57,5 +56,4 @@ TRITON_PREFILL = replace(
     linear_residual=linear_residual_prefill,
     norm_gated_mlp=norm_gated_mlp_prefill,
     norm_lm_head=norm_lm_head_prefill,
-    is_row_invariant=False,
 )

@@ -32,7 +32,8 @@ class Checkpoint:
     generation: dict[str, object]  # generation_config.json, or empty
     gguf_metadata: Mapping[str, object] | None  # None for a safetensors directory
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], torch.Tensor]  # by name; the stored dtype, or float32 from GGUF
+    dtypes: Mapping[str, torch.dtype]  # as stored; float32 for what GGUF has in other types
+    read: Callable[[str], torch.Tensor]  # by name, in its dtype
     rope_order: RopeOrder
 
 
@@ -60,9 +61,9 @@ def _open_directory(path: Path) -> Checkpoint:
         # safetensors' own save_model keeps one name of a shared tensor, the first in the alphabet.
         tensors[EMBEDDING] = tensors.pop(LM_HEAD)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return Checkpoint(
-        path, config, generation, None, shapes, partial(read_safetensor, tensors), "half"
-    )
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    read = partial(read_safetensor, tensors)
+    return Checkpoint(path, config, generation, None, shapes, dtypes, read, "half")
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -86,6 +87,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         generation={},
         gguf_metadata=file.metadata,
         shapes={name: file.tensors[stored].shape for name, stored in names.items()},
+        dtypes={name: file.tensors[stored].dtype for name, stored in names.items()},
         read=lambda name: read_tensor(file, names.get(name, name)),
         rope_order=FAMILIES[config.architecture].gguf_rope_order,
     )

@@ -1,4 +1,4 @@
-"""GGUF files: a strict header parser, and tensors dequantised to float32.
+"""GGUF files: a strict header parser, and tensors, 16-bit or dequantised to float32.
 
 The header is untrusted input. Every count and length is compared with a limit and with the bytes
 that are left before anything is allocated for it, so that a damaged or hostile file costs one
@@ -25,6 +25,9 @@ from models.model_files import open_regular
 
 _READABLE = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K"
 READABLE_TYPES = tuple(gguf.GGMLQuantizationType[name] for name in _READABLE.split())
+_HALVES = {
+    gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}  # fmt: skip
 _TYPE_BY_NUMBER = {int(kind): kind for kind in READABLE_TYPES}
 
 _MAX_COUNT = 1 << 16  # tensors, and key/value pairs
@@ -54,6 +57,11 @@ class GgufTensor:
     type: gguf.GGMLQuantizationType
     offset: int  # bytes from the start of the file
     num_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is read."""
+        return _HALVES.get(self.type, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def read_tensor(file: GgufFile, name: str) -> torch.Tensor:
-    """One tensor as float32 in torch order, read through a memory map closed afterwards.
+    """One tensor in its `dtype` and torch order, read through a memory map closed afterwards.
 
     Raises ValueError when the file has no such tensor or has become shorter since `read_gguf`.
     """
@@ -154,7 +162,10 @@ def read_tensor(file: GgufFile, name: str) -> torch.Tensor:
         raise ValueError(f"{tensor.path}: was cut short while it was read; download it again")
     # A map of this one tensor: pages of tensors read before do not stay in the process.
     data = np.asarray(np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,)))
-    values = torch.from_numpy(np.empty(tensor.shape, np.float32))  # MemoryError where it is full
+    if tensor.type in _HALVES:
+        bits = torch.from_numpy(data.copy())  # MemoryError where it is full, as below
+        return bits.view(tensor.dtype).view(tensor.shape)
+    values = torch.from_numpy(np.empty(tensor.shape, np.float32))
     target = values.numpy().reshape(-1, tensor.shape[-1])
     source = data.reshape(target.shape[0], -1)
     # In pieces, because dequantising holds its result twice.

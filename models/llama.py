@@ -39,7 +39,8 @@ class Llama:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weights.embedding.dtype
+        """Of activations and the cache; matrices may be narrower on a CPU."""
+        return self.weights.dtype
 
     @property
     def num_positions(self) -> int:
@@ -85,6 +86,8 @@ def forward(
     """Return the residual stream after the last layer, [B*T, C]; see `logits` for the rest."""
     eps, counters = model.config.norm_eps, model.counters
     x = model.weights.embedding[rows.token_ids.flatten()]
+    if x.dtype != model.dtype:
+        x = x.to(model.dtype)
     if ops.run_layers is not None:
         layers, table = model.weights.layers, model.weights.layer_table
         ops.run_layers(x, layers, table, eps, model.rotary, rows, k_cache, v_cache, precisions)

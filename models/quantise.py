@@ -28,10 +28,11 @@ def with_int8(model: Llama) -> Llama:
     if weights.lm_head.draft is not None:
         return model
     sizes = (weight.shape.numel() for weight in matrices(weights))
-    arena = Arena(sizes, weights.embedding.device, torch.int8)
+    arena = Arena(sizes, weights.embedding.device)
 
     def quantised(weight: Weight) -> Weight:
-        return weight._replace(draft=quantise_into(weight.own, arena.take(weight.shape)))
+        codes = arena.take(weight.shape, torch.int8)
+        return weight._replace(draft=quantise_into(weight.own, codes))
 
     return _with_matrices(model, quantised)
 

@@ -24,7 +24,9 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.pt", "*.pth")
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class StoredTensor:
     path: Path
     name: str  # in the file
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
@@ -128,22 +131,24 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     spans = []
     tensors = {}
     for name, entry in header.items():
-        shape, span = _check_entry(path, name, entry)
-        tensors[name] = StoredTensor(path, name, shape)
+        shape, dtype, span = _check_entry(path, name, entry)
+        tensors[name] = StoredTensor(path, name, shape, dtype)
         spans.append(span)
     _check_spans(path, spans, size - 8 - length)
     return tensors
 
 
-def _check_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """Shape and byte span of one header entry, which must agree with each other."""
+def _check_entry(
+    path: Path, name: str, entry: object
+) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
+    """Shape, dtype and byte span of one header entry, which must agree with each other."""
     what = f"{path}: tensor {quoted(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{what} is {quoted(entry)}; expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(
-            f"{what} has dtype {quoted(dtype)}; expected {', '.join(_ITEM_BYTES)}; quantised "
+            f"{what} has dtype {quoted(dtype)}; expected {', '.join(_DTYPES)}; quantised "
             "safetensors are not read, choose an unquantised model or a GGUF file"
         )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or len(shape) > 8:
@@ -151,13 +156,13 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...],
             f"{what} has shape {quoted(shape)} and data_offsets {quoted(offsets)}; expected lists "
             "of whole numbers"
         )
-    num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+    num_bytes = math.prod(shape) * _DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != num_bytes:
         raise ValueError(
             f"{what} has data_offsets {quoted(offsets)}; its {dtype} shape {quoted(shape)} needs "
             f"{quoted(num_bytes)} bytes"
         )
-    return tuple(shape), (offsets[0], offsets[1])
+    return tuple(shape), _DTYPES[dtype], (offsets[0], offsets[1])
 
 
 def _are_counts(values: object) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kernels.cpu.table import layer_table
-from kernels.weight import Dense, LayerWeights, Weight
+from kernels.weight import FLOATS, Dense, LayerWeights, Weight
 from models.arena import Arena
 from models.checkpoint import Checkpoint
 from models.config import LlamaConfig
@@ -32,12 +32,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LlamaWeights:
-    """A whole model. With tied embeddings the values of `lm_head` are `embedding`, not a copy."""
+    """A whole model. With tied embeddings the values of `lm_head` are `embedding`, not a copy.
+
+    Norms and biases are of the dtype of activations; on a CPU matrices may be of others.
+    """
 
     embedding: torch.Tensor  # [V, C]
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # [C]
     lm_head: Weight  # [V, C]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.final_norm.dtype
 
     @property
     def is_tied(self) -> bool:
@@ -60,38 +67,48 @@ def load_weights(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    matrix_dtype: torch.dtype | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LlamaWeights:
-    """Reads a checkpoint into `dtype` on `device`, one tensor at a time.
+    """Reads a checkpoint onto `device`, one tensor at a time: norms and biases into `dtype`,
+    matrices into `matrix_dtype`, or None to keep them as they are stored (see `kept_dtype`).
 
     All names and shapes are compared with the configuration before anything is allocated. The
     peak is the model itself plus its largest tensor. `on_progress(done, total)` counts bytes of
     the loaded model, after each tensor. Where the configuration says that embeddings are tied and a
     head of other values is stored, that head is loaded (`is_tied` is false) and a warning says so.
     Raises ValueError naming the tensor when one is missing, unexpected, of another shape, not
-    finite, or too large for `dtype`, and when there is not enough memory.
+    finite, or too large for its dtype, and when there is not enough memory.
     """
     config = checkpoint.config
     if LM_HEAD in checkpoint.shapes:
         config = replace(config, tie_embeddings=False)
     _check_names_and_shapes(checkpoint, stored_parts(config))
     if checkpoint.config.tie_embeddings and not config.tie_embeddings:
-        config = replace(config, tie_embeddings=_is_head_the_embedding(checkpoint, dtype))
-    parts = stored_parts(config)
-    weights = empty_weights(config, device=device, dtype=dtype)
-    D = config.head_dim
-    total = dtype.itemsize * sum(math.prod(part.shape) for part in parts)
-    done = 0
+        config = replace(
+            config, tie_embeddings=_is_head_the_embedding(checkpoint, matrix_dtype or torch.float32)
+        )
+    parts, D = stored_parts(config), config.head_dim
+    dtypes = {part.name: matrix_dtype or kept_dtype(checkpoint, part.name) for part in parts}
+    weights = empty_weights(config, device=device, dtype=dtype, matrix_dtypes=dtypes)
+    total, done = sum(part_of(weights, part).nbytes for part in parts), 0
     for part in parts:
-        source, target = _read_finite(checkpoint, part.name, dtype), part_of(weights, part)
+        target = part_of(weights, part)
+        source = _read_finite(checkpoint, part.name, target.dtype)
+        done += target.nbytes
         if part.is_rotary and checkpoint.rope_order == "half":
             source = rotary_heads(source, 2, D // 2).transpose(1, 2)
             target = rotary_heads(target, D // 2, 2)
         target.copy_(source)
-        done += dtype.itemsize * math.prod(part.shape)
         if on_progress is not None:
             on_progress(done, total)
     return weights
+
+
+def kept_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """The dtype in which a stored matrix is kept in memory, where it is kept as it is stored."""
+    stored = checkpoint.dtypes[name]
+    return stored if stored in FLOATS else torch.float32
 
 
 def random_weights(
@@ -121,26 +138,39 @@ def random_weights(
 
 
 def empty_weights(
-    config: LlamaConfig, *, device: torch.device | str, dtype: torch.dtype
+    config: LlamaConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    matrix_dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> LlamaWeights:
-    """Memory for a model in one piece; its values are undefined."""
-    parts = stored_parts(config)
-    arena = Arena((math.prod(part.shape) for part in parts), torch.device(device), dtype)
+    """Memory for a model in one piece; its values are undefined.
+
+    matrix_dtypes: by the names of stored matrices, where they are not of `dtype`. Stored matrices
+    of different dtypes that make one are widened to a dtype that holds the values of all.
+    """
     # The last part of a field ends where the field's tensor does.
-    shapes = {(p.layer, p.field): (p.start + p.shape[0], *p.shape[1:]) for p in parts}
+    fields: dict[tuple[int | None, str], tuple[tuple[int, ...], torch.dtype]] = {}
+    for p in stored_parts(config):
+        kept = matrix_dtypes[p.name] if matrix_dtypes and len(p.shape) == 2 else dtype
+        _, other = fields.get((p.layer, p.field), ((), kept))
+        shape = (p.start + p.shape[0], *p.shape[1:])
+        fields[p.layer, p.field] = shape, torch.promote_types(kept, other)
+    sizes = (math.prod(shape) * kept.itemsize for shape, kept in fields.values())
+    arena = Arena(sizes, torch.device(device))
 
     def take_layer(layer: int) -> LayerWeights:
-        fields: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
+        values: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
         for name in LayerWeights._fields:
-            if (layer, name) in shapes:
-                tensor = arena.take(shapes[layer, name])
-                fields[name] = Weight(Dense(tensor)) if tensor.ndim == 2 else tensor
-        return LayerWeights(**fields)
+            if (layer, name) in fields:
+                tensor = arena.take(*fields[layer, name])
+                values[name] = Weight(Dense(tensor)) if tensor.ndim == 2 else tensor
+        return LayerWeights(**values)
 
-    embedding = arena.take(shapes[None, "embedding"])
+    embedding = arena.take(*fields[None, "embedding"])
     layers = tuple(map(take_layer, range(config.num_layers)))
-    final_norm = arena.take(shapes[None, "final_norm"])
-    lm_head = embedding if config.tie_embeddings else arena.take(shapes[None, "lm_head"])
+    final_norm = arena.take(*fields[None, "final_norm"])
+    lm_head = embedding if config.tie_embeddings else arena.take(*fields[None, "lm_head"])
     return LlamaWeights(embedding, layers, final_norm, Weight(Dense(lm_head)))
 
 

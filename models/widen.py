@@ -62,19 +62,20 @@ def widened(
 ) -> tuple[LlamaConfig, LlamaWeights]:
     """The model of `weights` with C' = `hidden_size` channels and more heads and units.
 
-    `dtype` and `device` are those of `weights` where they are None. Matrices are multiplied on
-    `device`, in float32 or, where either dtype is float64, in that, and rounded once. The LM head
-    is a matrix of its own, and 8-bit forms are not carried over. A seed gives the same model in
-    every dtype (up to rounding), but others on another device. The peak is the new model plus its
-    largest matrix in float32. Raises ValueError naming the argument when `hidden_size` is below C,
-    a replica count below 1, or one of them not an integer or too large for a LlamaConfig.
+    `dtype`, here of everything, and `device` are those of `weights` where they are None. Matrices
+    are multiplied on `device`, in float32 or, where either dtype is float64, in that, and rounded
+    once. The LM head is a matrix of its own, and 8-bit forms are not carried over. A seed gives the
+    same model in every dtype (up to rounding), but others on another device. The peak is the new
+    model plus its largest matrix in float32. Raises ValueError naming the argument when
+    `hidden_size` is below C, a replica count below 1, or one of them not an integer or too large
+    for a LlamaConfig.
     """
     larger = _larger_config(config, hidden_size, head_replicas, ffn_replicas)
     device = weights.embedding.device if device is None else torch.device(device)
-    dtype = weights.embedding.dtype if dtype is None else dtype
+    dtype = weights.dtype if dtype is None else dtype
     generator = torch.Generator(device).manual_seed(seed)
     basis = _basis(hidden_size, config.hidden_size, generator)
-    wider = torch.promote_types(weights.embedding.dtype, dtype)
+    wider = torch.promote_types(weights.dtype, dtype)
     basis = basis.to(torch.promote_types(wider, torch.float32))
     result = empty_weights(larger, device=device, dtype=dtype)
     result.embedding.copy_(weights.embedding.to(basis) @ basis.T)

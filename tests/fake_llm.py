@@ -73,10 +73,7 @@ class FakeLLM:
         self.int8_bytes = 0
         self.router: Router | None = None
         # What resolve_plans looks at.
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(num_layers=2),
-            decode_ops=SimpleNamespace(is_row_invariant=True),
-        )
+        self.model = SimpleNamespace(config=SimpleNamespace(num_layers=2))
         self.asked: list[list[dict[str, str]]] = []
         self.params: SamplingParams | None = None
         self.num_closed = 0

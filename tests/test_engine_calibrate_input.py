@@ -40,6 +40,12 @@ def refused(capsys, directory, out, *options):
     return captured.err
 
 
+def test_a_wrong_weights_flag_is_refused(tmp_path, out, capsys):
+    directory = write_prompts(tmp_path, a=GOOD)
+    error = refused(capsys, directory, out, "--anchors", "1", "--weights", "half")
+    assert "weights: got 'half', expected 'auto', 'stored', 'float'" in error
+
+
 def test_prompts_are_read_by_domain(tmp_path):
     """Whatever else may end a line of text is a part of a prompt; empty lines are none."""
     text = '{"prompt": "a\\nb\u2028c\u0085"}\r\n\n {"prompt": " d ", "id": 5} \n\t\n{"prompt": "e"}'

@@ -130,10 +130,19 @@ def load(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, object]:
 
 
 def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("speculative", "weights", "profile")
     options = load(monkeypatch)
-    assert (options["speculative"], options["profile"]) == ("auto", True)
-    options = load(monkeypatch, "--speculative", "plans/a.json", "--no-profile")
-    assert (options["speculative"], options["profile"]) == ("plans/a.json", False)
+    assert [options[name] for name in names] == ["auto", "auto", True]
+    flags = ("--speculative", "plans/a.json", "--weights", "stored", "--no-profile")
+    options = load(monkeypatch, *flags)
+    assert [options[name] for name in names] == ["plans/a.json", "stored", False]
+
+
+def test_a_wrong_weights_flag_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert engine.chat.__main__.main(["-p", "x", "--weights", "half"]) == 2
+    out, err = capsys.readouterr()
+    expected = "error: weights: got 'half', expected 'auto', 'stored', 'float'; use 'auto'\n"
+    assert out == "" and err.endswith(expected), err
 
 
 @pytest.mark.parametrize("wrong", ["int9", "", "no/such.json", "{}", "[1]", "three layers"])

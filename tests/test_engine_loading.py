@@ -9,7 +9,7 @@ from tiny import family_config
 from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 
 from engine import LLM, SamplingParams
-from engine.loading import choose_device, choose_dtype, choose_max_length, choose_ops
+from engine.loading import choose_device, choose_dtypes, choose_max_length, choose_ops
 from models.weights import random_weights
 
 
@@ -52,10 +52,17 @@ def test_what_the_callback_raises_ends_the_start(directory):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_sixteen_bit_models_run_on_a_cpu(directory, dtype):
+def test_a_dtype_is_what_matrices_are_rounded_to_on_a_cpu(directory, dtype):
     llm = LLM(directory, device="cpu", dtype=dtype, max_length=64)
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    assert llm.dtype == dtype and len(llm.generate("x", params)[0].outputs[0].token_ids) == 4
+    weights, stored = llm.model.weights, LLM(directory, device="cpu").model.weights
+    assert llm.dtype == dtype and llm.model.dtype == torch.float32
+    for half, full in zip(weights.layers, stored.layers, strict=True):
+        assert torch.equal(half.qkv.own.values, full.qkv.own.values.to(half.qkv.own.kind))
+        assert torch.equal(half.attn_norm, full.attn_norm)
+        assert torch.equal(half.qkv_bias, full.qkv_bias)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, speculative="int8")
+    output = llm.generate("x", params)[0]
+    assert len(output.outputs[0].token_ids) == 4 and output.stats.plan == "int8"
 
 
 def test_bad_arguments_are_named(directory):
@@ -64,6 +71,11 @@ def test_bad_arguments_are_named(directory):
             LLM(directory, device=device)
     with pytest.raises(ValueError, match="dtype: got 'int4'"):
         LLM(directory, dtype="int4")
+    for weights in ("half", "", None, torch.float32):
+        with pytest.raises(ValueError, match=r"weights: got .*, expected 'auto', .*; use 'auto'"):
+            LLM(directory, weights=weights)
+    with pytest.raises(ValueError, match=r"weights: got 'stored' on cpu with dtype='float16', .*"):
+        LLM(directory, device="cpu", dtype="float16", weights="stored")
     for max_length in (0, 1, -5, True, 2.5):
         with pytest.raises(ValueError, match="max_length"):
             LLM(directory, max_length=max_length)
@@ -79,13 +91,36 @@ def test_cuda_without_a_gpu_is_refused():
 
 def test_automatic_choices():
     cpu = torch.device("cpu")
-    assert choose_dtype("auto", cpu) == torch.float32
-    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert [ops.name for ops in choose_ops(cpu, torch.float32)] == ["numba", "numba"]
-    assert [ops.name for ops in choose_ops(cpu, torch.bfloat16)] == ["torch", "torch"]
-    cuda = choose_ops(torch.device("cuda"), torch.bfloat16)
-    assert [ops.name for ops in cuda] == ["triton-prefill", "triton"]
+    cuda = torch.device("cuda")
+    assert choose_dtypes("auto", cpu) == (torch.float32, None)
+    assert choose_dtypes("float16", cpu) == (torch.float32, torch.float16)
+    assert choose_dtypes("auto", cuda) == (torch.bfloat16, torch.bfloat16)
+    assert choose_dtypes("float16", cuda) == (torch.float16, torch.float16)
+    assert [ops.name for ops in choose_ops(cpu)] == ["numba", "numba"]
+    assert [ops.name for ops in choose_ops(cuda)] == ["triton-prefill", "triton"]
     assert choose_max_length(None, family_config("llama2", max_positions=131072)) == 8192
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "cpu", "cuda"),
+    [
+        ("auto", "auto", None, torch.bfloat16), ("stored", "auto", None, ValueError),
+        ("float", "auto", torch.float32, torch.bfloat16),
+        ("auto", "float16", torch.float16, torch.float16),
+        ("float", "bfloat16", torch.bfloat16, torch.bfloat16),
+        ("auto", "float32", torch.float32, torch.float32),
+        ("stored", "float16", ValueError, ValueError),
+    ],
+)  # fmt: skip
+def test_what_matrices_become(weights, dtype, cpu, cuda):
+    for device, expected in (("cpu", cpu), ("cuda", cuda)):
+        if expected is ValueError:
+            with pytest.raises(ValueError, match=r"weights: got 'stored' .* use 'float'"):
+                choose_dtypes(dtype, torch.device(device), weights)
+        else:
+            activations = torch.float32 if device == "cpu" else expected
+            chosen = choose_dtypes(dtype, torch.device(device), weights)
+            assert chosen == (activations, expected)
 
 
 def test_nothing_is_half_loaded(directory):

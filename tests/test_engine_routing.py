@@ -227,20 +227,21 @@ def test_wrong_routers_are_refused_in_one_line(tmp_path):
         ({"router": tmp_path / "half.safetensors"}, "no whole safetensors file"),
         ({"router": path, "config": taller}, "expected 3 and 64"),
         ({"router": path, "config": other_weights}, "made for other weights"),
-        ({"router": path, "dtype": torch.bfloat16, "prefill_ops": TORCH, "decode_ops": TORCH},
-         "use dtype='float32'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"^router: ") as caught:
             tiny_llm(**options)
         assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_16_bit_on_a_cpu_has_no_router():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_weights_have_the_router_of_the_model(dtype):
+    """The signs of the weights, by which a library knows its model, are those of float32."""
     library = routed_llm().router.library
-    llm = tiny_llm(dtype=torch.bfloat16, prefill_ops=TORCH, decode_ops=TORCH)
-    assert llm.router is None
-    with pytest.raises(ValueError, match="use dtype='float32'"):
-        llm.use_library(library)
+    llm = tiny_llm(matrix_dtype=dtype)
+    llm.use_library(library)
+    routed = llm.generate(PROMPTS[0], GREEDY)[0]
+    assert routed.stats.domain in library.domains
+    assert tokens(routed) == tokens(llm.generate(PROMPTS[0], replace(GREEDY, speculative="off"))[0])
 
 
 @pytest.mark.timeout(900)

@@ -42,7 +42,9 @@ def stored(folder: Path, head: torch.Tensor | None, dtype: torch.dtype = torch.f
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaWeights:
-    return load_weights(open_checkpoint(folder), device="cpu", dtype=dtype)
+    return load_weights(
+        open_checkpoint(folder), device="cpu", dtype=torch.float32, matrix_dtype=dtype
+    )
 
 
 def test_another_head_is_kept_as_by_transformers(
@@ -64,7 +66,7 @@ def test_another_head_is_kept_as_by_transformers(
 
 def test_the_model_says_what_it_is(tmp_path: Path) -> None:
     """The tied configuration would write or count one matrix where there are two."""
-    model = load(stored(tmp_path, OTHER), None, CPU, torch.float32, None, None).model
+    model = load(stored(tmp_path, OTHER), None, CPU, torch.float32, None, None, None).model
     assert not model.config.tie_embeddings
     assert torch.equal(to_hf_state_dict(model.config, model.weights)["lm_head.weight"], OTHER)
     x = torch.randn(3, CONFIG.hidden_size)
@@ -84,7 +86,7 @@ def test_the_same_head_or_none_stays_tied(
     weights = loaded(stored(tmp_path, head))
     assert weights.is_tied and weights.lm_head.own.values is weights.embedding
     assert torch.equal(weights.embedding, EMBEDDING) and not caplog.records
-    assert load(tmp_path, None, CPU, torch.float32, None, None).model.config.tie_embeddings
+    assert load(tmp_path, None, CPU, torch.float32, None, None, None).model.config.tie_embeddings
 
 
 def test_a_shared_matrix_under_the_name_of_the_head(tmp_path: Path) -> None:
@@ -111,6 +113,16 @@ def test_heads_are_compared_in_the_dtype_of_the_model(tmp_path: Path) -> None:
     assert torch.equal(weights.lm_head.own.values, EMBEDDING.bfloat16().float())
     wide = stored(tmp_path / "wide", EMBEDDING.bfloat16().float(), torch.bfloat16)
     assert loaded(wide).is_tied
+
+
+def test_heads_that_are_kept_as_stored_are_compared_in_float32(tmp_path: Path) -> None:
+    folder = stored(tmp_path, EMBEDDING.bfloat16())
+    weights = load_weights(open_checkpoint(folder), device="cpu", dtype=torch.float32)
+    assert not weights.is_tied
+    assert torch.equal(weights.lm_head.own.values, EMBEDDING.bfloat16())
+    wide = stored(tmp_path / "wide", EMBEDDING.bfloat16().float(), torch.bfloat16)
+    weights = load_weights(open_checkpoint(wide), device="cpu", dtype=torch.float32)
+    assert weights.is_tied and weights.embedding.dtype == torch.bfloat16
 
 
 def test_one_value_in_the_last_piece_counts(

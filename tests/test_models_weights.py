@@ -56,9 +56,12 @@ def assert_same(got: LlamaWeights, expected: LlamaWeights) -> None:
         assert tensor.is_contiguous(), name
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Checkpoint, LlamaWeights]:
+def load(
+    path: Path, dtype: torch.dtype = torch.float32, matrix_dtype: torch.dtype | None = None
+) -> tuple[Checkpoint, LlamaWeights]:
     checkpoint = open_checkpoint(path)
-    return checkpoint, load_weights(checkpoint, device="cpu", dtype=dtype)
+    weights = load_weights(checkpoint, device="cpu", dtype=dtype, matrix_dtype=matrix_dtype)
+    return checkpoint, weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,7 +104,9 @@ def test_quantised_gguf(kind: str, family: str, tmp_path: Path) -> None:
         if expected.ndim == 2:
             stored = gguf.quants.quantize(expected.numpy(), qtype)
             expected = torch.from_numpy(gguf.quants.dequantize(stored, qtype))
-        assert torch.equal(tensor, expected), name
+            kept = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+            assert tensor.dtype == kept
+        assert torch.equal(tensor.float(), expected), name
 
 
 def test_rows_of_a_head_become_neighbours(tmp_path: Path) -> None:
@@ -168,9 +173,16 @@ def test_random_weights_depend_on_the_seed_only() -> None:
 def test_dtypes(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
     config = tiny_config()
     weights = random_weights(config, seed=0)
-    _, loaded = load(write_hf_checkpoint(tmp_path, config, weights, dtype=stored), dtype)
-    expected = weights.layers[0].qkv.own.values.to(stored).to(dtype)
-    assert torch.equal(loaded.layers[0].qkv.own.values, expected)
+    path = write_hf_checkpoint(tmp_path, config, weights, dtype=stored)
+    values = weights.layers[0].qkv.own.values.to(stored)
+    _, loaded = load(path, dtype, dtype)
+    assert loaded.embedding.dtype == loaded.dtype == dtype
+    assert torch.equal(loaded.layers[0].qkv.own.values, values.to(dtype))
+    # As they are stored, beside norms of the dtype of activations.
+    _, kept = load(path, dtype)
+    expected = values.to(torch.float32 if stored == torch.float64 else stored)
+    assert kept.embedding.dtype == kept.lm_head.own.kind == expected.dtype and kept.dtype == dtype
+    assert torch.equal(kept.layers[0].qkv.own.values, expected)
 
 
 def test_progress(tmp_path: Path) -> None:
@@ -182,6 +194,7 @@ def test_progress(tmp_path: Path) -> None:
         checkpoint,
         device="cpu",
         dtype=torch.bfloat16,
+        matrix_dtype=torch.bfloat16,
         on_progress=lambda done, total: calls.append((done, total)),
     )
     total = 2 * sum(t.numel() for name, t in flat(weights).items() if name != "lm_head")

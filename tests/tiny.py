@@ -15,6 +15,7 @@ from engine.loading import Loaded
 from kernels.operands import Rows
 from kernels.ops import Ops
 from kernels.ops_cpu import NUMBA
+from kernels.weight import Dense, Weight
 from models.config import LlamaConfig, RopeScaling
 from models.llama import Llama, make_llama
 from models.weights import LlamaWeights, random_weights
@@ -53,6 +54,16 @@ def to_device(weights: LlamaWeights, device: torch.device) -> LlamaWeights:
     return LlamaWeights(move(weights.embedding), layers, *ends)
 
 
+def with_matrices(weights: LlamaWeights, dtype: torch.dtype) -> LlamaWeights:
+    """Every matrix rounded to `dtype`; norms and biases as they are."""
+    change = partial(
+        with_tensors, change=lambda tensor: tensor.to(dtype) if tensor.ndim == 2 else tensor
+    )
+    embedding, layers = change(weights.embedding), tuple(map(change, weights.layers))
+    head = Weight(Dense(embedding)) if weights.is_tied else change(weights.lm_head)
+    return LlamaWeights(embedding, layers, weights.final_norm, head)
+
+
 def tiny_llama(
     config: LlamaConfig,
     prefill_ops: Ops = NUMBA,
@@ -60,8 +71,11 @@ def tiny_llama(
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    matrix_dtype: torch.dtype | None = None,
 ) -> Llama:
     weights = to_device(random_weights(config, seed=seed, dtype=dtype), torch.device(device))
+    if matrix_dtype is not None:
+        weights = with_matrices(weights, matrix_dtype)
     return make_llama(config, weights, config.max_positions, prefill_ops, decode_ops)
 
 
@@ -69,7 +83,7 @@ def tiny_llm(config: LlamaConfig | None = None, **options: Any) -> LLM:
     """An LLM around a tiny random model whose tokens are bytes."""
     tokenizer = byte_tokenizer()
     config = config or family_config("llama2", vocab_size=tokenizer.vocab_size)
-    names = ("prefill_ops", "decode_ops", "device", "dtype")
+    names = ("prefill_ops", "decode_ops", "device", "dtype", "matrix_dtype")
     ops = {name: options.pop(name) for name in names if name in options}
     model = tiny_llama(config, **ops)
     loaded = Loaded("tiny", model, tokenizer, options.pop("chat_template", None), {})

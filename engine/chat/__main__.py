@@ -28,7 +28,9 @@ from engine.params import FLOATS, INTEGERS, SamplingParams
 if TYPE_CHECKING:
     from engine.llm import LLM
 
-_OPTIONS = ("revision", "device", "dtype", "max_length", "speculative", "router", "profile")
+_OPTIONS = (
+    "revision", "device", "dtype", "weights", "max_length", "speculative", "router", "profile",
+)  # fmt: skip
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
 end it. With --prompt, standard input is not read: a loop such as `while read line` can call this
@@ -134,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         help="context in tokens, prompt and answers")  # fmt: skip
     add("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (default: auto)")
     add("--dtype", default="auto", metavar="TYPE", help="auto or a torch type (default: auto)")
+    add("--weights", default="auto", metavar="HOW",
+        help="auto, stored (as in the file) or float (default: auto)")  # fmt: skip
     add("--speculative", default="auto", metavar="HOW",
         help="drafts: auto, off, ngram, int8 or a plan file (default: auto)")  # fmt: skip
     picks = "library that picks drafts by prompt, or none (default: the model's own, if any)"
