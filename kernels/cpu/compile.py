@@ -106,3 +106,21 @@ def _by_turns(dispatcher: Callable[..., Any]) -> Callable[..., Any]:
             return dispatcher(*args)
 
     return launch
+
+
+_KEPT: list[Any] = []  # what addresses point into
+
+
+def function_address(function: Callable[..., Any], name: str, num_args: int) -> int:
+    """Where the machine code of a function of so many addresses and sizes lies.
+
+    name: tells it from those of other calls. The code is kept on disk like a kernel's.
+    """
+    function.__qualname__ = f"{function.__name__}-{name}"
+    dispatcher: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True)(function)
+    dispatcher._cache = KernelCache(function, _folder_name())
+    signature = numba.types.void(*[numba.types.intp] * num_args)
+    dispatcher.compile(signature)
+    compiled = dispatcher.overloads[signature.args]
+    _KEPT.append(compiled)
+    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name))

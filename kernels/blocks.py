@@ -1,0 +1,170 @@
+"""Quantised weights as GGUF files store them, and the tiles that CPU kernels read.
+
+A weight is `scale * (code - zero)`, or `scale * code + offset`; 16 or 32 weights of a row share the
+scale and the offset. Types whose blocks have 256 weights store those as small numbers, times one
+factor of the block for either kind. The names and the bits of the types are ggml's.
+
+A tile holds the same block of 16 rows, a row in each 32-bit lane of a vector, so that no sum goes
+across lanes. Four codes of a row fill its lane: operand j of 32 weights are those from 4j on.
+
+    codes    for 32 weights at a time: two operands in the low and high halves of a vector's bytes,
+             4 vectors; then the fifth bits of all 8 operands, or the fifth and sixth of 4, in a
+             vector, the lowest first. Of 8-bit types an operand is a vector.
+    scales   [groups, 16] int8, then as many offsets; blocks of 256 only
+    factors  [16] float16 of the scales, then of the offsets where there are any
+
+The tiles of 16 rows follow each other, then come those of the next 16. Rows beyond a matrix's last
+are zeros.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+PANEL = 16  # rows of a tile
+CHUNK = 32  # weights of a row that share a scale of 8-bit activations
+HALF = 2  # bytes of a float16
+_KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+class Bits(NamedTuple):
+    """A number for each weight or group of a block: `width` bits of a byte, from `shift` on."""
+
+    offset: np.ndarray  # [n] bytes from the start of the block
+    shift: np.ndarray  # [n]
+    width: int
+
+
+class Field(NamedTuple):
+    """A number for each weight or group: the low bits, and the high ones where they are apart."""
+
+    low: Bits
+    high: Bits | None = None
+
+    @property
+    def table(self) -> np.ndarray:
+        """[n, 4] int32: offset and shift of the low bits, then of the high ones."""
+        parts = [*self.low[:2], *(self.high or self.low)[:2]]
+        return np.stack([np.broadcast_to(p, len(self.low.offset)) for p in parts], 1).astype("i4")
+
+    @property
+    def masks(self) -> tuple[int, int, int]:
+        """Of the low bits, of the high bits, and the width of the low ones."""
+        high = 0 if self.high is None else self.high.width
+        return (1 << self.low.width) - 1, (1 << high) - 1, self.low.width
+
+
+class BlockType(NamedTuple):
+    """How a GGUF type stores a block, and what of it a tile holds."""
+
+    name: str
+    size: int  # weights of a block: 32 or 256
+    num_bytes: int  # of a block in a file
+    codes: Field  # [size]
+    width: int  # bits of a code in a tile: 4, 5, 6 or 8
+    factor: int  # where the block's float16 factor of scales is
+    zero: int = 0
+    offset_factor: int = -1  # where that of offsets is, -1 if there are none
+    offset_sign: int = 1
+    scales: Field | None = None  # [size / group]
+    scale_zero: int = 0
+    offsets: Field | None = None
+    codebook: tuple[int, ...] = ()  # what the bits of a code stand for, if not for themselves
+
+    @property
+    def has_offset(self) -> bool:
+        return self.offset_factor >= 0
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale."""
+        return self.size if self.scales is None else self.size // len(self.scales.low.offset)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Codes of 32 weights of 16 rows."""
+        return PANEL * CHUNK * self.width // 8
+
+    @property
+    def tile_bytes(self) -> int:
+        kinds = 1 + self.has_offset
+        small = 0 if self.scales is None else self.size // self.group * PANEL * kinds
+        return self.size // CHUNK * self.chunk_bytes + small + PANEL * HALF * kinds
+
+    @property
+    def stored_codes(self) -> np.ndarray:
+        """[256] uint8: a code's bits in a file -> in a tile."""
+        codes = np.arange(256, dtype=np.uint8)
+        if self.codebook:
+            codes[: len(self.codebook)] = np.array(self.codebook, np.int16) + self.zero
+        return codes
+
+
+def _bits(offset: np.ndarray, shift: np.ndarray | int, width: int) -> Bits:
+    return Bits(offset, np.broadcast_to(np.asarray(shift), offset.shape), width)
+
+
+def _small() -> dict[str, BlockType]:
+    """Types with blocks of 32."""
+    i = np.arange(32)
+
+    def nibbles(start: int) -> Bits:
+        return _bits(start + i % 16, 4 * (i // 16), 4)
+
+    def fifths(start: int) -> Bits:
+        return _bits(start + i // 8, i % 8, 1)
+
+    signed = tuple(b - 256 * (b > 127) for b in range(256))
+    types = (
+        BlockType("Q4_0", 32, 18, Field(nibbles(2)), 4, 0, zero=8),
+        BlockType("Q4_1", 32, 20, Field(nibbles(4)), 4, 0, offset_factor=2),
+        BlockType("Q5_0", 32, 22, Field(nibbles(6), fifths(2)), 5, 0, zero=16),
+        BlockType("Q5_1", 32, 24, Field(nibbles(8), fifths(4)), 5, 0, offset_factor=2),
+        BlockType("Q8_0", 32, 34, Field(_bits(2 + i, 0, 8)), 8, 0, zero=128, codebook=signed),
+        BlockType("IQ4_NL", 32, 18, Field(nibbles(2)), 8, 0, zero=128, codebook=_KVALUES),
+    )
+    return {kind.name: kind for kind in types}
+
+
+def _large() -> dict[str, BlockType]:
+    """Types with blocks of 256."""
+    i, g, h = np.arange(256), np.arange(16), np.arange(8)
+    is_late = h >= 4
+
+    def sixes(start: int, shift: int) -> Field:
+        """Eight 6-bit numbers; the last four have their low bits from byte 8 on."""
+        low = _bits(np.where(is_late, 8 + h, start + h), shift * is_late, 4)
+        return Field(low, _bits(start + h % 4, np.where(is_late, 6, 4), 2))
+
+    def nibbles(start: int, run: int) -> Bits:
+        """Of 2 * run weights the low halves of so many bytes, then the high halves."""
+        return _bits(start + run * (i // (2 * run)) + i % run, 4 * (i // run % 2), 4)
+
+    def pairs(start: int) -> Bits:
+        return _bits(start + 32 * (i // 128) + i % 32, 2 * (i // 32 % 4), 2)
+
+    def ones(start: int) -> Bits:
+        return _bits(start + i % 32, i // 32, 1)
+
+    k4 = {"offset_factor": 2, "offset_sign": -1, "scales": sixes(4, 0), "offsets": sixes(8, 4)}
+    types = (
+        BlockType("Q2_K", 256, 84, Field(pairs(16)), 4, 80, offset_factor=82, offset_sign=-1,
+                  scales=Field(_bits(g, 0, 4)), offsets=Field(_bits(g, 4, 4))),
+        BlockType("Q3_K", 256, 110, Field(pairs(32), ones(0)), 4, 108, zero=4, scale_zero=32,
+                  scales=Field(_bits(96 + g % 8, 4 * (g // 8), 4),
+                               _bits(104 + g % 4, 2 * (g // 4), 2))),
+        BlockType("Q4_K", 256, 144, Field(nibbles(16, 32)), 4, 0, **k4),
+        BlockType("Q5_K", 256, 176, Field(nibbles(48, 32), ones(16)), 5, 0, **k4),
+        BlockType("Q6_K", 256, 210, Field(nibbles(0, 64), pairs(128)), 6, 208, zero=32,
+                  scales=Field(_bits(192 + g, 0, 8))),
+        BlockType("IQ4_XS", 256, 136, Field(nibbles(8, 16)), 8, 0, zero=128, codebook=_KVALUES,
+                  scales=Field(_bits(4 + h // 2, 4 * (h % 2), 4),
+                               _bits(2 + h // 4, 2 * (h % 4), 2)), scale_zero=32),
+    )  # fmt: skip
+    return {kind.name: kind for kind in types}
+
+
+BLOCK_TYPES = _small() | _large()
+TYPE_NUMBERS = {name: number for number, name in enumerate(BLOCK_TYPES)}

@@ -1,0 +1,145 @@
+"""Products of quantised weights on a CPU, in two arithmetics.
+
+int8    32 activations share a scale: s = max |x| / 127, q = round(x * (127 / max |x|)), to even.
+        A product is the sum over the 32s in order, each step rounded: dot * (scale * s), where
+        dot = sum (code - zero) q is a whole number, then offset * (s * sum q) if there are offsets.
+float   the weights are widened, exactly, and multiplied in the order of cpu/tiles.py: the bits of
+        the same matrix in float32.
+
+The code of a type is compiled when a model first has it, and kernels find it by its address.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from kernels.blocks import BLOCK_TYPES, CHUNK, PANEL
+from kernels.cpu.block_tiles import MAX_ROWS, add_widened, call, make_int8_panel, make_widen
+from kernels.cpu.compile import device, function_address
+from kernels.cpu.scalars import F, addresses_at, floats_at, ints_at
+from kernels.cpu.tiles import LANES, as_pointer
+
+# A matrix as kernels find it: whether x is in 8 bits, how many parts, and these of each part.
+PART_FIRST, PART_ROWS, PART_TILES, PART_PANEL_BYTES, PART_SIZE, PART_INT8, PART_WIDEN = range(7)
+HEADER_FIELDS, PART_FIELDS = 2, 7
+WIDENED = 256  # weights of a row that are widened at a time: those of 16 rows stay in the cache
+
+
+@cache
+def type_functions(name: str) -> tuple[int, int]:
+    """Addresses of a type's products with 8-bit activations and of its widening."""
+    kind = BLOCK_TYPES[name]
+    int8_panel, widen = make_int8_panel(kind), make_widen(kind)
+
+    def int8_product(rows, w, x, sums, x_stride, num_tiles, out, out_stride):
+        int8_panel(rows, w, x, sums, x_stride, num_tiles, out, out_stride)
+
+    def widening(w, num_tiles, out):
+        widen(w, num_tiles, out)
+
+    return function_address(int8_product, name, 8), function_address(widening, name, 3)
+
+
+@device
+def quantise_row(x, num_k, out):
+    """num_k codes, then for every 32 of them: scale, three sums * scale, three sums, a gap.
+
+    The sums are those of all 32 codes, of the first 16, of the last 16.
+    """
+    xs = floats_at(x, num_k)
+    qs = numba.carray(as_pointer(out), num_k, np.int8)
+    floats, ints = floats_at(out + num_k, num_k // 4), ints_at(out + num_k, num_k // 4)
+    for c in range(num_k // CHUNK):
+        largest = F(0.0)
+        for i in range(c * CHUNK, (c + 1) * CHUNK):
+            largest = max(largest, abs(xs[i]))
+        factor = F(127.0) / largest if largest > F(0.0) else F(0.0)
+        scale = largest / F(127.0)
+        for half in range(2):
+            total = np.int32(0)
+            for i in range(c * CHUNK + half * 16, c * CHUNK + half * 16 + 16):
+                code = np.int32(np.rint(xs[i] * factor))
+                qs[i] = np.int8(code)
+                total += code
+            ints[8 * c + 5 + half] = total
+            floats[8 * c + 2 + half] = scale * F(total)
+        ints[8 * c + 4] = ints[8 * c + 5] + ints[8 * c + 6]
+        floats[8 * c + 1] = scale * F(ints[8 * c + 4])
+        floats[8 * c] = scale
+
+
+@device
+def _int8_panel(product, tiles, num_tiles, quantised, rows, num_k, out, out_stride):
+    """16 columns of x W^T for rows of x in 8 bits."""
+    for r in range(0, rows, MAX_ROWS):
+        x = quantised + r * 2 * num_k
+        y = out + r * out_stride
+        count = min(MAX_ROWS, rows - r)
+        call(product, (count, tiles, x, x + num_k, 2 * num_k, num_tiles, y, out_stride))
+
+
+@device
+def _float_panel(widening, tiles, tile_bytes, size, x, x_stride, rows, num_k, out, out_stride):
+    """16 columns of x W^T for rows of floats."""
+    widened = np.empty(WIDENED * PANEL, np.float32)
+    sums = np.zeros(rows * LANES * PANEL, np.float32)
+    w, acc = np.int64(widened.ctypes.data), np.int64(sums.ctypes.data)
+    for first in range(0, num_k, WIDENED):
+        count = min(WIDENED, num_k - first)
+        call(widening, (tiles + first // size * tile_bytes, count // size, w))
+        for r in range(rows):
+            add_widened(x + r * x_stride + first * 4, w, count, acc + r * LANES * PANEL * 4)
+    for r in range(rows):
+        ys, start = floats_at(out + r * out_stride, PANEL), r * LANES * PANEL
+        half = LANES // 2
+        while half > 0:
+            for i in range(start, start + half * PANEL):
+                sums[i] += sums[i + half * PANEL]
+            half //= 2
+        for i in range(PANEL):
+            ys[i] = sums[start + i]
+
+
+@device
+def block_matmul(matrix, x, x_stride, quantised, rows, num_k, first, last, out, out_stride):
+    """Columns [first, last) of x W^T; out begins there.
+
+    quantised: the rows of x as `quantise_row` makes them, read if the matrix says so.
+    """
+    header = addresses_at(matrix, HEADER_FIELDS)
+    spare = np.empty(rows * PANEL, np.float32)
+    for p in range(header[1]):
+        part = addresses_at(matrix + (HEADER_FIELDS + p * PART_FIELDS) * 8, PART_FIELDS)
+        begin, num_tiles = part[PART_FIRST], num_k // part[PART_SIZE]
+        low, high = max(first, begin), min(last, begin + part[PART_ROWS])
+        column = begin + (low - begin) // PANEL * PANEL
+        while column < high:
+            tiles = part[PART_TILES] + (column - begin) // PANEL * part[PART_PANEL_BYTES]
+            is_whole = column >= low and column + PANEL <= high
+            y, y_stride = out + (column - first) * 4, out_stride
+            if not is_whole:
+                y, y_stride = np.int64(spare.ctypes.data), np.int64(PANEL * 4)
+            if header[0] != 0:
+                _int8_panel(part[PART_INT8], tiles, num_tiles, quantised, rows, num_k, y, y_stride)
+            else:
+                _float_panel(
+                    part[PART_WIDEN], tiles, part[PART_PANEL_BYTES] // num_tiles, part[PART_SIZE],
+                    x, x_stride, rows, num_k, y, y_stride,
+                )  # fmt: skip
+            if not is_whole:
+                for r in range(rows):
+                    ys = floats_at(out + r * out_stride, last - first)
+                    for c in range(max(low, column), min(high, column + PANEL)):
+                        ys[c - first] = spare[r * PANEL + c - column]
+            column += PANEL
+
+
+def part_numbers(name: str, first: int, rows: int, tiles: Any) -> list[int]:
+    """What kernels read of a part: tiles [panels, bytes] with the rows from `first` on."""
+    numbers = (first, rows, tiles.data_ptr(), tiles.shape[1], BLOCK_TYPES[name].size)
+    return [*numbers, *type_functions(name)]
