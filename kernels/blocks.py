@@ -22,10 +22,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 PANEL = 16  # rows of a tile
 CHUNK = 32  # weights of a row that share a scale of 8-bit activations
 HALF = 2  # bytes of a float16
+LEVELS = 127  # of 8-bit activations: symmetric
 _KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -168,3 +171,133 @@ def _large() -> dict[str, BlockType]:
 
 BLOCK_TYPES = _small() | _large()
 TYPE_NUMBERS = {name: number for number, name in enumerate(BLOCK_TYPES)}
+
+
+class BlockPart(NamedTuple):
+    """Some rows of a matrix, all of one type."""
+
+    name: str
+    num_rows: int
+    tiles: torch.Tensor  # [panels, bytes] uint8
+
+    @property
+    def kind(self) -> BlockType:
+        return BLOCK_TYPES[self.name]
+
+
+class Blocks(NamedTuple):
+    """An own form: tiles of one type or of several, one under the other. On a CPU."""
+
+    parts: tuple[BlockPart, ...]
+    numbers: torch.Tensor  # [n] int64: what kernels read, see cpu/blocks.py
+    is_int8: bool  # whether activations are rounded to 8 bits
+
+    @property
+    def shape(self) -> torch.Size:
+        part = self.parts[0]
+        num_columns = part.tiles.shape[1] // part.kind.tile_bytes * part.kind.size
+        return torch.Size((sum(part.num_rows for part in self.parts), num_columns))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.tiles.nbytes for part in self.parts)
+
+    def rows(self, part: slice = slice(None)) -> torch.Tensor:
+        """The values of some outputs in float32, [n, K]."""
+        start, stop, _ = part.indices(self.shape[0])
+        found, first = [torch.empty(0, self.shape[1])], 0
+        for p in self.parts:
+            low, high = max(start - first, 0), min(stop - first, p.num_rows)
+            if low < high:
+                panel = low // PANEL
+                values = widened(p.kind, p.tiles[panel : -(-high // PANEL)])
+                found.append(values[low - panel * PANEL : high - panel * PANEL])
+            first += p.num_rows
+        return torch.cat(found)
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x [R, K] -> x @ W^T [R, N], in the arithmetic of the form."""
+        if not self.is_int8:
+            return F.linear(x, self.rows())
+        return torch.cat(
+            [int8_product(x, p.kind, p.tiles)[:, : p.num_rows] for p in self.parts], dim=1
+        )
+
+
+def unpacked(
+    kind: BlockType, tiles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """tiles [P, bytes] -> codes [16 P, K] int32 less their zero, scales and offsets [16 P, groups].
+
+    Offsets are None where the type has none.
+    """
+    tiles = tiles.view(len(tiles), -1, kind.tile_bytes)
+    chunks, groups = kind.size // CHUNK, kind.size // kind.group
+    parts = [chunks * kind.chunk_bytes, *[groups * PANEL] * (1 + kind.has_offset)]
+    if kind.scales is None:
+        parts = parts[:1]
+    *parts, factors = tiles.split([*parts, PANEL * HALF * (1 + kind.has_offset)], dim=2)
+
+    def by_row(values: torch.Tensor) -> torch.Tensor:
+        return values.movedim(-1, 1).reshape(len(tiles) * PANEL, -1)
+
+    numbers = []
+    for i in range(1 + kind.has_offset):
+        factor = factors[..., PANEL * HALF * i : PANEL * HALF * (i + 1)].contiguous()
+        number = factor.view(torch.float16).float().unsqueeze(2)  # [P, tiles, 1, 16]
+        if kind.scales is not None:
+            small = parts[1 + i].contiguous().view(torch.int8).view(*tiles.shape[:2], groups, PANEL)
+            number = number * small.float()
+        numbers.append(by_row(number))
+    codes = _operands(kind, parts[0].reshape(*tiles.shape[:2], chunks, -1)).int() - kind.zero
+    codes = codes.permute(0, 4, 1, 2, 3, 5).reshape(len(tiles) * PANEL, -1)
+    return codes, numbers[0], numbers[1] if kind.has_offset else None
+
+
+def _operands(kind: BlockType, codes: torch.Tensor) -> torch.Tensor:
+    """[P, tiles, chunks, bytes] -> [P, tiles, chunks, 8 operands, 16 rows, 4]."""
+    where = codes.shape[:3]
+    if kind.width == 8:
+        return codes.view(*where, 8, PANEL, 4)
+    low = codes[..., : PANEL * CHUNK // 2].reshape(*where, 4, 1, PANEL, 4)
+    found = torch.cat([low & 15, low >> 4], dim=4).view(*where, 8, PANEL, 4)
+    extra = kind.width - 4
+    if extra:
+        planes = codes[..., PANEL * CHUNK // 2 :].reshape(*where, extra, 1, PANEL, 4)
+        shifts = torch.arange(0, 8, extra, dtype=torch.uint8).view(-1, 1, 1)
+        high = (planes >> shifts) & ((1 << extra) - 1)
+        found = found | (high << 4).view(found.shape)
+    return found
+
+
+def widened(kind: BlockType, tiles: torch.Tensor) -> torch.Tensor:
+    """tiles [P, bytes] -> [16 P, K] float32, exact: the reference of what kernels multiply with."""
+    codes, scales, offsets = unpacked(kind, tiles)
+    values = codes.float() * scales.repeat_interleave(kind.group, dim=1)
+    return values if offsets is None else values + offsets.repeat_interleave(kind.group, dim=1)
+
+
+def int8_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [R, K] -> codes [R, K] int32 and their scales [R, K / 32] float32."""
+    chunks = x.float().unflatten(1, (-1, CHUNK))
+    largest = chunks.abs().amax(2)
+    factor = torch.where(largest > 0, LEVELS / largest, 0.0)
+    return (chunks * factor.unsqueeze(2)).round().int().flatten(1), largest / LEVELS
+
+
+def int8_product(x: torch.Tensor, kind: BlockType, tiles: torch.Tensor) -> torch.Tensor:
+    """x [R, K] -> [R, 16 P] float32: the reference of products with 8-bit activations.
+
+    The sum over groups in order, of (scale * s) * dot and then of offset * (s * total), where s is
+    the scale of the 32 activations, dot = sum (code - zero) q and total = sum q; all rounded.
+    """
+    (codes, scales, offsets), (q, s) = unpacked(kind, tiles), int8_activations(x)
+    out = torch.zeros(len(x), len(codes))
+    for g in range(scales.shape[1]):
+        part = slice(g * kind.group, (g + 1) * kind.group)
+        x_scale = s[:, g * kind.group // CHUNK, None]
+        dot = (q[:, part].double() @ codes[:, part].double().T).float()  # whole numbers, exact
+        out += dot * (scales[:, g] * x_scale)
+        if offsets is not None:
+            out += offsets[:, g] * (x_scale * q[:, part].sum(1, keepdim=True).float())
+    return out

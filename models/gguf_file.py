@@ -23,7 +23,7 @@ from models.config_values import is_integer
 from models.messages import quoted
 from models.model_files import open_regular
 
-_READABLE = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K"
+_READABLE = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS"
 READABLE_TYPES = tuple(gguf.GGMLQuantizationType[name] for name in _READABLE.split())
 _HALVES = {
     gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16,
@@ -155,19 +155,12 @@ def read_tensor(file: GgufFile, name: str) -> torch.Tensor:
 
     Raises ValueError when the file has no such tensor or has become shorter since `read_gguf`.
     """
-    if name not in file.tensors:
-        raise ValueError(f"{file.path}: has no tensor {quoted(name)}")
-    tensor = file.tensors[name]
-    if tensor.path.stat().st_size < tensor.offset + tensor.num_bytes:
-        raise ValueError(f"{tensor.path}: was cut short while it was read; download it again")
-    # A map of this one tensor: pages of tensors read before do not stay in the process.
-    data = np.asarray(np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,)))
+    source, tensor = read_blocks(file, name), file.tensors[name]
     if tensor.type in _HALVES:
-        bits = torch.from_numpy(data.copy())  # MemoryError where it is full, as below
+        bits = torch.from_numpy(source.copy())  # MemoryError where it is full, as below
         return bits.view(tensor.dtype).view(tensor.shape)
     values = torch.from_numpy(np.empty(tensor.shape, np.float32))
     target = values.numpy().reshape(-1, tensor.shape[-1])
-    source = data.reshape(target.shape[0], -1)
     # In pieces, because dequantising holds its result twice.
     step = max(1, _PIECE // tensor.shape[-1])
     for start in range(0, target.shape[0], step):
@@ -176,6 +169,21 @@ def read_tensor(file: GgufFile, name: str) -> torch.Tensor:
         with np.errstate(all="ignore"):
             target[start : start + step] = gguf.quants.dequantize(piece, tensor.type)
     return values
+
+
+def read_blocks(file: GgufFile, name: str) -> np.ndarray:
+    """One tensor as it is stored, [rows, bytes of a row] uint8 of a memory map.
+
+    Raises ValueError as `read_tensor` does.
+    """
+    if name not in file.tensors:
+        raise ValueError(f"{file.path}: has no tensor {quoted(name)}")
+    tensor = file.tensors[name]
+    if tensor.path.stat().st_size < tensor.offset + tensor.num_bytes:
+        raise ValueError(f"{tensor.path}: was cut short while it was read; download it again")
+    # A map of this one tensor: pages of tensors read before do not stay in the process.
+    data = np.asarray(np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,)))
+    return data.reshape(math.prod(tensor.shape[:-1]), -1)
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int]:

@@ -100,7 +100,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "dimension 0": (file_bytes((), (tensor(dims=(0, 4)),)), "elements"),
     "product overflow": (file_bytes((), (tensor(dims=(1 << 33, 1 << 33)),)), "elements"),
     "unknown type": (file_bytes((), (tensor(kind=999),)), "number 999"),
-    "unreadable type": (file_bytes((), (tensor(dims=(256,), kind=23),)), "IQ4_XS.*Q4_K"),
+    "unreadable type": (file_bytes((), (tensor(dims=(256,), kind=16),)), "IQ2_XXS.*Q4_K"),
     "rows of 31": (file_bytes((), (tensor(dims=(31,), kind=8),)), "multiple of 32"),
     "odd offset": (file_bytes((), (tensor(offset=4),)), "multiple of 32"),
     "offset past the end": (file_bytes((), (tensor(offset=1 << 40),)), "ends at byte"),

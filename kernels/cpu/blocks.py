@@ -12,15 +12,17 @@ The code of a type is compiled when a model first has it, and kernels find it by
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numba
 import numpy as np
+import torch
+from numba import prange
 
-from kernels.blocks import BLOCK_TYPES, CHUNK, PANEL
+from kernels.blocks import BLOCK_TYPES, CHUNK, PANEL, BlockPart, Blocks
 from kernels.cpu.block_tiles import MAX_ROWS, add_widened, call, make_int8_panel, make_widen
-from kernels.cpu.compile import device, function_address
+from kernels.cpu.compile import device, function_address, kernel
 from kernels.cpu.scalars import F, addresses_at, floats_at, ints_at
 from kernels.cpu.tiles import LANES, as_pointer
 
@@ -139,7 +141,37 @@ def block_matmul(matrix, x, x_stride, quantised, rows, num_k, first, last, out, 
             column += PANEL
 
 
-def part_numbers(name: str, first: int, rows: int, tiles: Any) -> list[int]:
-    """What kernels read of a part: tiles [panels, bytes] with the rows from `first` on."""
-    numbers = (first, rows, tiles.data_ptr(), tiles.shape[1], BLOCK_TYPES[name].size)
-    return [*numbers, *type_functions(name)]
+def make_blocks(parts: Sequence[BlockPart], is_int8: bool) -> Blocks:
+    """The form of a matrix; code for its types is compiled where there is none yet."""
+    numbers, first = [int(is_int8), len(parts)], 0
+    for part in parts:
+        tiles, size = part.tiles, part.kind.size
+        numbers += [first, part.num_rows, tiles.data_ptr(), tiles.shape[1], size]
+        numbers += type_functions(part.name)
+        first += part.num_rows
+    return Blocks(tuple(parts), torch.tensor(numbers), is_int8)
+
+
+@kernel
+def _widen_rows(matrix, ids, num_k, out):
+    for i in prange(len(ids)):
+        at = matrix + HEADER_FIELDS * 8
+        part = addresses_at(at, PART_FIELDS)
+        while ids[i] >= part[PART_FIRST] + part[PART_ROWS]:
+            at += PART_FIELDS * 8
+            part = addresses_at(at, PART_FIELDS)
+        row = ids[i] - part[PART_FIRST]
+        values = np.empty((num_k, PANEL), np.float32)
+        tiles = part[PART_TILES] + row // PANEL * part[PART_PANEL_BYTES]
+        call(part[PART_WIDEN], (tiles, num_k // part[PART_SIZE], np.int64(values.ctypes.data)))
+        for k in range(num_k):
+            out[i, k] = values[k, row % PANEL]
+
+
+def widen_rows(form: Blocks, ids: torch.Tensor) -> torch.Tensor:
+    """The rows [n, K] float32 of some outputs: of an embedding, the tokens `ids`."""
+    num_rows, num_columns = form.shape
+    assert ((ids >= 0) & (ids < num_rows)).all(), (ids.min(), ids.max(), num_rows)
+    out = torch.empty(len(ids), num_columns)
+    _widen_rows(form.numbers.data_ptr(), ids.numpy(), num_columns, out.numpy())
+    return out

@@ -1,0 +1,88 @@
+"""Quantised weights: tiles hold what a file holds, and products are those of the references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from blocks_for_tests import dequantised, packed, random_blocks
+
+from kernels.blocks import BLOCK_TYPES, CHUNK, int8_activations, int8_product, widened
+from kernels.cpu.blocks import make_blocks, widen_rows
+from kernels.cpu.repack import repack
+
+NAMES = pytest.mark.parametrize("name", BLOCK_TYPES)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@NAMES
+@pytest.mark.parametrize("num_rows", [16, 37])
+def test_tiles_hold_the_values_of_the_file(name, num_rows):
+    blocks = random_blocks(name, num_rows, 512)
+    part = packed(name, blocks)
+    values = widened(part.kind, part.tiles)
+    assert same_bits(values[:num_rows], dequantised(name, blocks))
+    assert not values[num_rows:].any()
+
+
+@NAMES
+def test_rows_come_in_the_order_that_is_asked_for(name):
+    blocks, order = random_blocks(name, 40, 256), np.random.default_rng(1).permutation(40)[:33]
+    part = packed(name, blocks, order)
+    assert same_bits(widened(part.kind, part.tiles)[:33], dequantised(name, blocks[order]))
+
+
+@NAMES
+@pytest.mark.parametrize("half", [0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF])
+def test_extreme_factors(name, half):
+    """Zero, the least and largest subnormal, the largest number, and their negatives."""
+    kind, blocks = BLOCK_TYPES[name], random_blocks(name, 16, 256)
+    for at in (kind.factor, kind.offset_factor):
+        if at >= 0:
+            blocks[3, at : at + 2] = np.array([half], "<u2").view(np.uint8)
+    part = packed(name, blocks)
+    assert same_bits(widened(kind, part.tiles), dequantised(name, blocks))
+
+
+@NAMES
+@pytest.mark.parametrize("half", [0x7C00, 0xFC00, 0x7E01])
+def test_factors_that_are_no_numbers_are_told(name, half):
+    kind = BLOCK_TYPES[name]
+    for at in (kind.factor, kind.offset_factor):
+        if at >= 0:
+            blocks = random_blocks(name, 20, 256)
+            blocks[19, at : at + 2] = np.array([half], "<u2").view(np.uint8)
+            tiles = np.zeros((2, 256 // kind.size * kind.tile_bytes), np.uint8)
+            assert not repack(name, blocks, np.arange(20), tiles)
+
+
+def test_activations_are_rounded_to_even_codes():
+    x = torch.zeros(1, 2 * CHUNK)
+    x[0, :5] = torch.tensor([127.0, 0.5, 1.5, -2.5, 126.5])
+    codes, scales = int8_activations(x)
+    assert codes[0, :5].tolist() == [127, 0, 2, -2, 126] and scales.tolist() == [[1.0, 0.0]]
+
+
+@NAMES
+def test_8_bit_activations_cost_half_a_per_cent(name):
+    blocks, x = random_blocks(name, 32, 1024), torch.randn(3, 1024)
+    part, exact = packed(name, blocks), x.double() @ dequantised(name, blocks).double().T
+    error = (int8_product(x, part.kind, part.tiles).double() - exact).norm() / exact.norm()
+    assert error < 0.01
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_matrix_of_several_types_is_read_by_rows(is_int8):
+    names = ("Q4_K", "Q6_K", "Q5_0")
+    blocks = [random_blocks(name, rows, 256) for name, rows in zip(names, (40, 16, 7), strict=True)]
+    parts = [packed(name, part) for name, part in zip(names, blocks, strict=True)]
+    form = make_blocks(parts, is_int8)
+    values = torch.cat([dequantised(name, part) for name, part in zip(names, blocks, strict=True)])
+    assert form.shape == values.shape and same_bits(form.rows(), values)
+    for part in (slice(3, 5), slice(38, 42), slice(40, 56), slice(50, None), slice(7, 7)):
+        assert same_bits(form.rows(part), values[part])
+    ids = torch.tensor([62, 0, 39, 40, 55, 56, 17, 17])
+    assert same_bits(widen_rows(form, ids), values[ids])
