@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -86,3 +91,21 @@ def test_a_matrix_of_several_types_is_read_by_rows(is_int8):
         assert same_bits(form.rows(part), values[part])
     ids = torch.tensor([62, 0, 39, 40, 55, 56, 17, 17])
     assert same_bits(widen_rows(form, ids), values[ids])
+
+
+def test_every_processor_makes_the_same_bits(tmp_path):
+    """AVX2, AVX-512 without VNNI, and code for any x86-64, which has no fused multiply-add."""
+    targets = {
+        "haswell": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2",
+        "skylake-avx512": "+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq",
+        "x86-64": "+sse2",
+    }
+    env = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_CPU")}
+    env["XDG_CACHE_HOME"] = str(tmp_path)
+    command, found = [sys.executable, Path(__file__).with_name("block_bits.py")], []
+    for target in (None, *targets):
+        chosen = {"NUMBA_CPU_NAME": target, "NUMBA_CPU_FEATURES": targets[target]} if target else {}
+        done = subprocess.run(command, env=env | chosen, capture_output=True, text=True, check=True)
+        found.append(done.stdout.split())
+    assert len({digest for _, digest in found}) == 1, found
+    assert all(has_vnni == "False" for has_vnni, _ in found[1:]), found

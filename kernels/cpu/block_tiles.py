@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from kernels.blocks import CHUNK, HALF, PANEL, BlockType
 from kernels.cpu.tiles import F32, I8, I32, I64, LANES, VECTOR, ZERO, _fma, _load, _loop, _store
 
-I1, I16, F16 = ir.IntType(1), ir.IntType(16), ir.HalfType()
+I16, F16 = ir.IntType(16), ir.HalfType()
 INTS, BYTES = ir.VectorType(I32, PANEL), ir.VectorType(I8, 4 * PANEL)
 MAX_ROWS = 8  # of x that share the unpacking of a tile
 SUMS_BYTES = 32  # of what a row of x has for 32 elements beside their codes: see `quantise_row`
@@ -29,14 +29,17 @@ OPERANDS = CHUNK // 4
 
 
 def _features() -> set[str]:
-    """What the code is generated for, the host's or what NUMBA_CPU_FEATURES says."""
-    asked = numba.config.CPU_FEATURES
-    if asked:
-        return {name[1:] for name in asked.split(",") if name.startswith("+")}
+    """What the code is generated for: the host, or what numba's variables say."""
+    if numba.config.CPU_FEATURES is not None:
+        asked = numba.config.CPU_FEATURES.split(",")
+        return {name[1:] for name in asked if name.startswith("+")}
+    if numba.config.CPU_NAME not in (None, "host"):
+        return set()
     return {name for name, is_there in get_host_cpu_features().items() if is_there}
 
 
 HAS_VNNI = {"avx512vnni", "avx512bw"} <= _features()
+HAS_HALVES = "f16c" in _features()
 
 
 def _int(value: int) -> Any:
@@ -63,8 +66,15 @@ def _ints(value: int) -> Any:
 
 
 def _halves(builder: Any, address: Any) -> Any:
-    """16 float16 as floats."""
-    return builder.fpext(_load_as(builder, address, ir.VectorType(F16, PANEL)), VECTOR)
+    """16 finite float16 as floats."""
+    if HAS_HALVES:
+        return builder.fpext(_load_as(builder, address, ir.VectorType(F16, PANEL)), VECTOR)
+    bits = builder.zext(_load_as(builder, address, ir.VectorType(I16, PANEL)), INTS)
+    rest = builder.shl(builder.and_(bits, _ints(0x7FFF)), _ints(13))
+    power = ir.Constant(VECTOR, [2.0**112] * PANEL)  # the exponents of the types are 112 apart
+    value = builder.bitcast(builder.fmul(builder.bitcast(rest, VECTOR), power), INTS)
+    sign = builder.shl(builder.and_(bits, _ints(0x8000)), _ints(16))
+    return builder.bitcast(builder.or_(value, sign), VECTOR)
 
 
 def _smalls(builder: Any, address: Any) -> Any:
