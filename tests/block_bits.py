@@ -17,8 +17,8 @@ import numba
 import torch
 from blocks_for_tests import packed, random_blocks
 
-from kernels.cpu.block_tiles import HAS_VNNI
-from kernels.cpu.blocks import block_matmul, make_blocks, quantise_row
+from kernels.cpu.block_tiles import HAS_VNNI, quantise_row
+from kernels.cpu.blocks import block_matmul, make_blocks
 
 NAMES = ("Q4_K", "Q5_0", "Q6_K", "Q8_0")  # every kind of tile
 ROWS, COLUMNS, K = 9, 32, 512
@@ -27,7 +27,8 @@ ROWS, COLUMNS, K = 9, 32, 512
 @numba.njit(error_model="numpy")
 def run(matrix, x, quantised, out):
     for r in range(ROWS):
-        quantise_row(x + r * K * 4, K, quantised + r * 2 * K)
+        codes = quantised + r * 2 * K
+        quantise_row(x + r * K * 4, K, codes, codes + K)
     block_matmul(matrix, x, K * 4, quantised, ROWS, K, 0, COLUMNS, out, COLUMNS * 4)
 
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-import numba
 import numpy as np
 import torch
 from numba import prange
 
-from kernels.blocks import BLOCK_TYPES, CHUNK, PANEL, BlockPart, Blocks
+from kernels.blocks import BLOCK_TYPES, PANEL, BlockPart, Blocks
 from kernels.cpu.block_tiles import MAX_ROWS, add_widened, call, make_int8_panel, make_widen
 from kernels.cpu.compile import device, function_address, kernel
-from kernels.cpu.scalars import F, addresses_at, floats_at, ints_at
-from kernels.cpu.tiles import LANES, as_pointer
+from kernels.cpu.scalars import addresses_at, floats_at
+from kernels.cpu.tiles import LANES
 
 # A matrix as kernels find it: whether x is in 8 bits, how many parts, and these of each part.
 PART_FIRST, PART_ROWS, PART_TILES, PART_PANEL_BYTES, PART_SIZE, PART_INT8, PART_WIDEN = range(7)
@@ -45,34 +44,6 @@ def type_functions(name: str) -> tuple[int, int]:
         widen(w, num_tiles, out)
 
     return function_address(int8_product, name, 8), function_address(widening, name, 3)
-
-
-@device
-def quantise_row(x, num_k, out):
-    """num_k codes, then for every 32 of them: scale, three sums * scale, three sums, a gap.
-
-    The sums are those of all 32 codes, of the first 16, of the last 16.
-    """
-    xs = floats_at(x, num_k)
-    qs = numba.carray(as_pointer(out), num_k, np.int8)
-    floats, ints = floats_at(out + num_k, num_k // 4), ints_at(out + num_k, num_k // 4)
-    for c in range(num_k // CHUNK):
-        largest = F(0.0)
-        for i in range(c * CHUNK, (c + 1) * CHUNK):
-            largest = max(largest, abs(xs[i]))
-        factor = F(127.0) / largest if largest > F(0.0) else F(0.0)
-        scale = largest / F(127.0)
-        for half in range(2):
-            total = np.int32(0)
-            for i in range(c * CHUNK + half * 16, c * CHUNK + half * 16 + 16):
-                code = np.int32(np.rint(xs[i] * factor))
-                qs[i] = np.int8(code)
-                total += code
-            ints[8 * c + 5 + half] = total
-            floats[8 * c + 2 + half] = scale * F(total)
-        ints[8 * c + 4] = ints[8 * c + 5] + ints[8 * c + 6]
-        floats[8 * c + 1] = scale * F(ints[8 * c + 4])
-        floats[8 * c] = scale
 
 
 @device
