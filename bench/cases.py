@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.timing import num_sets
+from kernels.blocks import LEVELS
 from kernels.operands import Rows
-from kernels.weight import INT8, LEVELS
+from kernels.weight import INT8
 from models.config import LlamaConfig
 
 ROUNDINGS = 4 * torch.finfo(torch.float32).eps

@@ -19,16 +19,19 @@ are zeros.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kernels.checks import assert_plain
+
 PANEL = 16  # rows of a tile
 CHUNK = 32  # weights of a row that share a scale of 8-bit activations
 HALF = 2  # bytes of a float16
-LEVELS = 127  # of 8-bit activations: symmetric
+LEVELS = 127  # of 8 bits: symmetric, -128 stays unused
 _KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -201,6 +204,17 @@ class Blocks(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(part.tiles.nbytes for part in self.parts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].tiles.device
+
+    def check(self, shape: tuple[int, ...], _dtypes: Container[torch.dtype]) -> None:
+        """Kernels compute addresses from the shape alone; they widen to float32."""
+        assert self.shape == shape, (self.shape, shape)
+        for part in self.parts:
+            assert_plain(torch.uint8, part.tiles)
+            assert len(part.tiles) == -(-part.num_rows // PANEL), (part.tiles.shape, part.num_rows)
 
     def rows(self, part: slice = slice(None)) -> torch.Tensor:
         """The values of some outputs in float32, [n, K]."""

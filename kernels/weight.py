@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from kernels.blocks import Blocks
 from kernels.checks import assert_plain
 
 SKIP, INT8, FULL = 0, 8, 16  # precisions: no product, the draft form, the own form whatever it is
-LEVELS = 127  # of 8 bits: symmetric, -128 stays unused
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that kernels on a CPU widen to float32
 
 
@@ -32,6 +32,10 @@ class Dense(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.values.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
 
     @property
     def kind(self) -> torch.dtype:
@@ -83,7 +87,7 @@ class Int8(NamedTuple):
 class Weight(NamedTuple):
     """One matrix [N, K]."""
 
-    own: Dense
+    own: Dense | Blocks
     draft: Int8 | None = None
 
     @property
@@ -97,11 +101,12 @@ class Weight(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        return self.own[0].device
+        return self.own.device
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """As kernels take them: values, codes and scale, None where there is no draft form."""
+        assert isinstance(self.own, Dense), self.own
         return (*self.own, *(self.draft or (None, None)))
 
     def check(self, shape: tuple[int, ...], dtypes: Container[torch.dtype]) -> None:

@@ -15,6 +15,8 @@ from blocks_for_tests import dequantised, packed, random_blocks
 from kernels.blocks import BLOCK_TYPES, CHUNK, int8_activations, int8_product, widened
 from kernels.cpu.blocks import make_blocks, widen_rows
 from kernels.cpu.repack import repack
+from kernels.ops_cpu import NUMBA
+from kernels.weight import FULL, Dense, Weight
 
 NAMES = pytest.mark.parametrize("name", BLOCK_TYPES)
 
@@ -109,3 +111,42 @@ def test_every_processor_makes_the_same_bits(tmp_path):
         found.append(done.stdout.split())
     assert len({digest for _, digest in found}) == 1, found
     assert all(has_vnni == "False" for has_vnni, _ in found[1:]), found
+
+
+def matrix_of(name: str, num_rows: int, num_columns: int, is_int8: bool) -> Weight:
+    return Weight(make_blocks([packed(name, random_blocks(name, num_rows, num_columns))], is_int8))
+
+
+def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """x W^T as a sub-layer computes it."""
+    residual = torch.zeros(len(x), weight.shape[0])
+    precisions = torch.full((1, 1), FULL, dtype=torch.uint8)
+    NUMBA.linear_residual(x, weight, residual, precisions, 0, torch.zeros(1, dtype=torch.int32))
+    return residual
+
+
+@NAMES
+@pytest.mark.parametrize("num_rows", [64, 77])
+def test_products_with_float_activations_are_those_of_the_float32_matrix(name, num_rows):
+    weight, x = matrix_of(name, num_rows, 512, False), torch.randn(9, 512)
+    dense = Weight(Dense(dequantised(name, random_blocks(name, num_rows, 512))))
+    assert same_bits(product(x, weight), product(x, dense))
+
+
+@NAMES
+@pytest.mark.parametrize("num_rows", [64, 77])
+def test_products_with_8_bit_activations_are_those_of_the_reference(name, num_rows):
+    weight, x = matrix_of(name, num_rows, 768, True), torch.randn(9, 768)
+    x[2, 32:64], x[3] = 0, 0
+    assert torch.equal(product(x, weight), weight.own.linear(x))
+
+
+@NAMES
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_row_has_the_same_bits_whatever_the_number_of_rows(name, is_int8):
+    weight, x = matrix_of(name, 48, 512, is_int8), torch.randn(70, 512)
+    whole = product(x, weight)
+    for count in range(1, 17):
+        assert same_bits(product(x[:count].contiguous(), weight), whole[:count]), count
+    chunks = [product(chunk, weight) for chunk in x.split(33)]
+    assert same_bits(torch.cat(chunks), whole)

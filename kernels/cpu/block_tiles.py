@@ -19,9 +19,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.blocks import CHUNK, HALF, PANEL, BlockType
-from kernels.cpu.tiles import F32, I8, I32, I64, LANES, VECTOR, ZERO, _fma, _load, _loop, _store
+from kernels.cpu.tiles import F32, I32, I64, LANES, VECTOR, ZERO, _fma, _load, _loop, _store
 
-I16, F16 = ir.IntType(16), ir.HalfType()
+I8, I16, F16 = ir.IntType(8), ir.IntType(16), ir.HalfType()
 INTS, BYTES = ir.VectorType(I32, PANEL), ir.VectorType(I8, 4 * PANEL)
 MAX_ROWS = 8  # of x that share the unpacking of a tile
 SUMS_BYTES = 32  # of what a row of x has for 32 elements beside their codes: see `quantise_row`

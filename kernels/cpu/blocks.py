@@ -20,8 +20,15 @@ import torch
 from numba import prange
 
 from kernels.blocks import BLOCK_TYPES, PANEL, BlockPart, Blocks
-from kernels.cpu.block_tiles import MAX_ROWS, add_widened, call, make_int8_panel, make_widen
-from kernels.cpu.compile import device, function_address, kernel
+from kernels.cpu.block_tiles import (
+    MAX_ROWS,
+    add_widened,
+    call,
+    make_int8_panel,
+    make_widen,
+    quantise_row,
+)
+from kernels.cpu.compile import callback, device, kernel
 from kernels.cpu.scalars import addresses_at, floats_at
 from kernels.cpu.tiles import LANES
 
@@ -43,17 +50,19 @@ def type_functions(name: str) -> tuple[int, int]:
     def widening(w, num_tiles, out):
         widen(w, num_tiles, out)
 
-    return function_address(int8_product, name, 8), function_address(widening, name, 3)
+    functions = (
+        callback(f"int8_{name}", int8_product, 8), callback(f"widen_{name}", widening, 3)
+    )  # fmt: skip
+    return functions[0]().address, functions[1]().address
 
 
 @device
-def _int8_panel(product, tiles, num_tiles, quantised, rows, num_k, out, out_stride):
+def _int8_panel(product, tiles, num_tiles, x, x_stride, rows, num_k, out, out_stride):
     """16 columns of x W^T for rows of x in 8 bits."""
     for r in range(0, rows, MAX_ROWS):
-        x = quantised + r * 2 * num_k
+        codes, count = x + r * x_stride, min(MAX_ROWS, rows - r)
         y = out + r * out_stride
-        count = min(MAX_ROWS, rows - r)
-        call(product, (count, tiles, x, x + num_k, 2 * num_k, num_tiles, y, out_stride))
+        call(product, (count, tiles, codes, codes + num_k, x_stride, num_tiles, y, out_stride))
 
 
 @device
@@ -79,11 +88,22 @@ def _float_panel(widening, tiles, tile_bytes, size, x, x_stride, rows, num_k, ou
 
 
 @device
-def block_matmul(matrix, x, x_stride, quantised, rows, num_k, first, last, out, out_stride):
-    """Columns [first, last) of x W^T; out begins there.
+def operand(weight, x, num_k, rows, room):
+    """Rows of x [rows, K] as a weight's own product reads them: their address and row stride.
 
-    quantised: the rows of x as `quantise_row` makes them, read if the matrix says so.
+    In 8 bits they are in `room`, of 2 K bytes per row: codes, then what `quantise_row` has of them.
     """
+    if addresses_at(weight, 3)[2] == 0:
+        return x, num_k * 4
+    for r in range(rows):
+        codes = room + r * 2 * num_k
+        quantise_row(x + r * num_k * 4, num_k, codes, codes + num_k)
+    return room, num_k * 2
+
+
+def _block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
+    """A product of cpu/product.py: x comes from `operand`."""
+    matrix, last = addresses_at(form, 1)[0], first + num_cols
     header = addresses_at(matrix, HEADER_FIELDS)
     spare = np.empty(rows * PANEL, np.float32)
     for p in range(header[1]):
@@ -98,7 +118,9 @@ def block_matmul(matrix, x, x_stride, quantised, rows, num_k, first, last, out, 
             if not is_whole:
                 y, y_stride = np.int64(spare.ctypes.data), np.int64(PANEL * 4)
             if header[0] != 0:
-                _int8_panel(part[PART_INT8], tiles, num_tiles, quantised, rows, num_k, y, y_stride)
+                _int8_panel(
+                    part[PART_INT8], tiles, num_tiles, x, x_stride, rows, num_k, y, y_stride
+                )
             else:
                 _float_panel(
                     part[PART_WIDEN], tiles, part[PART_PANEL_BYTES] // num_tiles, part[PART_SIZE],
@@ -110,6 +132,9 @@ def block_matmul(matrix, x, x_stride, quantised, rows, num_k, first, last, out, 
                     for c in range(max(low, column), min(high, column + PANEL)):
                         ys[c - first] = spare[r * PANEL + c - column]
             column += PANEL
+
+
+BLOCK_PRODUCT = callback("product_blocks", _block_product)
 
 
 def make_blocks(parts: Sequence[BlockPart], is_int8: bool) -> Blocks:

@@ -80,8 +80,8 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return dispatcher if IS_THREADSAFE else _by_turns(dispatcher)
 
 
-def callback(name: str, function: Callable[..., None]) -> Callable[[], Any]:
-    """Compile, when first asked, a function of nine int64 for kernels that call it by `address`.
+def callback(name: str, function: Callable[..., None], num_args: int = 9) -> Callable[[], Any]:
+    """Compile, when first asked, a function of so many int64 for kernels that call it by `address`.
 
     What kernels inline is optimised again for each of their loops; this is compiled once. `name`
     is that of its machine code on disk.
@@ -89,7 +89,7 @@ def callback(name: str, function: Callable[..., None]) -> Callable[[], Any]:
 
     @functools.cache
     def compiled() -> Any:
-        signature = types.void(*[types.int64] * 9)
+        signature = types.void(*[types.int64] * num_args)
         options = {"boundscheck": False, "error_model": "numpy"}
         code: Any = CFunc(function, normalize_signature(signature), {}, options)
         code._cache = KernelCache(function, _folder_name(), name)
@@ -106,21 +106,3 @@ def _by_turns(dispatcher: Callable[..., Any]) -> Callable[..., Any]:
             return dispatcher(*args)
 
     return launch
-
-
-_KEPT: list[Any] = []  # what addresses point into
-
-
-def function_address(function: Callable[..., Any], name: str, num_args: int) -> int:
-    """Where the machine code of a function of so many addresses and sizes lies.
-
-    name: tells it from those of other calls. The code is kept on disk like a kernel's.
-    """
-    function.__qualname__ = f"{function.__name__}-{name}"
-    dispatcher: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True)(function)
-    dispatcher._cache = KernelCache(function, _folder_name())
-    signature = numba.types.void(*[numba.types.intp] * num_args)
-    dispatcher.compile(signature)
-    compiled = dispatcher.overloads[signature.args]
-    _KEPT.append(compiled)
-    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name))

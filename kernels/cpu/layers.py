@@ -11,6 +11,7 @@ import numpy as np
 from numba import prange
 
 from kernels.cpu.attention import TILE_ROWS, attend_item
+from kernels.cpu.blocks import operand
 from kernels.cpu.compile import kernel
 from kernels.cpu.matmul import (
     block_cols,
@@ -22,8 +23,8 @@ from kernels.cpu.product import planned_matmul, precision_of
 from kernels.cpu.scalars import addresses_at, keep_alive, norm_rows, rows_fit
 
 # A row of the table, see cpu/table.py: places of weights in bytes from the row's beginning.
-NUM_FIELDS = 25
-QKV, ATTN_OUT, GATE_UP, DOWN = 1 * 8, 9 * 8, 15 * 8, 20 * 8
+NUM_FIELDS = 29
+QKV, ATTN_OUT, GATE_UP, DOWN = 1 * 8, 10 * 8, 17 * 8, 23 * 8
 
 
 @kernel
@@ -35,31 +36,35 @@ def run_layers(
     if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
         return False
     rows, num_qkv, num_o = batch * width, (heads + 2 * kv_heads) * head_dim, heads * head_dim
-    scratch = np.empty(rows * (2 * hidden + num_qkv + num_o + 2 * ffn), np.float32)
+    longest = max(hidden, num_o, ffn)  # rows of half so many floats hold it in 8 bits
+    room = rows * (2 * hidden + num_qkv + num_o + 2 * ffn)
+    scratch = np.empty(room + rows * longest // 2, np.float32)
     normed = np.int64(scratch.ctypes.data)
     y = normed + rows * hidden * 4  # of a projection onto the residual stream
     qkv = y + rows * hidden * 4
     o = qkv + rows * num_qkv * 4
     up = o + rows * num_o * 4
     h = up + rows * ffn * 4
+    room = h + rows * ffn * 4  # of a product's operand
     qkv_cols, out_cols = block_cols(rows, num_qkv), block_cols(rows, hidden)
     ffn_cols, items = block_cols(rows, ffn), batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads
     for layer in range(num_layers):
         w = table + layer * NUM_FIELDS * 8
         fields = addresses_at(w, NUM_FIELDS)
-        attn_norm, bias, q_norm, k_norm = fields[0], fields[6], fields[7], fields[8]
-        mlp_norm = fields[14]
+        attn_norm, bias, q_norm, k_norm = fields[0], fields[7], fields[8], fields[9]
+        mlp_norm = fields[16]
         k, v = k_caches + layer * layer_bytes, v_caches + layer * layer_bytes
         attn_precisions, mlp_precisions = precisions + 2 * layer, precisions + 2 * layer + 1
         precision = precision_of(attn_precisions, stride_p, batch)
         if precision != 0:
             norm_rows(x, attn_norm, eps, hidden, rows, normed)
+            a, step = operand(w + QKV, normed, hidden, rows, room)
             for block in prange((num_qkv + qkv_cols - 1) // qkv_cols):
                 first = np.int64(block) * qkv_cols
                 last = min(num_qkv, first + qkv_cols)
                 planned_matmul(
-                    precision, attn_precisions, stride_p, batch, normed, hidden * 4, rows, w + QKV,
-                    hidden, first, last, qkv + first * 4, num_qkv * 4,
+                    precision, attn_precisions, stride_p, batch, a, step, rows, w + QKV, hidden,
+                    first, last, qkv + first * 4, num_qkv * 4,
                 )  # fmt: skip
             for r in prange(rows):
                 finish_qkv_row(
@@ -74,26 +79,29 @@ def run_layers(
                     attn_precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
                     o,
                 )  # fmt: skip
+            a, step = operand(w + ATTN_OUT, o, num_o, rows, room)
             for block in prange((hidden + out_cols - 1) // out_cols):
                 residual_block(
                     np.int64(block),
-                    out_cols, o, w + ATTN_OUT, x, precision, attn_precisions, stride_p, batch,
-                    rows, num_o, hidden, y,
+                    out_cols, a, step, w + ATTN_OUT, x, precision, attn_precisions, stride_p,
+                    batch, rows, num_o, hidden, y,
                 )  # fmt: skip
         precision = precision_of(mlp_precisions, stride_p, batch)
         if precision != 0:
             norm_rows(x, mlp_norm, eps, hidden, rows, normed)
+            a, step = operand(w + GATE_UP, normed, hidden, rows, room)
             for block in prange((ffn + ffn_cols - 1) // ffn_cols):
                 gated_mlp_block(
                     np.int64(block),
-                    ffn_cols, normed, w + GATE_UP, precision, mlp_precisions, stride_p, batch,
+                    ffn_cols, a, step, w + GATE_UP, precision, mlp_precisions, stride_p, batch,
                     rows, hidden, ffn, up, h,
                 )  # fmt: skip
+            a, step = operand(w + DOWN, h, ffn, rows, room)
             for block in prange((hidden + out_cols - 1) // out_cols):
                 residual_block(
                     np.int64(block),
-                    out_cols, h, w + DOWN, x, precision, mlp_precisions, stride_p, batch, rows,
-                    ffn, hidden, y,
+                    out_cols, a, step, w + DOWN, x, precision, mlp_precisions, stride_p, batch,
+                    rows, ffn, hidden, y,
                 )  # fmt: skip
     keep_alive(scratch)
     return True

@@ -11,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from kernels.blocks import PANEL
+from kernels.cpu.blocks import operand
 from kernels.cpu.compile import device, kernel
 from kernels.cpu.product import STREAM_ROWS, planned_matmul, precision_of
 from kernels.cpu.scalars import (
@@ -34,7 +36,8 @@ def block_cols(rows, num_out):
     """Columns of a block. No bit depends on it: a column is one core's, whatever the block."""
     if rows > STREAM_ROWS:
         return TILED_COLS
-    return max(1, min(STREAM_COLS, num_out // 16))  # enough blocks for 16 cores
+    # Enough blocks for 16 cores; whole panels of tiles.
+    return max(PANEL, min(STREAM_COLS, num_out // 16 // PANEL * PANEL))
 
 
 @device
@@ -90,16 +93,17 @@ def norm_qkv_rope_append(
     if precision == 0:
         return True
     rows, num_out = batch * width, (heads + 2 * kv_heads) * head_dim
-    scratch = np.empty((rows, hidden), np.float32)
+    scratch = np.empty(rows * hidden + rows * hidden // 2, np.float32)
     normed = np.int64(scratch.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
+    a, step = operand(qkv, normed, hidden, rows, normed + rows * hidden * 4)
     cols = block_cols(rows, num_out)
     for block in prange((num_out + cols - 1) // cols):
         first = np.int64(block) * cols
         last = min(num_out, first + cols)
         planned_matmul(
-            precision, precisions, stride_p, batch, normed, hidden * 4, rows, qkv, hidden, first,
-            last, y + first * 4, num_out * 4,
+            precision, precisions, stride_p, batch, a, step, rows, qkv, hidden, first, last,
+            y + first * 4, num_out * 4,
         )  # fmt: skip
     keep_alive(scratch)
     for r in prange(rows):
@@ -113,13 +117,13 @@ def norm_qkv_rope_append(
 
 @device
 def residual_block(
-    block, cols, x, weight, residual, precision, precisions, stride_p, batch, rows, num_k, num_out,
-    y,
+    block, cols, x, x_stride, weight, residual, precision, precisions, stride_p, batch, rows, num_k,
+    num_out, y,
 ):  # fmt: skip
     """residual += x W^T in one block of columns, for the sequences that run the sub-layer."""
     first, last = block * cols, min(num_out, (block + 1) * cols)
     planned_matmul(
-        precision, precisions, stride_p, batch, x, num_k * 4, rows, weight, num_k, first, last,
+        precision, precisions, stride_p, batch, x, x_stride, rows, weight, num_k, first, last,
         y + first * 4, num_out * 4,
     )  # fmt: skip
     column = bytes_at(precisions, (batch - 1) * stride_p + 1)
@@ -137,12 +141,13 @@ def linear_residual(x, weight, residual, precisions, stride_p, batch, rows, num_
     precision = precision_of(precisions, stride_p, batch)
     if precision == 0:
         return
-    scratch = np.empty((rows, num_out), np.float32)
+    scratch = np.empty(rows * num_out + rows * num_k // 2, np.float32)
     y, cols = np.int64(scratch.ctypes.data), block_cols(rows, num_out)
+    a, step = operand(weight, x, num_k, rows, y + rows * num_out * 4)
     for block in prange((num_out + cols - 1) // cols):
         residual_block(
             np.int64(block),
-            cols, x, weight, residual, precision, precisions, stride_p, batch, rows, num_k,
+            cols, a, step, weight, residual, precision, precisions, stride_p, batch, rows, num_k,
             num_out, y,
         )  # fmt: skip
     keep_alive(scratch)
@@ -150,13 +155,26 @@ def linear_residual(x, weight, residual, precisions, stride_p, batch, rows, num_
 
 @device
 def gated_mlp_block(
-    block, cols, normed, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn, up, h
+    block,
+    cols,
+    x,
+    x_stride,
+    gate_up,
+    precision,
+    precisions,
+    stride_p,
+    batch,
+    rows,
+    hidden,
+    ffn,
+    up,
+    h,
 ):
     """h = silu(gate) * up in one block of columns; up is scratch."""
     first, last = block * cols, min(ffn, (block + 1) * cols)
     for half in range(2):
         planned_matmul(
-            precision, precisions, stride_p, batch, normed, hidden * 4, rows, gate_up, hidden,
+            precision, precisions, stride_p, batch, x, x_stride, rows, gate_up, hidden,
             half * ffn + first, half * ffn + last, (h if half == 0 else up) + first * 4, ffn * 4,
         )  # fmt: skip
     for r in range(rows):
@@ -171,14 +189,16 @@ def norm_gated_mlp(x, norm_weight, eps, gate_up, precisions, stride_p, batch, ro
     precision = precision_of(precisions, stride_p, batch)
     if precision == 0:
         return
-    scratch, scratch_up = np.empty((rows, hidden), np.float32), np.empty((rows, ffn), np.float32)
+    scratch = np.empty(rows * hidden + rows * hidden // 2, np.float32)
+    scratch_up = np.empty((rows, ffn), np.float32)
     normed, up = np.int64(scratch.ctypes.data), np.int64(scratch_up.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
+    a, step = operand(gate_up, normed, hidden, rows, normed + rows * hidden * 4)
     cols = block_cols(rows, ffn)
     for block in prange((ffn + cols - 1) // cols):
         gated_mlp_block(
             np.int64(block),
-            cols, normed, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn,
+            cols, a, step, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn,
             up, h,
         )  # fmt: skip
     keep_alive(scratch)
@@ -190,15 +210,16 @@ def norm_lm_head(
     x, norm_weight, eps, lm_head, precisions, stride_p, batch, rows, hidden, vocab, logits
 ):
     precision = precision_of(precisions, stride_p, batch)
-    scratch = np.empty((rows, hidden), np.float32)
+    scratch = np.empty(rows * hidden + rows * hidden // 2, np.float32)
     normed = np.int64(scratch.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
+    a, step = operand(lm_head, normed, hidden, rows, normed + rows * hidden * 4)
     cols = block_cols(rows, vocab)
     for block in prange((vocab + cols - 1) // cols):
         first = np.int64(block) * cols
         last = min(vocab, first + cols)
         planned_matmul(
-            precision, precisions, stride_p, batch, normed, hidden * 4, rows, lm_head, hidden,
-            first, last, logits + first * 4, vocab * 4,
+            precision, precisions, stride_p, batch, a, step, rows, lm_head, hidden, first, last,
+            logits + first * 4, vocab * 4,
         )  # fmt: skip
     keep_alive(scratch)

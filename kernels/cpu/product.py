@@ -184,7 +184,7 @@ def planned_matmul(
     `weight` is the address of a `Weight`'s numbers, `precisions` that of the sub-layer's column,
     `precision` what `precision_of` says of it. Rows of a sequence that skips are unchanged.
     """
-    numbers = addresses_at(weight, 4)
+    numbers = addresses_at(weight, 5)
     is_mixed, column = precision == MIXED, bytes_at(precisions, (batch - 1) * stride_p + 1)
     groups = batch if is_mixed else 1  # of rows of one precision
     size = rows // groups
@@ -193,7 +193,7 @@ def planned_matmul(
         if wanted > 0:
             product, form = numbers[0], weight + 8
             if wanted == INT8:
-                product, form = numbers[2], weight + 24
+                product, form = numbers[3], weight + 32
             call(
                 product, form, first, x + b * size * x_stride, x_stride, size, num_k,
                 last - first, out + b * size * out_stride, out_stride,

@@ -8,24 +8,31 @@ from itertools import chain
 import numpy as np
 import torch
 
+from kernels.blocks import Blocks
 from kernels.checks import assert_plain, assert_vectors
+from kernels.cpu.blocks import BLOCK_PRODUCT
 from kernels.cpu.product import INT8_PRODUCT, PRODUCTS
 from kernels.weight import FLOATS, LayerWeights, Weight, addresses
 
 
 def weight_numbers(weight: Weight) -> list[int]:
-    """Five: the product of the own form and what it reads, that of the draft form, codes and scale.
+    """Six: the product of the own form, what it reads, whether it wants activations in 8 bits; the
+    product of the draft form, codes and scale.
 
     The products are addresses of code, compiled here where they are not yet.
     """
-    own = [PRODUCTS[weight.own.kind]().address, weight.own.address]
+    own = weight.own
+    if isinstance(own, Blocks):
+        numbers = [BLOCK_PRODUCT().address, own.numbers.data_ptr(), int(own.is_int8)]
+    else:
+        numbers = [PRODUCTS[own.kind]().address, own.address, 0]
     if weight.draft is None:
-        return [*own, 0, 0, 0]
-    return [*own, INT8_PRODUCT().address, *addresses(*weight.draft)]
+        return [*numbers, 0, 0, 0]
+    return [*numbers, INT8_PRODUCT().address, *addresses(*weight.draft)]
 
 
 def layer_table(layers: Sequence[LayerWeights]) -> np.ndarray:
-    """[L, 25] int64: the addresses of a layer's vectors and the numbers of its weights, in order.
+    """[L, 29] int64: the addresses of a layer's vectors and the numbers of its weights, in order.
 
     The layers must be alike, but for the kinds of own forms, and the tensors of a layer fit each
     other.
@@ -50,15 +57,7 @@ def _check_layer(layer: LayerWeights, first: LayerWeights) -> None:
     assert_vectors(dtype, hidden, layer.attn_norm, layer.mlp_norm)
     assert_vectors(dtype, num_qkv, layer.qkv_bias)
     assert_plain(dtype, layer.q_norm, layer.k_norm)
-    for tensor, other in zip(_tensors(layer), _tensors(first), strict=True):
-        assert (tensor is None) == (other is None), "layers of different forms"
-        assert tensor is None or other is None or tensor.shape == other.shape, tensor.shape
+    for one, other in zip(layer, first, strict=True):
+        assert (one is None) == (other is None), "layers of different forms"
+        assert one is None or other is None or one.shape == other.shape, one.shape
     assert (layer.q_norm is None) == (layer.k_norm is None), "the norm of queries or keys only"
-
-
-def _tensors(layer: LayerWeights) -> list[torch.Tensor | None]:
-    """A layer's tensors in order, None for one that there is not."""
-    tensors: list[torch.Tensor | None] = []
-    for field in layer:
-        tensors += field.tensors if isinstance(field, Weight) else [field]
-    return tensors

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels.blocks import LEVELS
 from kernels.gpu.tiles import any_row, load_norm, load_tile, project_rows
-from kernels.weight import LEVELS, Weight
+from kernels.weight import Weight
 
 SMALLEST = 1e-30  # stands in for the largest activation of a group of zeros; its inverse is finite
 

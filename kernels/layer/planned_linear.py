@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.weight import INT8, LEVELS, Dense, Int8, Weight
+from kernels.blocks import LEVELS
+from kernels.weight import INT8, Dense, Int8, Weight
 
 CHUNK_ELEMENTS = 1 << 18
 
