@@ -11,7 +11,14 @@ import torch
 
 from engine.costs import PassCosts
 from engine.generate import generate, prompt_feature
-from engine.loading import Loaded, assemble, choose_device, choose_dtypes, load
+from engine.loading import (
+    Loaded,
+    assemble,
+    choose_activations,
+    choose_device,
+    choose_dtypes,
+    load,
+)
 from engine.params import SamplingParams, Speculative
 from engine.prepare import check_speculative, kept
 from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
@@ -68,6 +75,7 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         weights: str = "auto",
+        activations: str = "auto",
         max_sequences: int = 1,
         max_length: int | None = None,
         seed: int | None = None,
@@ -88,7 +96,10 @@ class LLM:
             if on_progress is not None:
                 on_progress(done, total)
 
-        loaded = load(model, revision, torch_device, *dtypes, max_length, on_bytes)
+        loaded = load(
+            model, revision, torch_device, *dtypes, choose_activations(activations), max_length,
+            on_bytes,
+        )  # fmt: skip
         self._start(
             loaded, max_sequences, seed, speculative, router, profile,
             after_step=lambda: on_bytes(num_bytes, num_bytes),

@@ -29,6 +29,7 @@ from router.route import Router
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHTS = ("auto", "stored", "float")
+ACTIVATIONS = ("auto", "int8", "float")
 DEFAULT_MAX_LENGTH = 8192
 
 
@@ -83,6 +84,19 @@ def choose_dtypes(
     return converted if is_cuda else activations, None if is_kept else converted
 
 
+def choose_activations(activations: str) -> bool:
+    """Whether they are rounded to 8 bits where weights are quantised: "auto" is that they are.
+
+    Raises ValueError for an unknown name.
+    """
+    if activations not in ACTIVATIONS:
+        raise ValueError(
+            f"activations: got {activations!r}, expected {', '.join(map(repr, ACTIVATIONS))}; "
+            "use 'auto'"
+        )
+    return activations != "float"
+
+
 def choose_ops(device: torch.device) -> tuple[Ops, Ops]:
     """The operations of prefill and of decode passes: Triton on CUDA, numba on a CPU."""
     return (TRITON_PREFILL, TRITON) if device.type == "cuda" else (NUMBA, NUMBA)
@@ -108,6 +122,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     matrix_dtype: torch.dtype | None,
+    is_int8: bool,
     max_length: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Loaded:
@@ -121,8 +136,9 @@ def load(
     chat_template = load_chat_template(path, checkpoint.gguf_metadata)
     ends = end_token_ids(checkpoint.config, tokenizer, chat_template)
     weights = load_weights(
-        checkpoint, device=device, dtype=dtype, matrix_dtype=matrix_dtype, on_progress=on_progress
-    )
+        checkpoint, device=device, dtype=dtype, matrix_dtype=matrix_dtype, is_int8=is_int8,
+        on_progress=on_progress,
+    )  # fmt: skip
     config = replace(checkpoint.config, eos_token_ids=ends, tie_embeddings=weights.is_tied)
     return Loaded(
         name=path.name if model is None else os.fspath(model),

@@ -187,6 +187,10 @@ class BlockPart(NamedTuple):
     def kind(self) -> BlockType:
         return BLOCK_TYPES[self.name]
 
+    @property
+    def nbytes(self) -> int:
+        return self.tiles.nbytes
+
 
 class Blocks(NamedTuple):
     """An own form: tiles of one type or of several, one under the other. On a CPU."""
@@ -202,8 +206,14 @@ class Blocks(NamedTuple):
         return torch.Size((sum(part.num_rows for part in self.parts), num_columns))
 
     @property
+    def kind(self) -> str:
+        """The types of the parts, and the arithmetic if it is not that of floats."""
+        names = "+".join(sorted({part.name for part in self.parts}))
+        return f"{names}, int8 activations" if self.is_int8 else names
+
+    @property
     def nbytes(self) -> int:
-        return sum(part.tiles.nbytes for part in self.parts)
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def device(self) -> torch.device:

@@ -7,16 +7,18 @@ order, and a tensor is read only when `read` is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from kernels.blocks import BLOCK_TYPES
 from models.config import LlamaConfig, RopeScaling
 from models.config_files import config_from_gguf, config_from_hf
 from models.families import FAMILIES, RopeOrder
-from models.gguf_file import GgufFile, read_tensor
+from models.gguf_file import GgufFile, read_blocks, read_tensor
 from models.gguf_split import read_whole_gguf
 from models.layout import EMBEDDING, GGUF_ROPE_FACTORS, LM_HEAD, stored_parts
 from models.model_files import file_inside, find_json, read_json
@@ -35,6 +37,8 @@ class Checkpoint:
     dtypes: Mapping[str, torch.dtype]  # as stored; float32 for what GGUF has in other types
     read: Callable[[str], torch.Tensor]  # by name, in its dtype
     rope_order: RopeOrder
+    block_types: Mapping[str, str] = field(default_factory=dict)  # of those, GGUF's names of them
+    read_blocks: Callable[[str], np.ndarray] | None = None  # by name: [rows, bytes] as stored
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -90,6 +94,12 @@ def _open_gguf(path: Path) -> Checkpoint:
         dtypes={name: file.tensors[stored].dtype for name, stored in names.items()},
         read=lambda name: read_tensor(file, names.get(name, name)),
         rope_order=FAMILIES[config.architecture].gguf_rope_order,
+        block_types={
+            name: file.tensors[stored].type.name
+            for name, stored in names.items()
+            if file.tensors[stored].type.name in BLOCK_TYPES
+        },
+        read_blocks=lambda name: read_blocks(file, names.get(name, name)),
     )
 
 

@@ -35,7 +35,7 @@ class Llama:
 
     @property
     def device(self) -> torch.device:
-        return self.weights.embedding.device
+        return self.weights.final_norm.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,7 +55,7 @@ def make_llama(
     decode_ops: Ops,
 ) -> Llama:
     """Put a model together for sequences of up to `num_positions` tokens."""
-    device = weights.embedding.device
+    device = weights.final_norm.device
     rotary = RotaryTable(*(table.to(device) for table in rope_table(config, num_positions)))
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
     return Llama(config, weights, rotary, counters, prefill_ops, decode_ops)
@@ -85,9 +85,7 @@ def forward(
 ) -> torch.Tensor:
     """Return the residual stream after the last layer, [B*T, C]; see `logits` for the rest."""
     eps, counters = model.config.norm_eps, model.counters
-    x = model.weights.embedding[rows.token_ids.flatten()]
-    if x.dtype != model.dtype:
-        x = x.to(model.dtype)
+    x = model.weights.embed(rows.token_ids.flatten())
     if ops.run_layers is not None:
         layers, table = model.weights.layers, model.weights.layer_table
         ops.run_layers(x, layers, table, eps, model.rotary, rows, k_cache, v_cache, precisions)

@@ -28,7 +28,7 @@ def with_int8(model: Llama) -> Llama:
     if weights.lm_head.draft is not None:
         return model
     sizes = (weight.shape.numel() for weight in matrices(weights))
-    arena = Arena(sizes, weights.embedding.device)
+    arena = Arena(sizes, weights.final_norm.device)
 
     def quantised(weight: Weight) -> Weight:
         codes = arena.take(weight.shape, torch.int8)

@@ -7,9 +7,12 @@ Q and K (and the Q/K norm weights) are stored in interleaved-pair order: rotary 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels.blocks import BLOCK_TYPES, PANEL, BlockPart, Blocks
+from kernels.cpu.blocks import make_blocks, widen_rows
+from kernels.cpu.repack import repack
 from kernels.cpu.table import layer_table
 from kernels.weight import FLOATS, Dense, LayerWeights, Weight
 from models.arena import Arena
@@ -34,10 +40,11 @@ _log = logging.getLogger(__name__)
 class LlamaWeights:
     """A whole model. With tied embeddings the values of `lm_head` are `embedding`, not a copy.
 
-    Norms and biases are of the dtype of activations; on a CPU matrices may be of others.
+    Norms and biases are of the dtype of activations; on a CPU matrices may be of others, or in
+    the blocks that a GGUF file stores.
     """
 
-    embedding: torch.Tensor  # [V, C]
+    embedding: torch.Tensor | Blocks  # [V, C]
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # [C]
     lm_head: Weight  # [V, C]
@@ -48,7 +55,14 @@ class LlamaWeights:
 
     @property
     def is_tied(self) -> bool:
-        return self.lm_head.own.values is self.embedding
+        own = self.lm_head.own
+        return (own.values if isinstance(own, Dense) else own) is self.embedding
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The rows [n, C] of some tokens [n], in the dtype of activations."""
+        if isinstance(self.embedding, Blocks):
+            return widen_rows(self.embedding, token_ids)
+        return self.embedding[token_ids].to(self.dtype)
 
     @cached_property
     def layer_table(self) -> np.ndarray:
@@ -68,10 +82,13 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     matrix_dtype: torch.dtype | None = None,
+    is_int8: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LlamaWeights:
     """Reads a checkpoint onto `device`, one tensor at a time: norms and biases into `dtype`,
-    matrices into `matrix_dtype`, or None to keep them as they are stored (see `kept_dtype`).
+    matrices into `matrix_dtype`, or None to keep them as they are stored (see `kept_kind`).
+
+    is_int8: whether quantised matrices are multiplied with activations in 8 bits.
 
     All names and shapes are compared with the configuration before anything is allocated. The
     peak is the model itself plus its largest tensor. `on_progress(done, total)` counts bytes of
@@ -89,26 +106,33 @@ def load_weights(
             config, tie_embeddings=_is_head_the_embedding(checkpoint, matrix_dtype or torch.float32)
         )
     parts, D = stored_parts(config), config.head_dim
-    dtypes = {part.name: matrix_dtype or kept_dtype(checkpoint, part.name) for part in parts}
-    weights = empty_weights(config, device=device, dtype=dtype, matrix_dtypes=dtypes)
+    kinds = {part.name: matrix_dtype or kept_kind(checkpoint, part.name) for part in parts}
+    weights = empty_weights(config, device=device, dtype=dtype, matrix_kinds=kinds, is_int8=is_int8)
     total, done = sum(part_of(weights, part).nbytes for part in parts), 0
     for part in parts:
         target = part_of(weights, part)
-        source = _read_finite(checkpoint, part.name, target.dtype)
+        is_swapped = part.is_rotary and checkpoint.rope_order == "half"
         done += target.nbytes
-        if part.is_rotary and checkpoint.rope_order == "half":
-            source = rotary_heads(source, 2, D // 2).transpose(1, 2)
-            target = rotary_heads(target, D // 2, 2)
-        target.copy_(source)
+        if isinstance(target, BlockPart):
+            rows = torch.arange(target.num_rows)
+            order = rotary_heads(rows, 2, D // 2).transpose(1, 2).flatten() if is_swapped else rows
+            _repack(checkpoint, part.name, order, target)
+        else:
+            source = _read_finite(checkpoint, part.name, target.dtype)
+            if is_swapped:
+                source = rotary_heads(source, 2, D // 2).transpose(1, 2)
+                target = rotary_heads(target, D // 2, 2)
+            target.copy_(source)
         if on_progress is not None:
             on_progress(done, total)
     return weights
 
 
-def kept_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """The dtype in which a stored matrix is kept in memory, where it is kept as it is stored."""
+def kept_kind(checkpoint: Checkpoint, name: str) -> torch.dtype | str:
+    """How a stored matrix is kept in memory, where it is kept as it is stored: a dtype, or the
+    name of a type of blocks."""
     stored = checkpoint.dtypes[name]
-    return stored if stored in FLOATS else torch.float32
+    return checkpoint.block_types.get(name, stored if stored in FLOATS else torch.float32)
 
 
 def random_weights(
@@ -142,43 +166,83 @@ def empty_weights(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    matrix_dtypes: Mapping[str, torch.dtype] | None = None,
+    matrix_kinds: Mapping[str, torch.dtype | str] | None = None,
+    is_int8: bool = False,
 ) -> LlamaWeights:
     """Memory for a model in one piece; its values are undefined.
 
-    matrix_dtypes: by the names of stored matrices, where they are not of `dtype`. Stored matrices
-    of different dtypes that make one are widened to a dtype that holds the values of all.
+    matrix_kinds: by the names of stored matrices, where they are not of `dtype`: others, or types
+    of blocks. Stored matrices that make one are blocks if all of them are, and else of a dtype that
+    holds the values of all.
     """
-    # The last part of a field ends where the field's tensor does.
-    fields: dict[tuple[int | None, str], tuple[tuple[int, ...], torch.dtype]] = {}
+    fields: dict[tuple[int | None, str], list[_Piece]] = {}
     for p in stored_parts(config):
-        kept = matrix_dtypes[p.name] if matrix_dtypes and len(p.shape) == 2 else dtype
-        _, other = fields.get((p.layer, p.field), ((), kept))
-        shape = (p.start + p.shape[0], *p.shape[1:])
-        fields[p.layer, p.field] = shape, torch.promote_types(kept, other)
-    sizes = (math.prod(shape) * kept.itemsize for shape, kept in fields.values())
+        kept = matrix_kinds[p.name] if matrix_kinds and len(p.shape) == 2 else dtype
+        fields.setdefault((p.layer, p.field), []).append((p.shape, kept))
+    fields = {key: _joined(pieces) for key, pieces in fields.items()}
+    memory = [_memory(piece) for pieces in fields.values() for piece in pieces]
+    sizes = (math.prod(shape) * kept.itemsize for shape, kept in memory)
     arena = Arena(sizes, torch.device(device))
 
+    def take(layer: int | None, name: str) -> torch.Tensor | Blocks | None:
+        pieces = fields.get((layer, name), [])
+        taken = [arena.take(*_memory(piece)) for piece in pieces]
+        parts = [
+            BlockPart(kind, shape[0], tiles)
+            for (shape, kind), tiles in zip(pieces, taken, strict=True)
+            if isinstance(kind, str)
+        ]
+        return make_blocks(parts, is_int8) if parts else taken[0] if taken else None
+
     def take_layer(layer: int) -> LayerWeights:
-        values: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
-        for name in LayerWeights._fields:
-            if (layer, name) in fields:
-                tensor = arena.take(*fields[layer, name])
-                values[name] = Weight(Dense(tensor)) if tensor.ndim == 2 else tensor
-        return LayerWeights(**values)
+        values: dict[str, Any] = {name: take(layer, name) for name in LayerWeights._fields}
+        return LayerWeights(**{name: _as_weight(value) for name, value in values.items()})
 
-    embedding = arena.take(*fields[None, "embedding"])
+    embedding = take(None, "embedding")
+    assert embedding is not None
     layers = tuple(map(take_layer, range(config.num_layers)))
-    final_norm = arena.take(*fields[None, "final_norm"])
-    lm_head = embedding if config.tie_embeddings else arena.take(*fields[None, "lm_head"])
-    return LlamaWeights(embedding, layers, final_norm, Weight(Dense(lm_head)))
+    final_norm = take(None, "final_norm")
+    lm_head = embedding if config.tie_embeddings else take(None, "lm_head")
+    assert isinstance(final_norm, torch.Tensor)
+    return LlamaWeights(embedding, layers, final_norm, _as_weight(lm_head))
 
 
-def part_of(weights: LlamaWeights, part: StoredPart) -> torch.Tensor:
-    """Where a stored tensor lies in `weights`."""
+_Piece = tuple[tuple[int, ...], Any]  # a shape, and a dtype or a type of blocks
+
+
+def _joined(pieces: list[_Piece]) -> list[_Piece]:
+    """What stored tensors are kept in that make one: parts of blocks, or a single tensor."""
+    if all(isinstance(kind, str) for _, kind in pieces):
+        return pieces
+    kinds = [torch.float32 if isinstance(kind, str) else kind for _, kind in pieces]
+    shape = (sum(shape[0] for shape, _ in pieces), *pieces[0][0][1:])
+    return [(shape, functools.reduce(torch.promote_types, kinds))]
+
+
+def _memory(piece: _Piece) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and dtype of the tensor that holds a piece."""
+    shape, kind = piece
+    if not isinstance(kind, str):
+        return shape, kind
+    block = BLOCK_TYPES[kind]
+    return (-(-shape[0] // PANEL), shape[1] // block.size * block.tile_bytes), torch.uint8
+
+
+def _as_weight(value: Any) -> Any:
+    if isinstance(value, Blocks):
+        return Weight(value)
+    return Weight(Dense(value)) if value is not None and value.ndim == 2 else value
+
+
+def part_of(weights: LlamaWeights, part: StoredPart) -> Any:
+    """Where a stored tensor lies in `weights`: a tensor, or a `BlockPart`."""
     owner = weights if part.layer is None else weights.layers[part.layer]
     field = getattr(owner, part.field)
-    tensor: torch.Tensor = field.own.values if isinstance(field, Weight) else field
+    form = field.own if isinstance(field, Weight) else field
+    if isinstance(form, Blocks):
+        starts = itertools.accumulate((p.num_rows for p in form.parts), initial=0)
+        return next(p for p, start in zip(form.parts, starts, strict=False) if start == part.start)
+    tensor = form.values if isinstance(form, Dense) else form
     return tensor[part.start : part.start + part.shape[0]]
 
 
@@ -233,12 +297,31 @@ def _is_head_the_embedding(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
 
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    try:
+    with _named(checkpoint, name):
         return checkpoint.read(name)
+
+
+@contextmanager
+def _named(checkpoint: Checkpoint, name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, MemoryError) as error:
         raise ValueError(
             f"{checkpoint.path}: tensor {name} cannot be read: {cause_of(error)}"
         ) from error
+
+
+def _repack(checkpoint: Checkpoint, name: str, order: torch.Tensor, target: BlockPart) -> None:
+    """Stored blocks as tiles, the rows in another order; nothing is dequantised."""
+    assert checkpoint.read_blocks is not None, name
+    with _named(checkpoint, name):
+        blocks = checkpoint.read_blocks(name)
+        is_finite = repack(target.name, blocks, order.numpy(), target.tiles.numpy())
+    if not is_finite:
+        raise ValueError(
+            f"{checkpoint.path}: tensor {name} has scales that are not finite; the file is "
+            "damaged, download it again"
+        )
 
 
 def _read_finite(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:

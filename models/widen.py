@@ -71,6 +71,7 @@ def widened(
     for a LlamaConfig.
     """
     larger = _larger_config(config, hidden_size, head_replicas, ffn_replicas)
+    assert isinstance(weights.embedding, torch.Tensor), "quantised weights cannot be widened"
     device = weights.embedding.device if device is None else torch.device(device)
     dtype = weights.dtype if dtype is None else dtype
     generator = torch.Generator(device).manual_seed(seed)

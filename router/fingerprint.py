@@ -10,6 +10,8 @@ import hashlib
 
 import torch
 
+from kernels.blocks import Blocks
+from kernels.weight import Dense
 from models.llama import Llama
 
 NUM_ELEMENTS = 16384  # of each tensor
@@ -24,8 +26,13 @@ def fingerprint(model: Llama) -> str:
     )  # fmt: skip
     digest = hashlib.sha256(repr(shape).encode())
     first, last = weights.layers[0], weights.layers[-1]
-    matrices = (weight.own.rows() for weight in (first.qkv, first.down, last.gate_up))
-    for tensor in (weights.embedding, *matrices):
+    embedding = weights.embedding
+    forms = [embedding if isinstance(embedding, Blocks) else Dense(embedding)]
+    forms += [weight.own for weight in (first.qkv, first.down, last.gate_up)]
+    for form in forms:
+        if isinstance(form, Blocks):  # its plans and their rates are others
+            digest.update(f"blocks, {form.is_int8}".encode())
+        tensor = form.rows(slice(-(-NUM_ELEMENTS // form.shape[1])))
         signs = torch.signbit(tensor.flatten()[:NUM_ELEMENTS]).cpu()
         digest.update(signs.numpy().tobytes())
     return digest.hexdigest()[:32]
