@@ -154,15 +154,18 @@ def _large() -> dict[str, BlockType]:
     def ones(start: int) -> Bits:
         return _bits(start + i % 32, i // 32, 1)
 
-    k4 = {"offset_factor": 2, "offset_sign": -1, "scales": sixes(4, 0), "offsets": sixes(8, 4)}
+    def with_sixes(name: str, num_bytes: int, codes: Field, width: int) -> BlockType:
+        return BlockType(name, 256, num_bytes, codes, width, 0, offset_factor=2, offset_sign=-1,
+                         scales=sixes(4, 0), offsets=sixes(8, 4))  # fmt: skip
+
     types = (
         BlockType("Q2_K", 256, 84, Field(pairs(16)), 4, 80, offset_factor=82, offset_sign=-1,
                   scales=Field(_bits(g, 0, 4)), offsets=Field(_bits(g, 4, 4))),
         BlockType("Q3_K", 256, 110, Field(pairs(32), ones(0)), 4, 108, zero=4, scale_zero=32,
                   scales=Field(_bits(96 + g % 8, 4 * (g // 8), 4),
                                _bits(104 + g % 4, 2 * (g // 4), 2))),
-        BlockType("Q4_K", 256, 144, Field(nibbles(16, 32)), 4, 0, **k4),
-        BlockType("Q5_K", 256, 176, Field(nibbles(48, 32), ones(16)), 5, 0, **k4),
+        with_sixes("Q4_K", 144, Field(nibbles(16, 32)), 4),
+        with_sixes("Q5_K", 176, Field(nibbles(48, 32), ones(16)), 5),
         BlockType("Q6_K", 256, 210, Field(nibbles(0, 64), pairs(128)), 6, 208, zero=32,
                   scales=Field(_bits(192 + g, 0, 8))),
         BlockType("IQ4_XS", 256, 136, Field(nibbles(8, 16)), 8, 0, zero=128, codebook=_KVALUES,

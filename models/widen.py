@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.ops import Ops
-from kernels.weight import LayerWeights, Weight
+from kernels.weight import Dense, LayerWeights, Weight
 from models.config import LlamaConfig
 from models.config_values import is_integer
 from models.llama import Llama, make_llama
@@ -71,20 +71,22 @@ def widened(
     for a LlamaConfig.
     """
     larger = _larger_config(config, hidden_size, head_replicas, ffn_replicas)
-    assert isinstance(weights.embedding, torch.Tensor), "quantised weights cannot be widened"
-    device = weights.embedding.device if device is None else torch.device(device)
+    embedding = weights.embedding
+    assert isinstance(embedding, torch.Tensor), "quantised weights cannot be widened"
+    device = embedding.device if device is None else torch.device(device)
     dtype = weights.dtype if dtype is None else dtype
     generator = torch.Generator(device).manual_seed(seed)
     basis = _basis(hidden_size, config.hidden_size, generator)
     wider = torch.promote_types(weights.dtype, dtype)
     basis = basis.to(torch.promote_types(wider, torch.float32))
     result = empty_weights(larger, device=device, dtype=dtype)
-    result.embedding.copy_(weights.embedding.to(basis) @ basis.T)
+    assert isinstance(result.embedding, torch.Tensor)
+    result.embedding.copy_(embedding.to(basis) @ basis.T)
     for layer, target in zip(weights.layers, result.layers, strict=True):
         _widen_attention(config, layer, target, basis, head_replicas, generator)
         _widen_mlp(layer, target, basis, ffn_replicas, generator)
     result.final_norm.fill_(1)
-    result.lm_head.own.values.copy_(_reading(weights.lm_head, weights.final_norm, basis))
+    _values(result.lm_head).copy_(_reading(weights.lm_head, weights.final_norm, basis))
     return larger, result
 
 
@@ -178,14 +180,14 @@ def _widen_attention(
         scale[: sizes[0] + sizes[1]] = _norm_scale(basis)
     qkv = _reading(layer.qkv, layer.attn_norm, basis)
     target.attn_norm.fill_(1)
-    _tile(qkv * scale[:, None], sizes, target.qkv.own.values, replicas)
+    _tile(qkv * scale[:, None], sizes, _values(target.qkv), replicas)
     if layer.qkv_bias is not None and target.qkv_bias is not None:
         _tile(layer.qkv_bias.to(scale) * scale, sizes, target.qkv_bias, replicas)
     for norm, target_norm in ((layer.q_norm, target.q_norm), (layer.k_norm, target.k_norm)):
         if norm is not None and target_norm is not None:
             target_norm.copy_(norm)
     shares = _shares(replicas, config.num_heads, generator).repeat_interleave(D, dim=1)
-    target.attn_out.own.values.copy_(_writing(layer.attn_out, shares, basis))
+    _values(target.attn_out).copy_(_writing(layer.attn_out, shares, basis))
 
 
 def _widen_mlp(
@@ -198,9 +200,14 @@ def _widen_mlp(
     F = layer.down.shape[1]
     target.mlp_norm.fill_(1)
     gate_up = _reading(layer.gate_up, layer.mlp_norm, basis)
-    _tile(gate_up, (F, F), target.gate_up.own.values, replicas)
+    _tile(gate_up, (F, F), _values(target.gate_up), replicas)
     shares = _shares(replicas, F, generator)
-    target.down.own.values.copy_(_writing(layer.down, shares, basis))
+    _values(target.down).copy_(_writing(layer.down, shares, basis))
+
+
+def _values(weight: Weight) -> torch.Tensor:
+    assert isinstance(weight.own, Dense)
+    return weight.own.values
 
 
 def _norm_scale(basis: torch.Tensor) -> float:

@@ -17,7 +17,8 @@ import numba
 import torch
 from blocks_for_tests import packed, random_blocks
 
-from kernels.cpu.block_tiles import HAS_VNNI, quantise_row
+from kernels.cpu.activations import quantise_row
+from kernels.cpu.block_tiles import HAS_VNNI
 from kernels.cpu.blocks import block_matmul, make_blocks
 
 NAMES = ("Q4_K", "Q5_0", "Q6_K", "Q8_0")  # every kind of tile

@@ -9,6 +9,7 @@ every processor makes the same bits, whatever instructions it has for the whole 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numba
@@ -42,19 +43,19 @@ HAS_VNNI = {"avx512vnni", "avx512bw"} <= _features()
 HAS_HALVES = "f16c" in _features()
 
 
-def _int(value: int) -> Any:
+def i64(value: int) -> Any:
     return ir.Constant(I64, value)
 
 
-def _at(builder: Any, address: Any, offset: int) -> Any:
-    return builder.add(address, _int(offset)) if offset else address
+def at(builder: Any, address: Any, offset: int) -> Any:
+    return builder.add(address, i64(offset)) if offset else address
 
 
 def _load_as(builder: Any, address: Any, kind: Any, align: int = 1) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
-def _splat(builder: Any, value: Any, lanes: int = PANEL) -> Any:
+def splat(builder: Any, value: Any, lanes: int = PANEL) -> Any:
     kind = ir.VectorType(value.type, lanes)
     vector = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
     zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
@@ -86,7 +87,7 @@ def _smalls(builder: Any, address: Any) -> Any:
 def _operands(builder: Any, kind: BlockType, chunk: Any) -> list[Any]:
     """The codes of 32 weights of 16 rows: 8 vectors, in lane r four bytes of row r."""
     count = OPERANDS if kind.width == 8 else OPERANDS // 2
-    vectors = [_load_as(builder, _at(builder, chunk, 64 * v), INTS) for v in range(count)]
+    vectors = [_load_as(builder, at(builder, chunk, 64 * v), INTS) for v in range(count)]
     if kind.width == 8:
         return vectors
     low = _ints(0x0F0F0F0F)
@@ -101,7 +102,7 @@ def _operands(builder: Any, kind: BlockType, chunk: Any) -> list[Any]:
     mask = _ints(0x01010101 * (((1 << extra) - 1) << 4))
     for j in range(OPERANDS):
         if j % per_vector == 0:
-            plane = _load_as(builder, _at(builder, chunk, 64 * (count + j // per_vector)), INTS)
+            plane = _load_as(builder, at(builder, chunk, 64 * (count + j // per_vector)), INTS)
         shift = 4 - extra * (j % per_vector)
         moved = builder.shl(plane, _ints(shift)) if shift > 0 else plane
         moved = builder.lshr(plane, _ints(-shift)) if shift < 0 else moved
@@ -116,15 +117,15 @@ def _dot_bytes(builder: Any, acc: Any, codes: Any, xs: Any) -> Any:
     """
     if HAS_VNNI:
         name = "llvm.x86.avx512.vpdpbusd.512"
-        four = _splat(builder, _load_as(builder, xs, I32))
+        four = splat(builder, _load_as(builder, xs, I32))
         signature = ir.FunctionType(INTS, [INTS, BYTES, BYTES])
         function = cgutils.get_or_insert_function(builder.module, signature, name)
         parts = (builder.bitcast(vector, BYTES) for vector in (codes, four))
         return builder.call(function, (acc, *parts))
     for b in range(4):
-        value = builder.sext(_load_as(builder, _at(builder, xs, b), I8), I32)
+        value = builder.sext(_load_as(builder, at(builder, xs, b), I8), I32)
         code = builder.and_(builder.lshr(codes, _ints(8 * b)), _ints(0xFF))
-        acc = builder.add(acc, builder.mul(code, _splat(builder, value)))
+        acc = builder.add(acc, builder.mul(code, splat(builder, value)))
     return acc
 
 
@@ -135,17 +136,17 @@ class _Tile:
         self.builder, self.kind = builder, kind
         chunks, groups = kind.size // CHUNK, kind.size // kind.group
         self.codes = address
-        self.scales = _at(builder, address, chunks * kind.chunk_bytes)
-        self.offsets = _at(builder, self.scales, groups * PANEL)
+        self.scales = at(builder, address, chunks * kind.chunk_bytes)
+        self.offsets = at(builder, self.scales, groups * PANEL)
         small = 0 if kind.scales is None else groups * PANEL * (1 + kind.has_offset)
-        factors = _at(builder, self.scales, small)
+        factors = at(builder, self.scales, small)
         self.factor = _halves(builder, factors)
         self.offset_factor = None
         if kind.has_offset:
-            self.offset_factor = _halves(builder, _at(builder, factors, PANEL * HALF))
+            self.offset_factor = _halves(builder, at(builder, factors, PANEL * HALF))
 
     def operands(self, chunk: Any) -> list[Any]:
-        start = self.builder.mul(chunk, _int(self.kind.chunk_bytes))
+        start = self.builder.mul(chunk, i64(self.kind.chunk_bytes))
         return _operands(self.builder, self.kind, self.builder.add(self.codes, start))
 
     def scale(self, chunk: Any, part: int) -> Any:
@@ -161,8 +162,8 @@ class _Tile:
 
     def _small(self, base: Any, chunk: Any, part: int) -> Any:
         parts = CHUNK // self.kind.group
-        start = self.builder.mul(chunk, _int(parts * PANEL))
-        return _smalls(self.builder, _at(self.builder, self.builder.add(base, start), part * PANEL))
+        start = self.builder.mul(chunk, i64(parts * PANEL))
+        return _smalls(self.builder, at(self.builder, self.builder.add(base, start), part * PANEL))
 
 
 def _for_chunks(
@@ -170,23 +171,23 @@ def _for_chunks(
 ) -> list[Any]:
     """For every 32 weights of a tile; a tile that has no more needs no loop."""
     if kind.size == CHUNK:
-        return body(_int(0), start)
-    return _loop(builder, start, _int(kind.size // CHUNK), 1, body)
+        return body(i64(0), start)
+    return _loop(builder, start, i64(kind.size // CHUNK), 1, body)
 
 
-def _emit_int8_panel(builder: Any, kind: BlockType, rows: int, args: Any) -> None:
+def _emit_int8_panel(builder: Any, args: Any, kind: BlockType, rows: int) -> None:
     """See `make_int8_panel`."""
     w, x, sums, x_stride, num_tiles, out, out_stride = args
-    xs = [builder.add(x, builder.mul(x_stride, _int(r))) for r in range(rows)]
-    ss = [builder.add(sums, builder.mul(x_stride, _int(r))) for r in range(rows)]
+    xs = [builder.add(x, builder.mul(x_stride, i64(r))) for r in range(rows)]
+    ss = [builder.add(sums, builder.mul(x_stride, i64(r))) for r in range(rows)]
     per_tile = kind.size // CHUNK
 
     def tile_body(t: Any, acc: list[Any]) -> list[Any]:
-        tile = _Tile(builder, kind, builder.add(w, builder.mul(t, _int(kind.tile_bytes))))
+        tile = _Tile(builder, kind, builder.add(w, builder.mul(t, i64(kind.tile_bytes))))
 
         def chunk_body(c: Any, acc: list[Any]) -> list[Any]:
-            number = builder.add(builder.mul(t, _int(per_tile)), c)
-            x_at, sums_at = (builder.mul(number, _int(n)) for n in (CHUNK, SUMS_BYTES))
+            number = builder.add(builder.mul(t, i64(per_tile)), c)
+            x_at, sums_at = (builder.mul(number, i64(n)) for n in (CHUNK, SUMS_BYTES))
             operands, parts = tile.operands(c), CHUNK // kind.group
             scales = [tile.scale(c, part) for part in range(parts)]
             offsets = [tile.offset(c, part) for part in range(parts)] if kind.has_offset else []
@@ -194,21 +195,21 @@ def _emit_int8_panel(builder: Any, kind: BlockType, rows: int, args: Any) -> Non
             for r in range(rows):
                 here, known = builder.add(xs[r], x_at), builder.add(ss[r], sums_at)
                 total = acc[r]
-                x_scale = _splat(builder, _load(builder, known, F32))
+                x_scale = splat(builder, _load(builder, known, F32))
                 for part in range(parts):
                     which = part + (parts > 1)  # sums of 32, of the first 16, of the last 16
                     dot = ir.Constant(INTS, [0] * PANEL)
                     if kind.zero:
-                        count = _load(builder, _at(builder, known, 16 + 4 * which), I32)
-                        dot = _splat(builder, builder.mul(count, ir.Constant(I32, -kind.zero)))
+                        count = _load(builder, at(builder, known, 16 + 4 * which), I32)
+                        dot = splat(builder, builder.mul(count, ir.Constant(I32, -kind.zero)))
                     step = OPERANDS // parts
                     for j in range(part * step, (part + 1) * step):
-                        dot = _dot_bytes(builder, dot, operands[j], _at(builder, here, 4 * j))
+                        dot = _dot_bytes(builder, dot, operands[j], at(builder, here, 4 * j))
                     factor = builder.fmul(scales[part], x_scale)
                     total = builder.fadd(total, builder.fmul(builder.sitofp(dot, VECTOR), factor))
                     if kind.has_offset:
-                        x_sum = _load(builder, _at(builder, known, 4 + 4 * which), F32)
-                        lifted = builder.fmul(offsets[part], _splat(builder, x_sum))
+                        x_sum = _load(builder, at(builder, known, 4 + 4 * which), F32)
+                        lifted = builder.fmul(offsets[part], splat(builder, x_sum))
                         total = builder.fadd(total, lifted)
                 new.append(total)
             return new
@@ -217,7 +218,7 @@ def _emit_int8_panel(builder: Any, kind: BlockType, rows: int, args: Any) -> Non
 
     totals = _loop(builder, [ZERO] * rows, num_tiles, 1, tile_body)
     for r, total in enumerate(totals):
-        _store(builder, total, builder.add(out, builder.mul(out_stride, _int(r))))
+        _store(builder, total, builder.add(out, builder.mul(out_stride, i64(r))))
 
 
 def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
@@ -225,14 +226,14 @@ def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
     w, num_tiles, out = args
 
     def tile_body(t: Any, _values: list[Any]) -> list[Any]:
-        tile = _Tile(builder, kind, builder.add(w, builder.mul(t, _int(kind.tile_bytes))))
-        target = builder.add(out, builder.mul(t, _int(kind.size * LANES * 4)))
+        tile = _Tile(builder, kind, builder.add(w, builder.mul(t, i64(kind.tile_bytes))))
+        target = builder.add(out, builder.mul(t, i64(kind.size * LANES * 4)))
 
         def chunk_body(c: Any, _values: list[Any]) -> list[Any]:
             parts, operands = CHUNK // kind.group, tile.operands(c)
             scales = [tile.scale(c, part) for part in range(parts)]
             offsets = [tile.offset(c, part) for part in range(parts)] if kind.has_offset else []
-            first = builder.add(target, builder.mul(c, _int(CHUNK * LANES * 4)))
+            first = builder.add(target, builder.mul(c, i64(CHUNK * LANES * 4)))
             for k in range(CHUNK):
                 part = k // kind.group if parts > 1 else 0
                 code = builder.lshr(operands[k // 4], _ints(8 * (k % 4)))
@@ -242,7 +243,7 @@ def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
                     value = _fma(builder, scales[part], value, offsets[part])
                 else:
                     value = builder.fmul(scales[part], value)
-                _store(builder, value, _at(builder, first, k * LANES * 4))
+                _store(builder, value, at(builder, first, k * LANES * 4))
             return []
 
         return _for_chunks(builder, kind, [], chunk_body)
@@ -250,7 +251,7 @@ def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
     _loop(builder, [], num_tiles, 1, tile_body)
 
 
-def _function(module: Any, name: str, num_args: int, emit: Callable[[Any, Any], None]) -> Any:
+def make_function(module: Any, name: str, num_args: int, emit: Callable[[Any, Any], None]) -> Any:
     """A function of so many numbers, which is compiled once however often it is used."""
     if name in module.globals:
         return module.globals[name]
@@ -269,7 +270,7 @@ def _switch(builder: Any, number: Any, functions: list[Any], args: Any) -> None:
     choice = builder.switch(number, done)
     for n, function in enumerate(functions):
         block = builder.append_basic_block(f"case{n}")
-        choice.add_case(_int(n), block)
+        choice.add_case(i64(n), block)
         builder.position_at_end(block)
         builder.call(function, args)
         builder.branch(done)
@@ -287,13 +288,13 @@ def make_int8_panel(kind: BlockType) -> Any:
         def codegen(context, builder, _signature, arguments):
             rows, *args = arguments
             functions = [
-                _function(
+                make_function(
                     builder.module, f"int8_panel_{kind.name}_{n}", 7,
-                    lambda inner, args, n=n: _emit_int8_panel(inner, kind, n, args),
+                    partial(_emit_int8_panel, kind=kind, rows=n),
                 )
                 for n in range(1, MAX_ROWS + 1)
             ]  # fmt: skip
-            _switch(builder, builder.sub(rows, _int(1)), functions, args)
+            _switch(builder, builder.sub(rows, i64(1)), functions, args)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 8), codegen
@@ -332,21 +333,21 @@ def call(_, address, arguments):
 def _emit_lanes(builder: Any, args: Any) -> None:
     """See `add_widened`."""
     x, w, num_k, sums = args
-    acc = [_load(builder, _at(builder, sums, 64 * i), VECTOR) for i in range(LANES)]
+    acc = [_load(builder, at(builder, sums, 64 * i), VECTOR) for i in range(LANES)]
 
     def body(k: Any, acc: list[Any]) -> list[Any]:
-        x_at = builder.add(x, builder.mul(k, _int(4)))
-        w_at = builder.add(w, builder.mul(k, _int(4 * LANES)))
+        x_at = builder.add(x, builder.mul(k, i64(4)))
+        w_at = builder.add(w, builder.mul(k, i64(4 * LANES)))
         new = []
         for i in range(LANES):
-            value = _splat(builder, _load(builder, _at(builder, x_at, 4 * i), F32))
-            weight = _load(builder, _at(builder, w_at, 64 * i), VECTOR)
+            value = splat(builder, _load(builder, at(builder, x_at, 4 * i), F32))
+            weight = _load(builder, at(builder, w_at, 64 * i), VECTOR)
             new.append(_fma(builder, weight, value, acc[i]))
         return new
 
     acc = _loop(builder, acc, num_k, LANES, body)
     for i in range(LANES):
-        _store(builder, acc[i], _at(builder, sums, 64 * i))
+        _store(builder, acc[i], at(builder, sums, 64 * i))
 
 
 @intrinsic
@@ -355,74 +356,8 @@ def add_widened(_, x, w, num_k, sums):
     signature = types.void(*[types.intp] * 4)
 
     def codegen(context, builder, _signature, arguments):
-        function = _function(builder.module, "add_widened", 4, _emit_lanes)
+        function = make_function(builder.module, "add_widened", 4, _emit_lanes)
         builder.call(function, arguments)
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-def _halves_of(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
-    """One number of the 16 of a vector, put together by halves."""
-    width = PANEL
-    while width > 1:
-        width //= 2
-        lanes = [ir.Constant(ir.VectorType(I32, width), [*range(s, s + width)]) for s in (0, width)]
-        low, high = (builder.shuffle_vector(vector, vector, half) for half in lanes)
-        vector = combine(low, high)
-    return builder.extract_element(vector, ir.Constant(I32, 0))
-
-
-def _call_on_vector(builder: Any, name: str, value: Any) -> Any:
-    signature = ir.FunctionType(value.type, [value.type])
-    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}.v16f32")
-    return builder.call(function, (value,))
-
-
-def _emit_quantise(builder: Any, args: Any) -> None:
-    """See `quantise_row`."""
-    x, num_k, codes, sums = args
-
-    def larger(a: Any, b: Any) -> Any:
-        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-    def body(k: Any, _values: list[Any]) -> list[Any]:
-        x_at = builder.add(x, builder.mul(k, _int(4)))
-        halves = [_load(builder, _at(builder, x_at, 64 * i), VECTOR) for i in range(2)]
-        sizes = [_call_on_vector(builder, "fabs", half) for half in halves]
-        largest = _halves_of(builder, larger(*sizes), larger)
-        levels, zero = ir.Constant(F32, 127.0), ir.Constant(F32, 0.0)
-        is_some = builder.fcmp_ordered(">", largest, zero)
-        factor = builder.select(is_some, builder.fdiv(levels, largest), zero)
-        known, totals = builder.add(sums, k), []
-        for i, half in enumerate(halves):
-            scaled = builder.fmul(half, _splat(builder, factor))
-            whole = builder.fptosi(_call_on_vector(builder, "rint", scaled), INTS)
-            stored = builder.trunc(whole, ir.VectorType(I8, PANEL))
-            address = _at(builder, builder.add(codes, k), PANEL * i)
-            builder.store(stored, builder.inttoptr(address, stored.type.as_pointer()), align=1)
-            totals.append(_halves_of(builder, whole, builder.add))
-        scale = builder.fdiv(largest, levels)
-        _store(builder, scale, known)
-        for i, total in enumerate([builder.add(*totals), *totals]):
-            product = builder.fmul(scale, builder.sitofp(total, F32))
-            _store(builder, product, _at(builder, known, 4 + 4 * i))
-            _store(builder, total, _at(builder, known, 16 + 4 * i))
-        return []
-
-    _loop(builder, [], num_k, CHUNK, body)
-
-
-@intrinsic
-def quantise_row(_, x, num_k, codes, sums):
-    """8-bit codes of K numbers, and for every 32 of them 8 numbers of 4 bytes at `sums`: the scale,
-    three sums * scale in float32, three sums in int32, a gap.
-
-    The sums are those of all 32 codes, of the first 16, of the last 16.
-    """
-
-    def codegen(context, builder, _signature, arguments):
-        builder.call(_function(builder.module, "quantise_row", 4, _emit_quantise), arguments)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 4), codegen

@@ -20,13 +20,13 @@ import torch
 from numba import prange
 
 from kernels.blocks import BLOCK_TYPES, PANEL, BlockPart, Blocks
+from kernels.cpu.activations import quantise_row
 from kernels.cpu.block_tiles import (
     MAX_ROWS,
     add_widened,
     call,
     make_int8_panel,
     make_widen,
-    quantise_row,
 )
 from kernels.cpu.compile import callback, device, kernel
 from kernels.cpu.scalars import addresses_at, floats_at

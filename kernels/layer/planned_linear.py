@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import torch
 
-from kernels.blocks import LEVELS
+from kernels.blocks import LEVELS, Blocks
 from kernels.weight import INT8, Dense, Int8, Weight
 
 CHUNK_ELEMENTS = 1 << 18
 
 
-def quantise_into(own: Dense, codes: torch.Tensor) -> Int8:
+def quantise_into(own: Dense | Blocks, codes: torch.Tensor) -> Int8:
     """The 8-bit form of a matrix [N, K]; its codes are written into `codes` [N, K] int8."""
     num_rows, num_columns = own.shape
     scale = torch.empty(num_rows, dtype=torch.float32, device=codes.device)
