@@ -238,7 +238,8 @@ def widened_llm(model: str | None, name: str, device: torch.device) -> LLM:
             "CPU; use --device cuda"
         )
     dtype = choose_dtypes("auto", device)[0]
-    small = load(model, None, torch.device("cpu"), torch.float32, None, MAX_LENGTH, None)
+    f32 = torch.float32
+    small = load(model, None, torch.device("cpu"), f32, f32, False, MAX_LENGTH, None)
     ops = choose_ops(device)
     large = widened_model(small.model, name, *ops, dtype=dtype, device=device)
     # Its router is the library of the larger weights, where there is one.

@@ -47,6 +47,8 @@ class LLM:
         ones are widened as they are read, so the tokens are those of "float" from half the bytes.
         "float" converts them to `dtype`, of which "auto" is float32 on a CPU. "auto" is "stored" on
         a CPU where no dtype is named, else "float".
+    activations: "int8" rounds them to 8 bits in products with quantised weights, "float" does not
+        and gives the tokens of the same weights in float32; "auto" is "int8". Others are floats.
     max_sequences: how many requests can hold a slot of the cache at once.
     max_length: tokens of context of each; None is the model's own, at most 8192.
     seed: makes the seeds of requests that name none reproducible.
@@ -136,8 +138,8 @@ class LLM:
         self.model_name = loaded.name
         self.generation = loaded.generation
         self.device = str(model.device)
-        dtypes = {str(weight.own.kind) for weight in matrices(model.weights)}
-        self.dtype = "+".join(sorted(dtypes)).replace("torch.", "")
+        names = set().union(*(weight.own.names for weight in matrices(model.weights)))
+        self.dtype = "+".join(sorted(names))
         self.max_length = model.num_positions
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template

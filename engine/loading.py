@@ -122,7 +122,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     matrix_dtype: torch.dtype | None,
-    is_int8: bool,
+    int8_activations: bool,
     max_length: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Loaded:
@@ -136,8 +136,8 @@ def load(
     chat_template = load_chat_template(path, checkpoint.gguf_metadata)
     ends = end_token_ids(checkpoint.config, tokenizer, chat_template)
     weights = load_weights(
-        checkpoint, device=device, dtype=dtype, matrix_dtype=matrix_dtype, is_int8=is_int8,
-        on_progress=on_progress,
+        checkpoint, device=device, dtype=dtype, matrix_dtype=matrix_dtype,
+        int8_activations=int8_activations, on_progress=on_progress,
     )  # fmt: skip
     config = replace(checkpoint.config, eos_token_ids=ends, tie_embeddings=weights.is_tied)
     return Loaded(

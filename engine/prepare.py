@@ -14,7 +14,7 @@ from engine.passes import Passes
 from engine.profile import measured_costs, profile_path
 from models.llama import Llama
 from models.plan import NGRAM, DraftPlan, load_plan
-from models.quantise import with_int8
+from models.quantise import is_int8_cheaper, with_int8
 from models.weights import sublayer_bytes
 
 NAMES = ("auto", "off", "ngram", "int8")
@@ -66,18 +66,26 @@ def check_speculative(value: Speculative) -> None:
 def resolve_plans(value: Speculative, model: Llama) -> tuple[DraftPlan, ...]:
     """The plans among which a sequence's controller chooses; () is plain decoding.
 
-    "auto" is int8 and n-gram drafts, whichever pays at the moment. Raises ValueError for an unknown
-    name, and a file that holds no plan for this model.
+    "auto" is int8 and n-gram drafts, whichever pays at the moment; n-grams alone where weights are
+    stored in blocks, of which 8 bits would be no cheaper. Raises ValueError for an unknown name, a
+    file that holds no plan for this model, and for 8 bits in a plan where they are no cheaper.
     """
     check_speculative(value)
     num_layers = model.config.num_layers
     if value == "off":
         return ()
+    has_int8 = is_int8_cheaper(model.weights)
     if value == "auto":
-        return DraftPlan.int8(num_layers), NGRAM
+        return (DraftPlan.int8(num_layers), NGRAM) if has_int8 else (NGRAM,)
     plans = value if isinstance(value, tuple) else (_resolve_plan(value, num_layers),)
     for plan in plans:
         plan.check(num_layers)
+        if plan.uses_int8 and not has_int8:
+            raise ValueError(
+                f"speculative: got {plan.name!r}, which drafts with 8-bit weights, for a model "
+                "whose stored ones have no more bits; expected 'auto', 'ngram', 'off' or a plan "
+                "that skips; use weights='float' for 8-bit drafts"
+            )
     return tuple(plan for plan in plans if plan.max_draft)
 
 

@@ -135,7 +135,7 @@ def profile_path(model: Llama) -> Path:
     """Where the profile of such a model on such a machine is kept."""
     device = model.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else get_host_cpu_name()
-    kinds = [str(weight.own.kind) for weight in matrices(model.weights)]
+    kinds = [sorted(weight.own.names) for weight in matrices(model.weights)]
     parts = (
         model.config, where, code_digest(), model.dtype, kinds, model.decode_ops.name,
         numba.get_num_threads(), torch.__version__, triton.__version__,

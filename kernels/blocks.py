@@ -209,10 +209,11 @@ class Blocks(NamedTuple):
         return torch.Size((sum(part.num_rows for part in self.parts), num_columns))
 
     @property
-    def kind(self) -> str:
+    def names(self) -> set[str]:
         """The types of the parts, and the arithmetic if it is not that of floats."""
-        names = "+".join(sorted({part.name for part in self.parts}))
-        return f"{names}, int8 activations" if self.is_int8 else names
+        return {part.name for part in self.parts} | (
+            {"int8 activations"} if self.is_int8 else set()
+        )
 
     @property
     def nbytes(self) -> int:

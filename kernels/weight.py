@@ -43,6 +43,10 @@ class Dense(NamedTuple):
         return self.values.dtype
 
     @property
+    def names(self) -> set[str]:
+        return {str(self.values.dtype).removeprefix("torch.")}
+
+    @property
     def address(self) -> int:
         """What such a product reads."""
         return self.values.data_ptr()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from kernels.layer.planned_linear import quantise_into
-from kernels.weight import Weight
+from kernels.weight import Dense, Weight
 from models.arena import Arena
 from models.llama import Llama
 from models.weights import LlamaWeights
@@ -17,6 +17,11 @@ from models.weights import LlamaWeights
 def int8_bytes(weights: LlamaWeights) -> int:
     """Memory that the 8-bit forms take; 0 where they have not been made."""
     return sum(w.draft.nbytes for w in matrices(weights) if w.draft is not None)
+
+
+def is_int8_cheaper(weights: LlamaWeights) -> bool:
+    """Whether 8-bit forms can be made that are smaller than the own ones: not of blocks."""
+    return all(isinstance(weight.own, Dense) for weight in matrices(weights))
 
 
 def with_int8(model: Llama) -> Llama:

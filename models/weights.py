@@ -82,13 +82,13 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     matrix_dtype: torch.dtype | None = None,
-    is_int8: bool = False,
+    int8_activations: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LlamaWeights:
     """Reads a checkpoint onto `device`, one tensor at a time: norms and biases into `dtype`,
     matrices into `matrix_dtype`, or None to keep them as they are stored (see `kept_kind`).
 
-    is_int8: whether quantised matrices are multiplied with activations in 8 bits.
+    int8_activations: whether quantised matrices are multiplied with activations in 8 bits.
 
     All names and shapes are compared with the configuration before anything is allocated. The
     peak is the model itself plus its largest tensor. `on_progress(done, total)` counts bytes of
@@ -107,7 +107,9 @@ def load_weights(
         )
     parts, D = stored_parts(config), config.head_dim
     kinds = {part.name: matrix_dtype or kept_kind(checkpoint, part.name) for part in parts}
-    weights = empty_weights(config, device=device, dtype=dtype, matrix_kinds=kinds, is_int8=is_int8)
+    weights = empty_weights(
+        config, device=device, dtype=dtype, matrix_kinds=kinds, int8_activations=int8_activations
+    )
     total, done = sum(part_of(weights, part).nbytes for part in parts), 0
     for part in parts:
         target = part_of(weights, part)
@@ -167,7 +169,7 @@ def empty_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     matrix_kinds: Mapping[str, torch.dtype | str] | None = None,
-    is_int8: bool = False,
+    int8_activations: bool = False,
 ) -> LlamaWeights:
     """Memory for a model in one piece; its values are undefined.
 
@@ -192,7 +194,7 @@ def empty_weights(
             for (shape, kind), tiles in zip(pieces, taken, strict=True)
             if isinstance(kind, str)
         ]
-        return make_blocks(parts, is_int8) if parts else taken[0] if taken else None
+        return make_blocks(parts, int8_activations) if parts else taken[0] if taken else None
 
     def take_layer(layer: int) -> LayerWeights:
         values: dict[str, Any] = {name: take(layer, name) for name in LayerWeights._fields}
