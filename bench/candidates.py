@@ -20,7 +20,13 @@ from typing import NamedTuple
 import torch
 
 from bench.cases import Case, Setting
-from bench.kernel_cases import MATRICES, attention_decode_cases, attention_prefill_cases
+from bench.kernel_cases import (
+    Matrix,
+    attention_decode_cases,
+    attention_prefill_cases,
+    matrices,
+    matrix_cases,
+)
 from bench.timing import Spread
 from kernels.gpu.launch_table import (
     DECODE,
@@ -31,8 +37,6 @@ from kernels.gpu.launch_table import (
     PrefillLaunch,
     fit,
     head_class,
-    matrix_class,
-    qkv_class,
 )
 from kernels.weight import FULL, INT8
 from models.config import LlamaConfig
@@ -72,24 +76,16 @@ class ShapeClass(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A kernel of a model: `kind` is a name of `MATRICES`, or that of an attention kernel."""
+    """A kernel of a model: `kind` is a name of `matrices`, or that of an attention kernel."""
 
     model: str
     kind: str
     config: LlamaConfig
 
     @property
-    def matrix(self) -> tuple[str, int, int] | None:
-        """The operation and its outputs and inputs, N and K; None for attention."""
-        config = self.config
-        c, f, d = config.hidden_size, config.ffn_size, config.head_dim
-        return {
-            "qkv": ("norm_qkv_rope_append", (config.num_heads + 2 * config.num_kv_heads) * d, c),
-            "attn_out": ("linear_residual", c, config.num_heads * d),
-            "gated_mlp": ("norm_gated_mlp", f, c),
-            "down": ("linear_residual", c, f),
-            "lm_head": ("norm_lm_head", config.vocab_size, c),
-        }.get(self.kind)
+    def matrix(self) -> Matrix | None:
+        """None for attention."""
+        return matrices(self.config).get(self.kind)
 
     @property
     def sizes(self) -> tuple[object, ...]:
@@ -103,13 +99,9 @@ class Problem(NamedTuple):
     @property
     def shape_class(self) -> ShapeClass:
         """The row of the launch table by which the kernel is launched."""
-        config = self.config
         if self.matrix is None:
-            return ShapeClass(self.kind, head_class(config.head_dim, DTYPE))
-        operation, n, k = self.matrix
-        if self.kind == "qkv":
-            return ShapeClass(operation, qkv_class(config.head_dim, n, config.has_qk_norm))
-        return ShapeClass(operation, matrix_class(operation, n, k))
+            return ShapeClass(self.kind, head_class(self.config.head_dim, DTYPE))
+        return ShapeClass(self.matrix.operation, self.matrix.size)
 
 
 def shape_classes(
@@ -119,7 +111,7 @@ def shape_classes(
     found: dict[ShapeClass, list[Problem]] = {}
     seen = set()
     for model, config in configs.items():
-        for kind in (*MATRICES, "attention_decode", "attention_prefill"):
+        for kind in (*matrices(config), "attention_decode", "attention_prefill"):
             problem = Problem(model, kind, config)
             key = (problem.shape_class, problem.sizes)
             if problem.shape_class.operation in operations and key not in seen:
@@ -137,9 +129,8 @@ def case_groups(problem: Problem, setting: Setting) -> Iterator[dict[str, Case]]
         for one, eight in zip(cases, cases, strict=True):
             yield {"one": one, "eight": eight}
     else:
-        build = MATRICES[problem.kind]
-        one, eight = build(setting, (1, 8), FULL)
-        (int8,) = build(setting, (1,), INT8)
+        one, eight = matrix_cases(setting, problem.kind, (1, 8), FULL)
+        (int8,) = matrix_cases(setting, problem.kind, (1,), INT8)
         yield {"one": one, "eight": eight, "int8": int8}
 
 

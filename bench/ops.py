@@ -49,10 +49,10 @@ HIDDEN = ("operation", "detail", "is_right")  # of a row: its name has them
 
 def all_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
     """In the order of a pass, then what a prompt runs."""
-    for cases in kernel_cases.MATRICES.values():
+    for kind in kernel_cases.matrices(setting.config):
         for precision in (FULL, INT8):
-            yield from cases(setting, rows, precision)
-        if cases is kernel_cases.qkv_cases:
+            yield from kernel_cases.matrix_cases(setting, kind, rows, precision)
+        if kind == "qkv":
             yield from kernel_cases.attention_decode_cases(setting, rows)
     yield from kernel_cases.sample_cases(setting, rows)
     yield from kernel_cases.round_cases(setting, rows)

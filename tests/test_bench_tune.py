@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ def test_classes_are_those_by_which_kernels_are_launched():
         if problem.kind.startswith("attention_"):
             assert cls.name in (DECODE if cls.operation == "attention_decode" else PREFILL)[90]
             continue
-        case = next(kernel_cases.MATRICES[problem.kind](setting, [1], 16))
+        case = next(kernel_cases.matrix_cases(setting, problem.kind, [1], 16))
         (weight,) = (w for arg in case.sets[0] if isinstance(w := getattr(arg, "qkv", arg), Weight))
         n, k = weight.shape
         n //= 2 if cls.operation == "norm_gated_mlp" else 1
@@ -190,7 +191,7 @@ class Faulty:
     """The gated MLP, whose launch says how it fails."""
 
     def __init__(self):
-        self.right = kernel_cases.norm_gated_mlp
+        self.right = kernel_cases.TRITON.norm_gated_mlp
         self.calls = 0
 
     def __call__(self, *args, launch):
@@ -203,7 +204,8 @@ class Faulty:
 
 def test_what_cannot_run_or_is_wrong_is_discarded_and_not_timed(monkeypatch, device, capsys):
     faulty = Faulty()
-    monkeypatch.setattr(kernel_cases, "norm_gated_mlp", faulty)
+    broken = replace(kernel_cases.TRITON, norm_gated_mlp=faulty)
+    monkeypatch.setattr(kernel_cases, "TRITON", broken)
     timed = []
 
     def made_up_times(calls, repeats):
