@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.cases import Case, Setting, changed, weight_bytes
+from bench.cases import Case, Setting
 from engine.params import MAX_END_IDS
 from engine.round_buffers import MAX_WIDTH
 from kernels.gpu.launch import NUM_COUNTERS, capability_of
@@ -33,43 +33,31 @@ REFERENCE_ROWS = 256  # of a prompt at a time: all scores of 4096 tokens take gi
 NUM_ANCHORS, NUM_PLANS, MIN_RATIO = 128, 8, 1.5
 # temperature, top_k, top_p, min_p
 SAMPLING = {"greedy": (0.0, 0, 1.0, 0.0), "filtered": (0.8, 50, 0.95, 0.05)}
-I32, I64, F32 = torch.int32, torch.int64, torch.float32
+I32, F32 = torch.int32, torch.float32
 
 
-class Matrix(NamedTuple):
-    """A weight of a model: its operation makes `n` outputs, of gate and up each, from `k` inputs.
-
-    size: its class in the launch table.
-    """
+class ShapeClass(NamedTuple):
+    """A row of the launch table: the kernel's name and the class of its weight or heads."""
 
     operation: str
-    n: int
-    k: int
-    size: str
+    name: str
 
 
-def matrices(config: LlamaConfig) -> dict[str, Matrix]:
-    """The weights of a layer in the order of a pass, then the LM head."""
+def matrices(config: LlamaConfig) -> dict[str, tuple[ShapeClass, int, int]]:
+    """The weights of a layer and the LM head: class, N outputs (of gate and up each), K inputs."""
     c, f, d = config.hidden_size, config.ffn_size, config.head_dim
-    qkv = ("norm_qkv_rope_append", (config.num_heads + 2 * config.num_kv_heads) * d, c)
+    qkv, num_out = "norm_qkv_rope_append", (config.num_heads + 2 * config.num_kv_heads) * d
     others = {
         "attn_out": ("linear_residual", c, config.num_heads * d),
         "gated_mlp": ("norm_gated_mlp", f, c),
         "down": ("linear_residual", c, f),
         "lm_head": ("norm_lm_head", config.vocab_size, c),
     }
-    found = {"qkv": Matrix(*qkv, qkv_class(d, qkv[1], config.has_qk_norm))}
-    return found | {kind: Matrix(*of, matrix_class(*of)) for kind, of in others.items()}
-
-
-def weight_sets(setting: Setting, n: int, k: int, precision: int) -> list[Weight]:
-    """The same weight [N, K] as often as a timing needs it, what is read in memory of its own."""
-    copies = range(1, setting.copies(weight_bytes(n, k, precision, setting.dtype)))
-    first = Weight(Dense(setting.randn(n, k, scale=k**-0.5)))
-    if precision == FULL:
-        return [first, *(changed(first, torch.clone) for _ in copies)]
-    first = quantise(first)
-    return [first, *(first._replace(draft=changed(first.draft, torch.clone)) for _ in copies)]
+    size = qkv_class(d, num_out, config.has_qk_norm)
+    found = {"qkv": (ShapeClass(qkv, size), num_out, c)}
+    for kind, (operation, n, k) in others.items():
+        found[kind] = (ShapeClass(operation, matrix_class(operation, n, k)), n, k)
+    return found
 
 
 def matrix_cases(
@@ -77,15 +65,18 @@ def matrix_cases(
 ) -> Iterator[Case]:
     """The kernel of one of the `matrices`, which is in full precision or in 8 bits."""
     dtype, is_int8 = setting.dtype, precision == INT8
-    operation, n, k, size = matrices(setting.config)[kind]
-    row = MATRIX[capability_of(setting.device)][operation, size]
+    shape_class, n, k = matrices(setting.config)[kind]
+    operation, row = shape_class.operation, MATRIX[capability_of(setting.device)][shape_class]
     num_factors = 2 if operation == "norm_gated_mlp" else 1
-    weights = weight_sets(setting, num_factors * n, k, precision)
+    weight = Weight(Dense(setting.randn(num_factors * n, k, scale=k**-0.5)))
+    weight = quantise(weight) if is_int8 else weight
+    read: Any = weight.draft or weight.own
+    copies = setting.copies(read, read.nbytes)
+    weights = [Weight(weight.own, copy) if is_int8 else Weight(copy) for copy in copies]
     is_normed = operation != "linear_residual"
     # All ones where activations are x itself.
     norm = setting.randn(k) if is_normed else setting.full([k], 1, dtype)
     factors = _layers(setting, norm, weights) if kind == "qkv" else weights
-    read = weight_bytes(num_factors * n, k, precision, dtype)
     # A residual is read and written, logits are float32.
     output = {"linear_residual": 2 * dtype.itemsize, "norm_lm_head": 4}
     moved = k * dtype.itemsize + n * output.get(operation, dtype.itemsize)
@@ -99,7 +90,7 @@ def matrix_cases(
             kernel=getattr(TRITON, operation),
             reference=getattr(TORCH, operation),
             sets=_matrix_sets(setting, operation, x, norm, factors, setting.precisions(precision)),
-            num_bytes=read + num_rows * moved,
+            num_bytes=read.nbytes + num_rows * moved,
             num_operations=2 * num_rows * num_factors * n * k,
             written={"norm_qkv_rope_append": (5,), "linear_residual": (2, 5)}.get(operation, ()),
             activations=rounded if is_int8 else None,
@@ -115,8 +106,8 @@ def _layers(setting: Setting, norm: torch.Tensor, weights: Sequence[Weight]) -> 
     bias = setting.randn(weights[0].shape[0]) if config.has_qkv_bias else None
     q_norm, k_norm = (setting.randn(d) if config.has_qk_norm else None for _ in "qk")
     none = Weight(Dense(norm[:0, None]))
-    rest = (none, norm[:0], none, none)
-    return [LayerWeights(norm, weight, bias, q_norm, k_norm, *rest) for weight in weights]
+    rest = (bias, q_norm, k_norm, none, norm[:0], none, none)
+    return [LayerWeights(norm, weight, *rest) for weight in weights]
 
 
 def _matrix_sets(
@@ -141,16 +132,16 @@ def _matrix_sets(
     return [(x, norm, config.norm_eps, weight, precisions, sublayer) for weight in factors]
 
 
-def _attention_cases(
-    setting: Setting, context: int, rows: Sequence[int], **others: Any
+def attention_cases(
+    setting: Setting, operation: str, context: int, rows: Sequence[int]
 ) -> Iterator[Case]:
     """The last rows of `context` tokens look back; one set for each pair of K and V."""
+    is_prefill = operation == "attention_prefill"
     config, dtype = setting.config, setting.dtype
     heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
     read = 2 * kv_heads * context * d * dtype.itemsize
     sizes = (1, kv_heads, max(setting.num_positions, context), d)
-    first = LayerCache(*(setting.randn(*sizes) for _ in "kv"))
-    caches = [first, *(changed(first, torch.clone) for _ in range(1, setting.copies(read)))]
+    caches = setting.copies(LayerCache(*(setting.randn(*sizes) for _ in "kv")), read)
     precisions, counters = setting.precisions(FULL), setting.full([NUM_COUNTERS], 0, I32)
     for num_rows in rows:
         q, where = setting.randn(num_rows, heads, d), setting.rows(num_rows, context - num_rows)
@@ -165,7 +156,10 @@ def _attention_cases(
             is_causal=num_rows == context, enable_gqa=heads != kv_heads,
         )  # fmt: skip
         yield Case(
+            operation=operation,
+            detail="" if is_prefill else f"context {context}",
             rows=num_rows,
+            kernel=(TRITON_PREFILL if is_prefill else TRITON).attention,
             reference=attention_in_pieces,
             sets=[(q, cache, where, precisions, 0, counters) for cache in caches],
             num_bytes=read + 2 * num_rows * heads * d * dtype.itemsize,
@@ -174,7 +168,6 @@ def _attention_cases(
             library=[
                 partial(library, key=k[:, :, :context], value=v[:, :, :context]) for k, v in caches
             ],
-            **others,
         )
 
 
@@ -189,24 +182,6 @@ def attention_in_pieces(
         some = rows._replace(positions=positions, num_tokens=num_tokens)
         pieces.append(TORCH.attention(part, cache, some, *others))
     return torch.cat(pieces)
-
-
-def attention_decode_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
-    """Decode attention at every context length."""
-    for context in setting.contexts:
-        yield from _attention_cases(
-            setting, context, rows, operation="attention_decode", detail=f"context {context}",
-            kernel=TRITON.attention,
-        )  # fmt: skip
-
-
-def attention_prefill_cases(setting: Setting) -> Iterator[Case]:
-    """Attention of whole prompts."""
-    for length in setting.prompts:
-        yield from _attention_cases(
-            setting, length, [length], operation="attention_prefill", detail="",
-            kernel=TRITON_PREFILL.attention,
-        )  # fmt: skip
 
 
 def sample_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
@@ -224,16 +199,10 @@ def sample_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
             yield round_case("sample", num_rows, num_bytes, logits, position, params, detail=detail)
 
 
-def round_case(
-    operation: str, rows: int, num_bytes: int, *args: object, detail: str = "",
-    written: tuple[int, ...] = (),
-) -> Case:  # fmt: skip
+def round_case(operation: str, rows: int, num_bytes: int, *args: object, **others: Any) -> Case:
     """A case of a kernel whose results must be equal."""
     kernel, reference = getattr(TRITON, operation), getattr(TORCH, operation)
-    return Case(
-        operation, detail, rows, kernel, reference, [args], num_bytes, written=written,
-        is_exact=True,
-    )  # fmt: skip
+    return Case(operation, rows, kernel, reference, [args], num_bytes, is_exact=True, **others)
 
 
 def round_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
@@ -302,11 +271,10 @@ def router_cases(setting: Setting) -> Iterator[Case]:
     norm = setting.randn(channels)
     for length in setting.prompts:
         states = setting.randn(length, channels)
-        num_bytes = length * channels * setting.dtype.itemsize
-        sets = [(states.clone(), norm, eps) for _ in range(setting.copies(num_bytes))]
+        sets = [(copy, norm, eps) for copy in setting.copies(states, states.nbytes)]
         yield Case(
-            "pool_states", "", length, TRITON.pool_states, TORCH.pool_states, sets,
-            num_bytes=num_bytes, num_operations=4 * length * channels,
+            "pool_states", length, TRITON.pool_states, TORCH.pool_states, sets,
+            states.nbytes, num_operations=4 * states.numel(),
         )  # fmt: skip
     anchors = torch.nn.functional.normalize(setting.randn(NUM_ANCHORS, channels, dtype=F32))
     total = 100 * anchors[NUM_ANCHORS // 3] + setting.randn(channels, dtype=F32)
@@ -318,12 +286,11 @@ def router_cases(setting: Setting) -> Iterator[Case]:
         MIN_RATIO,
         setting.full([1, width], 255, torch.uint8),
     )
-    num_bytes = 4 * NUM_ANCHORS * channels
-    copies = range(setting.copies(num_bytes))
+    copies = setting.copies(anchors, anchors.nbytes)
     yield Case(
-        "nearest_anchor", f"of {NUM_ANCHORS}", 1, _columns(TRITON.nearest_anchor),
-        _columns(TORCH.nearest_anchor), [(total[None], anchors.clone(), *others) for _ in copies],
-        num_bytes=num_bytes, num_operations=2 * NUM_ANCHORS * channels, written=(6,),
+        "nearest_anchor", 1, _columns(TRITON.nearest_anchor), _columns(TORCH.nearest_anchor),
+        [(total[None], copy, *others) for copy in copies], anchors.nbytes,
+        detail=f"of {NUM_ANCHORS}", num_operations=2 * anchors.numel(), written=(6,),
     )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bench import kernel_cases, ops, timing
-from bench.cases import Case, Setting, activation_error, changed, check, weight_bytes
-from bench.kernel_cases import matrix_cases
+from bench.cases import Case, Setting, activation_error, changed, check
+from bench.kernel_cases import attention_cases, matrix_cases
 from bench.shapes import SHAPES
 from bench.timing import Spread
 from models.plan import FULL, INT8
@@ -178,7 +178,7 @@ def test_error_of_activations_in_8_bits():
 def test_operands_of_a_timing_are_in_memory_of_their_own(device):
     """Together they are larger than twice the cache, with as many bytes as a case says."""
     config = ops.INTERPRETED
-    num_bytes = weight_bytes(config.vocab_size, config.hidden_size, FULL, torch.float32)
+    num_bytes = config.vocab_size * config.hidden_size * torch.float32.itemsize
     setting = small(device, l2_bytes=num_bytes)
     (case,) = matrix_cases(setting, "lm_head", [1], FULL)
     weights = [args[3] for args in case.sets]
@@ -189,7 +189,8 @@ def test_operands_of_a_timing_are_in_memory_of_their_own(device):
     assert len({weight.draft.codes.data_ptr() for weight in weights}) == len(weights) == 8
     assert len({weight.own.values.data_ptr() for weight in weights}) == 1
     assert int8.num_bytes < case.num_bytes / 2
-    for attention in kernel_cases.attention_decode_cases(small(device, l2_bytes=40_000), [1, 2]):
+    setting = small(device, l2_bytes=40_000)
+    for attention in attention_cases(setting, "attention_decode", 20, [1, 2]):
         assert len({args[1].k.data_ptr() for args in attention.sets}) == len(attention.sets) > 2
 
 
@@ -201,18 +202,18 @@ def test_bytes_and_operations_of_llama_2_7b():
     assert qkv.num_operations == 2 * 12288 * 4096
     (mlp,) = matrix_cases(setting, "gated_mlp", [8], INT8)
     assert mlp.num_bytes == 22016 * 4096 + 4 * 22016 + 8 * 2 * (4096 + 11008)
-    decode = next(kernel_cases.attention_decode_cases(setting, [1]))
+    decode = next(attention_cases(setting, "attention_decode", 256, [1]))
     assert decode.num_bytes == 2 * 2 * 256 * 4096 + 2 * 2 * 4096
     assert decode.num_operations == 4 * 256 * 4096
-    prefill = next(kernel_cases.attention_prefill_cases(setting))
+    prefill = next(attention_cases(setting, "attention_prefill", 512, [512]))
     assert prefill.num_operations == 4 * 4096 * (512 * 513 // 2)
 
 
 def test_library_attention_is_the_same_attention(device):
     """What the kernels are compared with must not be cheaper work."""
     setting = small(device)
-    decode = kernel_cases.attention_decode_cases(setting, [1, 5])
-    for case in (*decode, *kernel_cases.attention_prefill_cases(setting)):
+    decode = attention_cases(setting, "attention_decode", 20, [1, 5])
+    for case in (*decode, *attention_cases(setting, "attention_prefill", 30, [30])):
         (library,) = case.library
         rows = library()[0].transpose(0, 1).reshape(case.rows, -1)
         torch.testing.assert_close(rows, case.reference(*case.sets[0]), atol=1e-5, rtol=1e-4)
