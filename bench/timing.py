@@ -9,7 +9,7 @@ adds, some microseconds, is lost in milliseconds.
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple, TypeVar
@@ -70,7 +70,7 @@ def alternate(
     return {name: spread(values) for name, values in rates.items()}
 
 
-def cache_bytes(device: torch.device | None = None) -> int:
+def cache_bytes(device: torch.device) -> int:
     """Of the L2 cache."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
@@ -183,14 +183,8 @@ def read_bandwidth(device: torch.device, num_bytes: int = 4 << 30) -> Spread:
         return per_second(num_bytes, graph_times([data.sum]))
     num_bytes = min(num_bytes, 1 << 29)
     data = torch.ones(num_bytes // 4)
-    seconds = [_seconds(data.sum) for _ in range(8)][1:]  # the first finds cold caches
+    seconds = timeit.repeat(data.sum, number=1, repeat=8)[1:]  # the first finds cold caches
     return per_second(num_bytes, spread(seconds).times(1e6))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def matmul_rate(size: int = 8192) -> Spread:
