@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -32,6 +33,7 @@ from bench.shapes import (
     check_memory,
     choose_contexts,
     free_bytes,
+    matrix_elements,
     prefill_flops,
     weight_bytes,
     with_positions,
@@ -43,16 +45,16 @@ from bench.subjects import (
     Subject,
     check,
     device_timer,
-    make_models,
     make_subject,
     nothing,
+    random_model,
     take_turns,
 )
 from bench.timing import Ceilings, Spread, gpu_ceilings, spread
-from engine.loading import choose_dtype, choose_ops
+from engine.loading import choose_dtype
 from engine.prefill import prefill
 from models.config import LlamaConfig
-from models.quantise import int8_bytes
+from models.quantise import int8_bytes, with_int8
 
 CONTEXTS = [256, 4096, 32768]
 MIN_CONTEXT = 64  # room for the widest pass, and a past before it
@@ -115,10 +117,7 @@ def measure_prefill(subject: Subject, repeats: int, ceiling: float) -> dict[str,
     found = {}
     for count in (n for n in PREFILLS if n <= len(subject.token_ids)):
         tokens = subject.token_ids[:count]
-
-        def run(tokens: Sequence[int] = tokens) -> None:
-            prefill(subject.model, subject.cache, 0, tokens, 0)
-
+        run = partial(prefill, subject.model, subject.cache, 0, tokens, 0)
         seconds = spread(timer(nothing, run, repeats))
         rate = prefill_flops(subject.model.config, count) / seconds.median
         found[str(count)] = {
@@ -160,16 +159,18 @@ def measure_shape(
     Raises ValueError where it does not fit, and CheckError where the passes are wrong.
     """
     dtype, published = choose_dtype("auto", device), config.max_positions
-    check_memory(name, config, device, dtype)
-    config = with_positions(config, choose_contexts(config, contexts, dtype, free_bytes(device))[0])
+    size, free = weight_bytes(config, dtype) + sum(matrix_elements(config)), free_bytes(device)
+    check_memory(name, size, free, " with int8 copies of its weights")
+    config = with_positions(config, choose_contexts(config, contexts, dtype, free)[0])
     ceilings = gpu_ceilings()
     print(ceilings)
     with torch.inference_mode():
-        models = make_models(config, choose_ops(device, dtype), device, dtype)
+        model = random_model(config, config.max_positions, device)
+        int8_model = with_int8(model)
         torch.cuda.empty_cache()
         room = free_bytes(device) - MARGIN
         allowed, left_out = choose_contexts(config, contexts, dtype, room)
-        subject = make_subject(*models, allowed[-1])
+        subject = make_subject(model, int8_model, allowed[-1])
         result = describe(name, subject) | {"left_out": left_out}
         result["ceilings"] = {key: value.median for key, value in ceilings._asdict().items()}
         result["published_positions"] = published

@@ -27,17 +27,17 @@ from bench.shapes import kv_bytes, random_tokens, skip_plan, textless
 from engine.controller import PLAIN, Choice
 from engine.graphs import run_eagerly
 from engine.kv_cache import KVCache, make_kv_cache
+from engine.loading import choose_dtype, choose_ops
 from engine.params import SamplingParams
 from engine.passes import Passes, Runner
 from engine.round import run_round
 from engine.round_buffers import MAX_WIDTH, RoundRow
 from engine.sequence import RunningSequence
 from engine.stream import TextStream
-from kernels.ops import Ops
 from models.config import LlamaConfig
 from models.llama import Llama, make_llama
 from models.plan import FULL, INT8, MAX_DRAFT, SKIP, DraftPlan
-from models.quantise import int8_bytes, with_int8
+from models.quantise import int8_bytes
 from models.weights import random_weights, sublayer_bytes
 
 SKIPPED = (0.0, 0.25, 0.5, 0.75)  # shares of the weight bytes that draft steps leave out
@@ -102,13 +102,11 @@ class Subject:
             part.normal_()
 
 
-def make_models(
-    config: LlamaConfig, ops: tuple[Ops, Ops], device: torch.device, dtype: torch.dtype
-) -> tuple[Llama, Llama]:
-    """A model of random weights for all its positions, and the same with int8 forms."""
+def random_model(config: LlamaConfig, num_positions: int, device: torch.device) -> Llama:
+    """A model of random weights, in the dtype and with the operations of the engine there."""
+    dtype = choose_dtype("auto", device)
     weights = random_weights(config, seed=0, device=device, dtype=dtype)
-    model = make_llama(config, weights, config.max_positions, *ops)
-    return model, with_int8(model)
+    return make_llama(config, weights, num_positions, *choose_ops(device, dtype))
 
 
 def make_subject(
@@ -306,7 +304,7 @@ def verify_all(subject: Subject, passes: Passes, context: int, width: int) -> li
     for i in range(0, MAX_WIDTH, width):
         stage(passes, subject.token_ids[i : i + width], first + i)
         logits.append(_copy(passes.verify(1, width).logits[0, :width]))
-    return [torch.cat(logits), *written(passes, first, context)]
+    return [torch.cat(logits), *map(_copy, parts_of(passes.cache, first, context))]
 
 
 def draft_all(
@@ -320,22 +318,20 @@ def draft_all(
     passes.set_plan(0, plan)
     for _ in range(count):
         passes.draft_step(1)
-    keys, values, _ = written(passes, first, first + count)
-    return [_copy(passes.buffers.token_ids[0, : count + 1]), keys, values]
+    keys, values, _ = parts_of(passes.cache, first, first + count)
+    return [_copy(part) for part in (passes.buffers.token_ids[0, : count + 1], keys, values)]
 
 
 def poison(passes: Passes, first: int) -> None:
     """NaN from position `first` of the cache on."""
-    k, v, states = passes.cache
-    for part in (k[:, 0, :, first:], v[:, 0, :, first:], states[0, first:]):
+    for part in parts_of(passes.cache, first, None):
         part.fill_(float("nan"))
 
 
-def written(passes: Passes, first: int, end: int) -> list[torch.Tensor]:
-    """Copies of the keys, values and states at positions `first` to `end` - 1."""
-    k, v, states = passes.cache
-    parts = (k[:, 0, :, first:end], v[:, 0, :, first:end], states[0, first:end])
-    return [_copy(part) for part in parts]
+def parts_of(cache: KVCache, first: int, end: int | None) -> list[torch.Tensor]:
+    """The keys, values and states at positions `first` to `end` - 1."""
+    k, v, states = cache
+    return [k[:, 0, :, first:end], v[:, 0, :, first:end], states[0, first:end]]
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -346,9 +342,6 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def _same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], skips: bool = False) -> bool:
     """Whether all tensors have the same bits, and no NaN unless sub-layers were skipped."""
     is_written = skips or not any(x.is_floating_point() and x.isnan().any() for x in a)
-    return is_written and all(_equal_bits(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """torch.equal, but for NaN being equal to itself."""
-    return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    # As bytes a NaN is equal to itself.
+    pairs = ((x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
+    return is_written and all(torch.equal(x, y) for x, y in pairs)
