@@ -1,4 +1,4 @@
-"""Arms of the routing benchmark: how each answers, how they are timed, and the order of a stream.
+"""Arms of benchmarks on prompts: how each answers, how they are timed, the order of a stream.
 
 Answers are greedy; a run's time goes from its first token to its last, so neither prefill nor the
 router counts. Nothing of a request but its keys and values outlives it, and every prompt is read
@@ -10,19 +10,20 @@ does not matter.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
-from bench.decode import Run, answer, rate, read_afresh, speed_up
 from bench.timing import rotated
 from engine import LLM, SamplingParams
 from engine.params import Speculative
 from engine.routing import plans_beside
+from engine.types import RequestStats
 from models.plan import OFF, DraftPlan
-from router.feature import as_feature
 from router.library import RouterLibrary
 
 SINGLE = ("off", "ngram", "int8", "best-skip", "fixed-skip")  # arms with one plan for all prompts
@@ -36,6 +37,17 @@ class Arm:
 
     speculative: Speculative
     library: RouterLibrary | None = None
+
+
+class Answer(NamedTuple):
+    """One answer: the seconds from its first token to its last, and what the engine counted."""
+
+    token_ids: tuple[int, ...]
+    seconds: float
+    stats: RequestStats
+
+
+Run = Sequence[Answer]  # of one arm to one prompt
 
 
 @dataclass(frozen=True)
@@ -63,15 +75,79 @@ class Experiment:
 class Measured:
     """One prompt: its runs by the name of the arm or column, and what the router decided.
 
-    Names that mean the same way to decode share a run. feature: [C], the router's view of it.
+    Names that mean the same way to decode share a run. routed: of a request before them. feature:
+    [C], the router's view of the prompt.
     """
 
-    domain: str
+    prompt: Prompt
     runs: Mapping[str, Run]
-    nearest_domain: str
-    is_rejected: bool
-    router_microseconds: Sequence[float]
+    routed: RequestStats
     feature: torch.Tensor
+
+
+def answer(
+    llm: LLM, token_ids: Sequence[int], arm: Arm, new_tokens: int, ignore_eos: bool = False
+) -> Answer:
+    """Answer once, greedily."""
+    llm.use_library(arm.library)
+    params = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=ignore_eos, speculative=arm.speculative
+    )
+    made, times = [], []
+    stream = llm.stream(token_ids, params)
+    for event in stream:
+        times.append(time.perf_counter())
+        made.append(event.token_id)
+    return Answer(tuple(made), times[-1] - times[0], stream.stats)
+
+
+def read_afresh(llm: LLM, token_ids: Sequence[int]) -> None:
+    """Leave the prompt in the cache, read whole and in one go whatever was there before; not timed.
+
+    On a GPU the bits of a prefill depend on its number of rows, and in a near-tie so does the
+    answer. After this every answer finds all tokens but the last, with the same bits. The engine
+    must have a single slot.
+    """
+    other = (token_ids[0] + 1) % llm.model.config.vocab_size
+    answer(llm, [other], Arm("off"), 1)  # the slot shares nothing with the prompt any more
+    answer(llm, token_ids, Arm("off"), 1)
+
+
+def take_turns(
+    llm: LLM, token_ids: Sequence[int], arms: Mapping[str, Arm], new_tokens: int, turns: range
+) -> dict[str, Run]:
+    """Answers of every arm in every turn, each turn from another arm on."""
+    runs: dict[str, list[Answer]] = {name: [] for name in arms}
+    for turn in turns:
+        for name in rotated(list(arms), turn):
+            runs[name].append(answer(llm, token_ids, arms[name], new_tokens))
+    return dict(runs)
+
+
+def num_timed(runs: Iterable[Run]) -> int:
+    """Tokens that took time: all but each answer's first."""
+    return sum(len(run[0].token_ids) - 1 for run in runs)
+
+
+def median_seconds(run: Run) -> float:
+    return median(answer.seconds for answer in run)
+
+
+def rate(runs: Sequence[Run]) -> float:
+    """Tokens per second over several prompts: all tokens after the first over all medians."""
+    return num_timed(runs) / sum(map(median_seconds, runs))
+
+
+def is_same(runs: Iterable[Run]) -> bool:
+    """Whether all answers to one prompt have the same tokens."""
+    return len({answer.token_ids for run in runs for answer in run}) == 1
+
+
+def speed_up(plain: Sequence[Run], arm: Sequence[Run]) -> float | None:
+    """Ratio of the seconds that the same tokens took; None where tokens differ."""
+    if not all(map(is_same, zip(plain, arm, strict=True))):
+        return None
+    return sum(map(median_seconds, plain)) / sum(map(median_seconds, arm))
 
 
 def make_stream(domains: Sequence[str], mix: float, seed: int) -> list[int]:
@@ -164,39 +240,27 @@ def measure_prompt(
     llm: LLM, prompt: Prompt, experiment: Experiment, index: int, new_tokens: int, repeats: int
 ) -> Measured:
     """Every arm and column on the prompt `index`, by turns, each time from another one on."""
-    llm.use_library(experiment.library)
+    feature = llm.feature(prompt.token_ids)
     read_afresh(llm, prompt.token_ids)
-    params = SamplingParams(
-        temperature=0, max_tokens=1, speculative=experiment.arms["knn"].speculative
-    )
-    first = llm.generate([prompt.token_ids], params)[0]
-    route, chosen = first.stats, first.route
-    assert chosen is not None
-    arms, same = arms_of_prompt(experiment, experiment.drawn[index], route.plan, route.is_rejected)
-    runs = {name: Run() for name in arms}
-    microseconds = [route.router_microseconds]
-    for repeat in range(repeats):
-        for name in rotated(list(arms), index * repeats + repeat):
-            llm.use_library(arms[name].library)
-            stats = answer(llm, prompt.token_ids, arms[name].speculative, new_tokens, runs[name])
-            if name == "knn":
-                microseconds.append(stats.router_microseconds)
+    routed = answer(llm, prompt.token_ids, experiment.arms["knn"], 1).stats
+    arms, same = arms_of_prompt(experiment, experiment.drawn[index], routed)
+    turns = range(index * repeats, (index + 1) * repeats)
+    runs = take_turns(llm, prompt.token_ids, arms, new_tokens, turns)
     runs |= {name: runs[other] for name, other in same.items()}
-    feature = as_feature(chosen.state_sum).cpu()
-    return Measured(prompt.domain, runs, route.domain, route.is_rejected, microseconds, feature)
+    return Measured(prompt, runs, routed, feature)
 
 
 def arms_of_prompt(
-    experiment: Experiment, drawn: DraftPlan, routed: str, is_rejected: bool
+    experiment: Experiment, drawn: DraftPlan, routed: RequestStats
 ) -> tuple[dict[str, Arm], dict[str, str]]:
     """What to run on a prompt, and which names mean the same as another that is run.
 
-    routed: the plans in force that the router has picked. Off and n-grams alone are arms already.
+    routed: names the plans that the router has picked. Off and n-grams alone are arms already.
     """
     same: dict[str, str] = {}
     # Of a rejected prompt acceptance starts from other rates.
-    if routed in experiment.columns and not is_rejected:
-        same[routed] = "knn"
+    if routed.plan in experiment.columns and not routed.is_rejected:
+        same[routed.plan] = "knn"
     arms = dict(experiment.arms)
     arms |= {name: arm for name, arm in experiment.columns.items() if name not in same}
     name = in_force(experiment.library, drawn)
@@ -209,11 +273,10 @@ def arms_of_prompt(
 
 def warm_up(llm: LLM, experiment: Experiment) -> None:
     """Make what the plans need, int8 weights and costs, and run every arm once."""
-    prompt = Prompt("", tuple(llm.encode_chat([{"role": "user", "content": "Hello"}])))
+    token_ids = llm.encode_chat([{"role": "user", "content": "Hello"}])
     drawn = {p: Arm("auto", fixed_library(experiment.library, p)) for p in experiment.drawn}
     for arm in (*experiment.arms.values(), *experiment.columns.values(), *drawn.values()):
-        llm.use_library(arm.library)
-        answer(llm, prompt.token_ids, arm.speculative, 4, Run())
+        answer(llm, token_ids, arm, 4)
 
 
 def run_streams(
@@ -230,38 +293,28 @@ def run_streams(
     for all of them. Within a segment a prompt follows the one that it follows in its stream.
     """
     runs: dict[tuple[float, str], list[Run]] = {(mix, name): [] for mix in orders for name in arms}
-    turns = list(runs)
-    for start in range(0, max(map(len, orders.values())), segment):
-        for mix, name in turns:
-            llm.use_library(arms[name].library)
+    for turn, start in enumerate(range(0, len(prompts), segment)):
+        for mix, name in rotated(list(runs), turn):
             for i in orders[mix][start : start + segment]:
-                run = Run()
                 read_afresh(llm, prompts[i].token_ids)
-                answer(llm, prompts[i].token_ids, arms[name].speculative, new_tokens, run)
-                runs[mix, name].append(run)
-        turns = [*turns[1:], turns[0]]
+                runs[mix, name].append([answer(llm, prompts[i].token_ids, arms[name], new_tokens)])
     return runs
 
 
 def rate_of(measured: Sequence[Measured], name: str) -> float | None:
     """Tokens per second of an arm or column; None where its tokens differ or it was not run."""
-    if not measured or any(name not in m.runs for m in measured):
+    runs = [(m.runs["off"], m.runs[name]) for m in measured if name in m.runs]
+    if not runs or len(runs) < len(measured) or not all(map(is_same, runs)):
         return None
-    runs = [m.runs[name] for m in measured]
-    plain = [m.runs["off"] for m in measured]
-    return None if speed_up(plain, runs) is None else rate(runs)
+    return rate([run for _, run in runs])
 
 
-def oracle_rate(measured: Sequence[Measured]) -> float:
-    """Tokens per second with the fastest of each prompt's runs that is not a router's."""
-    best = [
-        min((r for n, r in m.runs.items() if n not in ROUTED), key=lambda r: median(r.seconds))
-        for m in measured
-    ]
-    return rate(best)
+def oracle_rate(measured: Sequence[Measured]) -> float | None:
+    """Tokens per second with the fastest of each prompt's runs that is not a router's.
 
-
-def is_identical(measured: Measured) -> bool:
-    """Whether all runs of a prompt made plain decoding's tokens, every time."""
-    plain = measured.runs["off"].token_ids
-    return all(r.is_repeatable and r.token_ids == plain for r in measured.runs.values())
+    None where any arm's tokens differ.
+    """
+    if not measured or not all(is_same(m.runs.values()) for m in measured):
+        return None
+    own = [[run for name, run in m.runs.items() if name not in ROUTED] for m in measured]
+    return rate([min(runs, key=median_seconds) for runs in own])

@@ -21,7 +21,7 @@ MIN_CALLS = 32  # in a graph: between two graphs there is a gap
 MIN_MILLISECONDS = 10.0  # between two events
 WARM_UP_REPLAYS = 3
 ANY = TypeVar("ANY")
-Run = Callable[[], tuple[list[int], float]]  # -> token ids, tokens per second
+Run = Callable[[], tuple[Sequence[int], float]]  # -> token ids, tokens per second
 
 
 class Spread(NamedTuple):
@@ -52,13 +52,13 @@ def rotated(values: Sequence[ANY], turn: int) -> list[ANY]:
     return [*values[start:], *values[:start]]
 
 
-def warm_up(runs: Mapping[str, Run], times: int = 1) -> dict[str, list[int]]:
+def warm_up(runs: Mapping[str, Run], times: int = 1) -> dict[str, Sequence[int]]:
     """Run each so many times before it is timed; return its tokens."""
     return {name: [run()[0] for _ in range(times)][-1] for name, run in runs.items()}
 
 
 def alternate(
-    runs: Mapping[str, Run], tokens: Mapping[str, list[int]], repeats: int
+    runs: Mapping[str, Run], tokens: Mapping[str, Sequence[int]], repeats: int
 ) -> dict[str, Spread]:
     """Tokens per second of runs that take turns and must make their `tokens` every time."""
     rates: dict[str, list[float]] = {name: [] for name in runs}

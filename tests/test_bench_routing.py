@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny import tiny_llm
 
-from bench.decode import Run
 from bench.plots import moving_rate, plot_anchors, plot_plans, plot_stream, project
 from bench.routing import (
     best_single,
@@ -22,6 +21,7 @@ from bench.routing import (
     summarise_streams,
 )
 from bench.streams import (
+    Answer,
     Measured,
     Prompt,
     arms_of_prompt,
@@ -34,6 +34,7 @@ from bench.streams import (
     run_streams,
     skip_library,
 )
+from engine.types import RequestStats
 from models.plan import NGRAM, OFF, DraftPlan
 from router.fingerprint import fingerprint
 from router.library import RouterLibrary
@@ -54,14 +55,23 @@ def library_of(plans=(OFF, NGRAM, INT8, MATH, MIX, SQL), chosen=(2, 1, 2), size=
     return RouterLibrary(mark, LAYERS, DOMAINS, tuple(plans), 2, anchors, ids, of)
 
 
-def run_of(seconds, token_ids=(1, 2, 3, 4, 5), rounds=2):
-    return Run(token_ids=tuple(token_ids), seconds=[seconds], rounds=rounds)
+STATS = RequestStats(5, 4, 5, 0.0, 0.0, 0.0, rounds=2, router_microseconds=300.0)
+
+
+def run_of(seconds, token_ids=(1, 2, 3, 4, 5)):
+    return [Answer(token_ids, seconds, STATS)]
 
 
 def row_of(domain, seconds, nearest=None, is_rejected=False):
     """A made-up prompt: `seconds` by name."""
     runs = {name: run_of(value) for name, value in seconds.items()}
-    return Measured(domain, runs, nearest or domain, is_rejected, [100.0, 300.0], torch.randn(8))
+    routed = replace(STATS, domain=nearest or domain, is_rejected=is_rejected,
+                     router_microseconds=100.0)  # fmt: skip
+    return Measured(Prompt(domain, ()), runs, routed, torch.randn(8))
+
+
+def routed_to(plan, is_rejected=False):
+    return replace(STATS, plan=plan, is_rejected=is_rejected)
 
 
 SECONDS = {"off": 4.0, "ngram": 3.0, "int8": 2.0, "best-skip": 4.0, "fixed-skip": 4.0,
@@ -151,11 +161,11 @@ def test_without_ngrams_a_routed_plan_is_the_arm_of_its_name():
 def test_names_that_mean_the_same_share_a_run():
     library = library_of()
     experiment = experiment_of(library)
-    arms, same = arms_of_prompt(experiment, INT8, "int8+ngram", False)
+    arms, same = arms_of_prompt(experiment, INT8, routed_to("int8+ngram"))
     assert same == {"int8+ngram": "knn", "random": "knn"} and "random" not in arms
-    arms, same = arms_of_prompt(experiment, OFF, "int8+ngram", True)
+    arms, same = arms_of_prompt(experiment, OFF, routed_to("int8+ngram", True))
     assert same == {"random": "off"} and "int8+ngram" in arms
-    arms, same = arms_of_prompt(experiment, SQL, "ngram", False)
+    arms, same = arms_of_prompt(experiment, SQL, routed_to("ngram"))
     assert not same
     assert arms["random"].library.plans[arms["random"].library.default_plan] == SQL
     fixed = fixed_library(library, SQL)
@@ -202,7 +212,7 @@ def test_summary_of_made_up_measurements(capsys):
 
 def test_no_figures_where_tokens_differ(capsys):
     experiment, some = experiment_of(), rows()
-    some[0].runs["knn"].token_ids = (1, 2, 3, 4, 6)
+    some[0].runs["knn"] = run_of(2.0, (1, 2, 3, 4, 6))
     result = summarise(some, experiment)
     assert not result["identical"]
     assert result["arms"]["knn"] is None and result["arms"]["int8"] is not None
@@ -236,7 +246,8 @@ def test_every_arm_answers_alike_on_a_tiny_model():
     assert summarise(measured, experiment)["identical"]
     for row in measured:
         assert row.runs.keys() >= {*experiment.arms, *experiment.columns, "random"}
-        assert len(row.runs["knn"].seconds) == 2 and len(row.router_microseconds) == 3
+        requests = [row.routed, *(answer.stats for answer in row.runs["knn"])]
+        assert len(requests) == 3 and all(stats.router_microseconds > 0 for stats in requests)
         assert row.feature.norm() == pytest.approx(1, abs=1e-5)
     orders = {0.0: [0, 1], 1.0: [1, 0]}
     arms = {name: experiment.arms[name] for name in ("knn", "int8")}
