@@ -21,11 +21,7 @@ from bench import report
 from bench.peers import engine_run
 from bench.timing import Run, alternate, warm_up
 
-LOOP = """
-print("ready", flush=True)
-while True:
-    pass
-"""
+LOOP = "print('ready', flush=True)\nwhile True: pass"
 ENGINE = """
 import sys
 from bench.peers import engine_run

@@ -26,10 +26,10 @@ import torch
 
 from bench import report
 from bench.peers import MAX_LENGTH, compare_model
-from bench.streams import Arm, Run, is_same, num_timed, rate, read_afresh, speed_up, take_turns
+from bench.streams import Arm, Run, answers, is_same, num_timed, rate, read_afresh
 from bench.timing import spread
 from engine import LLM, SamplingParams
-from engine.calibrate.prompts import read_prompts as read_folder
+from engine.calibrate.prompts import read_prompts
 from engine.loading import choose_dtype, choose_ops, load
 from engine.profile import profile_draft, profile_verify
 from models.plan import DraftPlan
@@ -38,17 +38,6 @@ from models.widen import WIDENINGS, widened_model
 DOMAINS = ("summarization", "math", "translation", "story_telling", "text_to_sql", "code", "chat")
 OWN_PROMPTS = Path(__file__).parent / "prompts"
 CPU_HIDDEN_SIZE = 1024  # a CPU reads wider models for minutes an answer
-
-
-def read_prompts(
-    folder: Path | None, domains: Sequence[str] | None, per_domain: int
-) -> dict[str, list[str]]:
-    """The first prompts of each domain, or of all there are, from a folder or from our own file.
-
-    Raises ValueError for what is no set of prompts, and for a domain without any.
-    """
-    found = read_folder(folder or OWN_PROMPTS, domains)
-    return {domain: prompts[:per_domain] for domain, prompts in found.items()}
 
 
 def make_arms(llm: LLM) -> dict[str, Arm]:
@@ -63,7 +52,7 @@ def measure_prompt(
     """Every arm on one prompt, by turns."""
     token_ids = llm.encode_chat([{"role": "user", "content": prompt}])
     read_afresh(llm, token_ids)
-    return take_turns(llm, token_ids, arms, new_tokens, range(repeats))
+    return answers(llm, token_ids, arms, new_tokens, range(repeats))
 
 
 def summarise(results: Sequence[Mapping[str, Run]]) -> dict[str, dict[str, Any]]:
@@ -72,28 +61,32 @@ def summarise(results: Sequence[Mapping[str, Run]]) -> dict[str, dict[str, Any]]
     arms = {}
     for arm in results[0]:
         runs = [result[arm] for result in results]
-        ratio, stats = speed_up(plain, runs), [run[-1].stats for run in runs]
+        is_identical = all(map(is_same, zip(plain, runs, strict=True)))
+        stats = [run[-1].stats for run in runs]
         drafted = sum(s.drafted for s in stats)
-        ratios = [speed_up([p], [r]) for p, r in zip(plain, runs, strict=True)]
         arms[arm] = {
             "tokens_per_second": round(rate(runs), 1),
-            "speedup": None if ratio is None else round(ratio, 3),
-            "prompts": None if ratio is None else spread([r for r in ratios if r is not None]),
+            "speedup": round(rate(runs) / rate(plain), 3) if is_identical else None,
+            "prompts": spread(ratios_to_plain(results, arm)) if is_identical else None,
             "acceptance": round(sum(s.accepted for s in stats) / drafted, 3) if drafted else None,
             "tokens_per_round": round(num_timed(runs) / max(1, sum(s.rounds for s in stats)), 2),
-            "identical": ratio is not None,
+            "identical": is_identical,
         }
     return arms
+
+
+def ratios_to_plain(results: Sequence[Mapping[str, Run]], arm: str) -> list[float]:
+    """The speed-up on each prompt, where the tokens are the same."""
+    return [rate([runs[arm]]) / rate([runs["off"]]) for runs in results]
 
 
 def measure_costs(llm: LLM, repeats: int) -> dict[str, Any]:
     """Passes in units of a one-row pass, of which `repeats` profiles are made now."""
     plan = DraftPlan.int8(llm.model.config.num_layers)
     profiles = [dict(profile_verify(llm.model)) for _ in range(repeats)]
-    drafts = spread([profile_draft(llm.model, plan) for _ in range(repeats)])
     measured = [rows for rows in profiles[0] if all(rows in p for p in profiles)]
     costs = {f"verify_{rows}_rows": spread([p[rows] for p in profiles]) for rows in measured}
-    costs["int8_draft"] = drafts
+    costs["int8_draft"] = spread([profile_draft(llm.model, plan) for _ in range(repeats)])
     print("costs in single-row passes: " + ", ".join(f"{k} {v}" for k, v in costs.items()))
     return {name: round(value.median, 3) for name, value in costs.items()}
 
@@ -126,13 +119,10 @@ def measure(
     if not result["identical"]:
         print("tokens differ: no mean is reported")
         return result
-    ratios = [speed_up([runs["off"]], [runs["auto"]]) for runs in everything]
     result |= {
-        "auto_speedup_mean": round(
-            fmean(found["auto"]["speedup"] for found in domains.values()), 3
-        ),
+        "auto_speedup_mean": round(fmean(d["auto"]["speedup"] for d in domains.values()), 3),
         "auto_speedup_total": summarise(everything)["auto"]["speedup"],
-        "auto_speedup_worst_prompt": round(min(r for r in ratios if r is not None), 3),
+        "auto_speedup_worst_prompt": round(min(ratios_to_plain(everything, "auto")), 3),
     }
     print(
         f"auto: {result['auto_speedup_mean']:.2f} times plain decoding in the mean over "
@@ -163,9 +153,8 @@ def widened_llm(model: str | None, name: str, device: torch.device) -> LLM:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = report.make_parser(
-        __doc__, model=True, repeats=(3, 1), new_tokens=(128, 16),
-        per_domain=(4, 1),
-    )  # fmt: skip
+        __doc__, model=True, repeats=(3, 1), new_tokens=(128, 16), per_domain=(4, 1)
+    )
     add = parser.add_argument
     add("--peer", choices=["transformers"])
     add("--widen", choices=WIDENINGS, help="measure on a larger model that computes the same")
@@ -188,7 +177,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"method: batch 1, greedy, {args.new_tokens} new tokens, one warm-up then "
               f"{args.repeats} runs of each engine in turn, median [20%, 80%]")  # fmt: skip
         return compare_model(args.model, args.new_tokens, args.repeats, args.device)
-    prompts = read_prompts(args.prompts, args.domains.split(","), args.per_domain)
+    found = read_prompts(args.prompts or OWN_PROMPTS, args.domains.split(","))
+    prompts = {domain: texts[: args.per_domain] for domain, texts in found.items()}
     print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {args.repeats} runs of "
           "each arm in turn, medians of seconds")  # fmt: skip
     if args.widen:

@@ -18,7 +18,7 @@ With a peer whole requests are compared (bench/peers.py).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -48,7 +48,7 @@ from bench.subjects import (
     make_subject,
     nothing,
     random_model,
-    take_turns,
+    time_arms,
 )
 from bench.timing import Ceilings, Spread, gpu_ceilings, spread
 from engine.loading import choose_dtype
@@ -65,7 +65,7 @@ def measure_context(
     subject: Subject, context: int, repeats: int, ceilings: Ceilings
 ) -> dict[str, Any]:
     """Time every pass at one context."""
-    turns = take_turns(subject, context, repeats)
+    turns = time_arms(subject, context, repeats)
     plain = spread(turns["plain"])
     num_bytes = subject.read_bytes(context)
     rate = num_bytes / plain.median
@@ -143,14 +143,6 @@ def print_context(context: int, found: Mapping[str, Any]) -> None:
     report.print_table("round", found["rounds"].items())
 
 
-def print_prefill(found: Mapping[str, Mapping[str, Any]]) -> None:
-    print()
-    report.print_table("prompt tokens", found.items())
-    for num_tokens in PREFILLS:
-        if str(num_tokens) not in found:
-            print(f"prefill of {num_tokens} tokens is left out: the cache has fewer positions")
-
-
 def measure_shape(
     name: str, config: LlamaConfig, contexts: Sequence[int], repeats: int, device: torch.device
 ) -> dict[str, Any]:
@@ -182,26 +174,20 @@ def measure_shape(
         for context, reason in left_out.items():
             print(f"context {context} is left out: {reason}")
         torch.cuda.empty_cache()
-        return result | measure(subject, allowed, repeats, ceilings, make_peak())
+        return result | measure(subject, allowed, repeats, ceilings)
 
 
-def make_peak() -> Callable[[], dict[str, int]]:
-    """A function that returns the most device memory since its last call, beyond what is in use.
+def peak_bytes(in_use: int) -> dict[str, int]:
+    """The most device memory since the last call, beyond what was in use before.
 
     reserved: with what the allocator keeps for graphs and for later.
     """
-    base = torch.cuda.memory_allocated()
+    found = {
+        "allocated": torch.cuda.max_memory_allocated() - in_use,
+        "reserved": torch.cuda.max_memory_reserved() - in_use,
+    }
     torch.cuda.reset_peak_memory_stats()
-
-    def peak() -> dict[str, int]:
-        found = {
-            "allocated": torch.cuda.max_memory_allocated() - base,
-            "reserved": torch.cuda.max_memory_reserved() - base,
-        }
-        torch.cuda.reset_peak_memory_stats()
-        return found
-
-    return peak
+    return found
 
 
 def describe(name: str, subject: Subject) -> dict[str, Any]:
@@ -220,16 +206,11 @@ def describe(name: str, subject: Subject) -> dict[str, Any]:
 
 
 def measure(
-    subject: Subject,
-    contexts: Sequence[int],
-    repeats: int,
-    ceilings: Ceilings,
-    peak: Callable[[], Mapping[str, int]],
+    subject: Subject, contexts: Sequence[int], repeats: int, ceilings: Ceilings
 ) -> dict[str, Any]:
-    """Check the passes, then time and print those at every context, and prefill.
-
-    peak: the most memory in use since it was last called.
-    """
+    """Check the passes, then time and print those at every context, and prefill."""
+    in_use = torch.cuda.memory_allocated()
+    peak_bytes(in_use)  # what comes before does not count
     check(subject, contexts)
     report.print_verdict(True, "rows have the same bits in passes over 1, 2, 8 and 16 tokens, "
                          "replays those of eager passes, drafts at full precision are accepted "
@@ -238,10 +219,14 @@ def measure(
     for context in contexts:
         found[str(context)] = measure_context(subject, context, repeats, ceilings)
         print_context(context, found[str(context)])
-    result: dict[str, Any] = {"checked": True, "contexts": found, "peak_bytes": peak()}
+    result: dict[str, Any] = {"checked": True, "contexts": found, "peak_bytes": peak_bytes(in_use)}
     result["prefill"] = measure_prefill(subject, repeats, ceilings.operations.median)
-    print_prefill(result["prefill"])
-    return result | {"prefill_peak_bytes": peak()}
+    print()
+    report.print_table("prompt tokens", result["prefill"].items())
+    for num_tokens in PREFILLS:
+        if str(num_tokens) not in result["prefill"]:
+            print(f"prefill of {num_tokens} tokens is left out: the cache has fewer positions")
+    return result | {"prefill_peak_bytes": peak_bytes(in_use)}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

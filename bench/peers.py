@@ -37,7 +37,8 @@ from engine.loading import Loaded, choose_dtype
 from models.config import LlamaConfig
 from models.hub import resolve_model
 
-PROMPT = "Explain in a few paragraphs how a bicycle stays upright while it is moving."
+QUESTION = "Explain in a few paragraphs how a bicycle stays upright while it is moving."
+MESSAGES = [{"role": "user", "content": QUESTION}]
 MAX_LENGTH = 2048  # of prompts with their answers
 PROMPT_TOKENS = 128
 WARM_UPS = 2  # the first compiles, the second records graphs
@@ -60,19 +61,15 @@ Request = Callable[[list[int]], Sequence[int]]  # a prompt -> the tokens of its 
 
 
 def engine_run(model: str | None, device: str, new_tokens: int) -> tuple[LLM, Run]:
-    """An engine, and its plain decoding of PROMPT."""
+    """An engine, and its plain decoding of an answer to MESSAGES."""
     llm = LLM(model, device=device, max_length=MAX_LENGTH, speculative="off")
-    prompt = encode_prompt(llm)
+    prompt = llm.encode_chat(MESSAGES)
 
     def run() -> tuple[Sequence[int], float]:
         made = answer(llm, prompt, Arm("off"), new_tokens, ignore_eos=True)
         return made.token_ids, rate([[made]])
 
     return llm, run
-
-
-def encode_prompt(llm: LLM) -> list[int]:
-    return llm.encode_chat([{"role": "user", "content": PROMPT}])
 
 
 def peer_tokens(
@@ -131,7 +128,7 @@ def compare_model(
     result = measure_load(model, device)
     llm, own_run = engine_run(model, str(device), new_tokens)
     started = time.perf_counter()
-    peer_run = transformers_run(resolve_model(model, None), encode_prompt(llm), new_tokens)
+    peer_run = transformers_run(resolve_model(model, None), llm.encode_chat(MESSAGES), new_tokens)
     result["peer_load_seconds"] = round(time.perf_counter() - started, 3)
     result |= report.print_ceiling(llm.model)
     runs = {"engine": own_run, "transformers": peer_run}

@@ -27,40 +27,39 @@ from statistics import fmean, median
 from typing import Any
 
 from bench import report
-from bench.decode import OWN_PROMPTS, read_prompts
+from bench.decode import OWN_PROMPTS
 from bench.peers import MAX_LENGTH
 from bench.streams import (
     ROUTED,
     SINGLE,
     Experiment,
     Measured,
+    Orders,
     Prompt,
     Run,
     is_same,
     make_experiment,
     make_stream,
     measure_prompt,
+    median_seconds,
     num_timed,
-    oracle_rate,
     rate,
-    rate_of,
     run_streams,
     warm_up,
 )
 from bench.timing import spread
 from engine import LLM
+from engine.calibrate.prompts import read_prompts
 
 DIFFER = "tokens differ, or nothing was timed"
 ANSWER_TOKENS = 64  # of which the router's time is given as a share
 Streams = Mapping[tuple[float, str], Sequence[Run]]
-Orders = Mapping[float, Sequence[int]]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = report.make_parser(
-        __doc__, model=True, repeats=(2, 1), new_tokens=(64, 16),
-        per_domain=(8, 1),
-    )  # fmt: skip
+        __doc__, model=True, repeats=(2, 1), new_tokens=(64, 16), per_domain=(8, 1)
+    )
     add = parser.add_argument
     add("--router", metavar="FILE", help="a library; default: the model's own")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
@@ -86,14 +85,15 @@ def load_prompts(path: Path | None, known: Sequence[str], per_domain: int) -> di
 
     Raises ValueError for what is no set of prompts, and for one without a domain of the library.
     """
-    found = read_prompts(path, None, per_domain)
+    path = path or OWN_PROMPTS
+    found = read_prompts(path, None)
     ordered = [*(d for d in known if d in found), *(d for d in found if d not in known)]
     if ordered[0] not in known:
         raise ValueError(
-            f"{path or OWN_PROMPTS}: got the domains {', '.join(found)}, expected some of "
+            f"{path}: got the domains {', '.join(found)}, expected some of "
             f"the library's: {', '.join(known)}"
         )
-    return {domain: found[domain] for domain in ordered}
+    return {domain: found[domain][:per_domain] for domain in ordered}
 
 
 def encode(llm: LLM, texts: Mapping[str, Sequence[str]], new_tokens: int) -> list[Prompt]:
@@ -161,6 +161,25 @@ def rates_of(rows: Sequence[Measured], names: Sequence[str]) -> dict[str, float 
     return {name: rate_of(rows, name) for name in names} | {"oracle": oracle_rate(rows)}
 
 
+def rate_of(measured: Sequence[Measured], name: str) -> float | None:
+    """Tokens per second of an arm or column; None where its tokens differ or it was not run."""
+    runs = [(m.runs["off"], m.runs[name]) for m in measured if name in m.runs]
+    if not runs or len(runs) < len(measured) or not all(map(is_same, runs)):
+        return None
+    return rate([run for _, run in runs])
+
+
+def oracle_rate(measured: Sequence[Measured]) -> float | None:
+    """Tokens per second with the fastest of each prompt's runs that is not a router's.
+
+    None where any arm's tokens differ.
+    """
+    if not measured or not all(is_same(m.runs.values()) for m in measured):
+        return None
+    own = [[run for name, run in m.runs.items() if name not in ROUTED] for m in measured]
+    return rate([min(runs, key=median_seconds) for runs in own])
+
+
 def summarise(rows: Sequence[Measured], experiment: Experiment) -> dict[str, Any]:
     """What the single prompts say; rates are over the prompts of the known domains."""
     domains = experiment.library.domains
@@ -212,14 +231,16 @@ def best_single(arms: Mapping[str, float | None]) -> str:
     return max(SINGLE, key=lambda name: arms.get(name) or 0.0)
 
 
-def summarise_streams(
-    streams: Streams, orders: Orders, rows: Sequence[Measured], best: str
-) -> dict[str, Any]:
+def in_order(rows: Sequence[Measured], mix: float, seed: int) -> list[Measured]:
+    return [rows[i] for i in make_stream([row.prompt.domain for row in rows], mix, seed)]
+
+
+def summarise_streams(streams: Streams, orders: Orders, best: str) -> dict[str, Any]:
     """Rates of the streams that were run in order; none where tokens differ."""
     identical = all(
-        is_same([run, rows[i].runs["off"]])
+        is_same([run, row.runs["off"]])
         for (mix, _), runs in streams.items()
-        for i, run in zip(orders[mix], runs, strict=True)
+        for row, run in zip(orders[mix], runs, strict=True)
     )
     mixes: dict[str, dict[str, float | None]] = {}
     for (mix, name), runs in streams.items():
@@ -289,13 +310,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print("\nknown domains together")
     print_rates(timed, (*experiment.arms, "random"))
     best = best_single(result["arms"])
-    orders = {
-        mix: make_stream([row.prompt.domain for row in timed], mix, args.seed) for mix in args.mix
-    }
+    orders = {mix: in_order(timed, mix, args.seed) for mix in args.mix}
     arms = {name: experiment.arms[name] for name in ("knn", best)}
-    prompts = [row.prompt for row in timed]
-    streams = run_streams(llm, prompts, orders, arms, args.new_tokens, args.per_domain)
-    found = summarise_streams(streams, orders, timed, best)
+    streams = run_streams(llm, orders, arms, args.new_tokens, args.per_domain)
+    found = summarise_streams(streams, orders, best)
     result |= found | ceiling | {"identical": result["identical"] and found["identical"]}
     report.print_verdict(result["identical"], "every arm and stream made plain decoding's tokens")
     print_summary(result)
@@ -311,8 +329,7 @@ def write_plots(
     from bench.plots import plot_anchors, plot_plans, plot_stream
 
     folder.mkdir(parents=True, exist_ok=True)
-    timed = only_timed(rows)
-    timed = [timed[i] for i in make_stream([row.prompt.domain for row in timed], 0.0, seed)]
+    timed = in_order(only_timed(rows), 0.0, seed)
     names = [name for name in (*experiment.arms, "random") if result["arms"][name] is not None]
     plot_stream(folder / "stream.png", timed, names)
     shown = sorted((*experiment.arms, *experiment.columns), key=lambda name: name in ROUTED)

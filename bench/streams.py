@@ -13,12 +13,13 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from bench.timing import rotated
+from bench.timing import rotated, take_turns
 from engine import LLM, SamplingParams
 from engine.params import Speculative
 from engine.routing import plans_beside
@@ -85,6 +86,9 @@ class Measured:
     feature: torch.Tensor
 
 
+Orders = Mapping[float, Sequence[Measured]]  # the prompts of a stream, by mix ratio
+
+
 def answer(
     llm: LLM, token_ids: Sequence[int], arm: Arm, new_tokens: int, ignore_eos: bool = False
 ) -> Answer:
@@ -113,15 +117,12 @@ def read_afresh(llm: LLM, token_ids: Sequence[int]) -> None:
     answer(llm, token_ids, Arm("off"), 1)
 
 
-def take_turns(
+def answers(
     llm: LLM, token_ids: Sequence[int], arms: Mapping[str, Arm], new_tokens: int, turns: range
 ) -> dict[str, Run]:
-    """Answers of every arm in every turn, each turn from another arm on."""
-    runs: dict[str, list[Answer]] = {name: [] for name in arms}
-    for turn in turns:
-        for name in rotated(list(arms), turn):
-            runs[name].append(answer(llm, token_ids, arms[name], new_tokens))
-    return dict(runs)
+    """Every arm on one prompt, by turns."""
+    actions = {n: partial(answer, llm, token_ids, arm, new_tokens) for n, arm in arms.items()}
+    return {**take_turns(actions, turns)}
 
 
 def num_timed(runs: Iterable[Run]) -> int:
@@ -141,13 +142,6 @@ def rate(runs: Sequence[Run]) -> float:
 def is_same(runs: Iterable[Run]) -> bool:
     """Whether all answers to one prompt have the same tokens."""
     return len({answer.token_ids for run in runs for answer in run}) == 1
-
-
-def speed_up(plain: Sequence[Run], arm: Sequence[Run]) -> float | None:
-    """Ratio of the seconds that the same tokens took; None where tokens differ."""
-    if not all(map(is_same, zip(plain, arm, strict=True))):
-        return None
-    return sum(map(median_seconds, plain)) / sum(map(median_seconds, arm))
 
 
 def make_stream(domains: Sequence[str], mix: float, seed: int) -> list[int]:
@@ -203,32 +197,23 @@ def make_experiment(library: RouterLibrary, first: str, num_prompts: int, seed: 
     """All that is to be run. first: the domain whose skip set is that of "fixed-skip"."""
     known = {plan.name: plan for plan in library.plans}
     arms = {name: Arm(name) for name in ("off", "ngram", "int8")}
-    missing = {}
-    for name, plan_name in (("best-skip", MIX_SKIP), ("fixed-skip", f"{first}-skip")):
-        if plan_name in known:
-            arms[name] = Arm(known[plan_name])
-        else:
-            missing[name] = plan_name
+    skip_sets = {"best-skip": MIX_SKIP, "fixed-skip": f"{first}-skip"}
+    arms |= {name: Arm(known[plan]) for name, plan in skip_sets.items() if plan in known}
+    missing = {name: plan for name, plan in skip_sets.items() if plan not in known}
     skips = skip_library(library)
     if skips is None:
         missing["knn-skip"] = "skip set of any domain"
     else:
         arms["knn-skip"] = Arm("auto", skips)
     arms |= {"knn": Arm("auto", library), "auto": Arm("auto")}
-    columns = {
-        in_force(library, plan): Arm("auto", fixed_library(library, plan))
-        for plan in routable(library)
-    }
+    # The plans that run the model and that a prompt can be routed to.
+    used = {*library.anchor_plans.tolist(), library.default_plan}
+    routable = [plan for i, plan in enumerate(library.plans) if i in used and plan.kind == "self"]
+    columns = {in_force(library, p): Arm("auto", fixed_library(library, p)) for p in routable}
     columns = {name: arm for name, arm in columns.items() if name not in arms}
     draws = random.Random(seed)
     drawn = [draws.choice(library.plans) for _ in range(num_prompts)]
     return Experiment(library, arms, columns, drawn, missing)
-
-
-def routable(library: RouterLibrary) -> list[DraftPlan]:
-    """The plans that run the model and that a prompt can be routed to."""
-    used = {*library.anchor_plans.tolist(), library.default_plan}
-    return [plan for i, plan in enumerate(library.plans) if i in used and plan.kind == "self"]
 
 
 def in_force(library: RouterLibrary, plan: DraftPlan) -> str:
@@ -245,7 +230,7 @@ def measure_prompt(
     routed = answer(llm, prompt.token_ids, experiment.arms["knn"], 1).stats
     arms, same = arms_of_prompt(experiment, experiment.drawn[index], routed)
     turns = range(index * repeats, (index + 1) * repeats)
-    runs = take_turns(llm, prompt.token_ids, arms, new_tokens, turns)
+    runs = answers(llm, prompt.token_ids, arms, new_tokens, turns)
     runs |= {name: runs[other] for name, other in same.items()}
     return Measured(prompt, runs, routed, feature)
 
@@ -280,12 +265,7 @@ def warm_up(llm: LLM, experiment: Experiment) -> None:
 
 
 def run_streams(
-    llm: LLM,
-    prompts: Sequence[Prompt],
-    orders: Mapping[float, Sequence[int]],
-    arms: Mapping[str, Arm],
-    new_tokens: int,
-    segment: int,
+    llm: LLM, orders: Orders, arms: Mapping[str, Arm], new_tokens: int, segment: int
 ) -> dict[tuple[float, str], list[Run]]:
     """Answer whole streams, once; return the runs by mix ratio and arm, each in stream order.
 
@@ -293,28 +273,11 @@ def run_streams(
     for all of them. Within a segment a prompt follows the one that it follows in its stream.
     """
     runs: dict[tuple[float, str], list[Run]] = {(mix, name): [] for mix in orders for name in arms}
-    for turn, start in enumerate(range(0, len(prompts), segment)):
+    num_prompts = max(map(len, orders.values()))
+    for turn, start in enumerate(range(0, num_prompts, segment)):
         for mix, name in rotated(list(runs), turn):
-            for i in orders[mix][start : start + segment]:
-                read_afresh(llm, prompts[i].token_ids)
-                runs[mix, name].append([answer(llm, prompts[i].token_ids, arms[name], new_tokens)])
+            for row in orders[mix][start : start + segment]:
+                read_afresh(llm, row.prompt.token_ids)
+                found = answer(llm, row.prompt.token_ids, arms[name], new_tokens)
+                runs[mix, name].append([found])
     return runs
-
-
-def rate_of(measured: Sequence[Measured], name: str) -> float | None:
-    """Tokens per second of an arm or column; None where its tokens differ or it was not run."""
-    runs = [(m.runs["off"], m.runs[name]) for m in measured if name in m.runs]
-    if not runs or len(runs) < len(measured) or not all(map(is_same, runs)):
-        return None
-    return rate([run for _, run in runs])
-
-
-def oracle_rate(measured: Sequence[Measured]) -> float | None:
-    """Tokens per second with the fastest of each prompt's runs that is not a router's.
-
-    None where any arm's tokens differ.
-    """
-    if not measured or not all(is_same(m.runs.values()) for m in measured):
-        return None
-    own = [[run for name, run in m.runs.items() if name not in ROUTED] for m in measured]
-    return rate([min(runs, key=median_seconds) for runs in own])

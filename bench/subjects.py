@@ -227,7 +227,7 @@ def make_arms(subject: Subject, context: int) -> dict[str, Arm]:
     }
 
 
-def take_turns(subject: Subject, context: int, repeats: int) -> dict[str, list[float]]:
+def time_arms(subject: Subject, context: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of every arm, turn by turn."""
     arms = make_arms(subject, context)
     turns: dict[str, list[float]] = {name: [] for name in arms}

@@ -19,7 +19,6 @@ from bench.streams import (
     make_experiment,
     read_afresh,
     run_streams,
-    speed_up,
 )
 from bench.streams import measure_prompt as measure_on_stream
 from engine import LLM
@@ -68,7 +67,7 @@ def test_every_run_of_a_prompt_finds_the_same_prefix():
     runs = measure_prompt(llm, "What is a bicycle?", make_arms(llm), 12, repeats=2)
     assert list(runs) == ["off", "ngram", "int8", "auto"]
     assert all(is_same([run]) and len(run) == 2 for run in runs.values())
-    assert all(speed_up([runs["off"]], [run]) is not None for run in runs.values())
+    assert all(is_same([runs["off"], run]) for run in runs.values())
 
 
 def test_the_order_of_a_stream_does_not_matter():
@@ -80,7 +79,7 @@ def test_the_order_of_a_stream_does_not_matter():
     experiment = make_experiment(library, "math", len(PROMPTS), seed=0)
     rows = [measure_on_stream(llm, p, experiment, i, 12, 2) for i, p in enumerate(PROMPTS)]
     assert summarise(rows, experiment)["identical"]
-    orders = {0.0: [0, 2, 1], 1.0: [2, 1, 0]}
+    orders = {0.0: [rows[0], rows[2], rows[1]], 1.0: rows[::-1]}
     arms = {name: experiment.arms[name] for name in ("knn", "int8")}
-    streams = run_streams(llm, PROMPTS, orders, arms, 12, segment=2)
-    assert summarise_streams(streams, orders, rows, "int8")["identical"]
+    streams = run_streams(llm, orders, arms, 12, segment=2)
+    assert summarise_streams(streams, orders, "int8")["identical"]

@@ -14,9 +14,11 @@ from bench.plots import moving_rate, plot_anchors, plot_plans, plot_stream, proj
 from bench.routing import (
     best_single,
     load_prompts,
+    oracle_rate,
     parse,
     print_domain,
     print_summary,
+    rate_of,
     summarise,
     summarise_streams,
 )
@@ -29,8 +31,6 @@ from bench.streams import (
     make_experiment,
     make_stream,
     measure_prompt,
-    oracle_rate,
-    rate_of,
     run_streams,
     skip_library,
 )
@@ -194,13 +194,14 @@ def test_summary_of_made_up_measurements(capsys):
     assert result["router_share"] == pytest.approx(200e-6 * 2.4 / 64, abs=1e-6)
     assert result["plans"]["sql"]["ngram"] == 4.0
     assert best_single(result["arms"]) == "int8"
-    some, orders = rows()[:3], {0.0: [0, 1, 2], 1.0: [2, 0, 1]}
+    some = rows()[:3]
+    orders = {0.0: some, 1.0: [some[2], some[0], some[1]]}
     streams = {
-        (mix, name): [some[i].runs[name] for i in order]
+        (mix, name): [row.runs[name] for row in order]
         for mix, order in orders.items()
         for name in ("knn", "int8")
     }
-    found = summarise_streams(streams, orders, some, "int8")
+    found = summarise_streams(streams, orders, "int8")
     assert found["mix"] == {m: {"knn": 2.4, "best_single": 2.0} for m in ("0", "1")}
     assert found["mix_1_vs_mix_0"] == 1.0 and found["identical"]
     print_domain("math", some[:2], experiment)
@@ -217,10 +218,10 @@ def test_no_figures_where_tokens_differ(capsys):
     assert not result["identical"]
     assert result["arms"]["knn"] is None and result["arms"]["int8"] is not None
     assert result["oracle_share"] is None and result["router_share"] is None
-    orders = {1.0: [0, 1, 2]}
+    orders = {1.0: some[:3]}
     streams = {(1.0, "knn"): [row.runs["knn"] for row in some[:3]],
                (1.0, "int8"): [row.runs["int8"] for row in some[:3]]}  # fmt: skip
-    found = summarise_streams(streams, orders, some, "int8")
+    found = summarise_streams(streams, orders, "int8")
     assert not found["identical"] and found["mix"]["1"]["knn"] is None
     print_domain("math", some[:2], experiment)
     print_summary(result | found)
@@ -249,10 +250,10 @@ def test_every_arm_answers_alike_on_a_tiny_model():
         requests = [row.routed, *(answer.stats for answer in row.runs["knn"])]
         assert len(requests) == 3 and all(stats.router_microseconds > 0 for stats in requests)
         assert row.feature.norm() == pytest.approx(1, abs=1e-5)
-    orders = {0.0: [0, 1], 1.0: [1, 0]}
+    orders = {0.0: measured, 1.0: measured[::-1]}
     arms = {name: experiment.arms[name] for name in ("knn", "int8")}
-    streams = run_streams(llm, prompts, orders, arms, 12, segment=1)
-    assert summarise_streams(streams, orders, measured, "int8")["identical"]
+    streams = run_streams(llm, orders, arms, 12, segment=1)
+    assert summarise_streams(streams, orders, "int8")["identical"]
 
 
 def test_pictures_are_written(tmp_path):
