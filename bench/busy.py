@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from bench import report
@@ -55,19 +56,15 @@ def stopped(script: str, count: int, *arguments: str) -> Iterator[Neighbours]:
         yield neighbours
 
 
-def beside(neighbours: Neighbours, run: Run) -> Run:
-    """`run` while the neighbours run."""
-
-    def run_beside() -> tuple[Sequence[int], float]:
+def beside(neighbours: Neighbours, run: Run) -> tuple[Sequence[int], float]:
+    """What `run` returns while the neighbours run."""
+    for process in neighbours:
+        process.send_signal(signal.SIGCONT)
+    try:
+        return run()
+    finally:
         for process in neighbours:
-            process.send_signal(signal.SIGCONT)
-        try:
-            return run()
-        finally:
-            for process in neighbours:
-                process.send_signal(signal.SIGSTOP)
-
-    return run_beside
+            process.send_signal(signal.SIGSTOP)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +78,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     with stopped(ENGINE, 1, args.model or "", device) as second, stopped(LOOP, cores) as loops:
         llm, run = engine_run(args.model, device, args.new_tokens)
         result = report.print_ceiling(llm.model)
-        runs = {"idle": run, "busy loops": beside(loops, run), "second engine": beside(second, run)}
+        runs: dict[str, Run] = {"idle": run, "busy loops": partial(beside, loops, run)}
+        runs["second engine"] = partial(beside, second, run)
         tokens = warm_up(runs)
         assert len({tuple(ids) for ids in tokens.values()}) == 1, "a neighbour changed a token"
         report.print_verdict(True, "tokens are the same in every condition")

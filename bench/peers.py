@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,19 +178,16 @@ def transformers_requests(
     return {"eager": eager, "static_compile": partial(eager, cache_implementation="static")}
 
 
-def timed_requests(config: LlamaConfig, request: Request, new_tokens: int) -> Run:
-    """Requests with a new random prompt each, so that none finds its tokens in a cache."""
-    seeds = itertools.count()
-
-    def run() -> tuple[Sequence[int], float]:
-        prompt = random_tokens(config, PROMPT_TOKENS, next(seeds))
-        started = time.perf_counter()
-        made = len(request(prompt))
-        seconds = time.perf_counter() - started
-        assert made == new_tokens, (made, new_tokens)
-        return [], made / seconds  # no tokens: those of random weights are not compared
-
-    return run
+def timed_request(
+    config: LlamaConfig, request: Request, new_tokens: int, seeds: Iterator[int]
+) -> tuple[Sequence[int], float]:
+    """A request with the random prompt of the next seed: none finds its tokens in a cache."""
+    prompt = random_tokens(config, PROMPT_TOKENS, next(seeds))
+    started = time.perf_counter()
+    made = len(request(prompt))
+    seconds = time.perf_counter() - started
+    assert made == new_tokens, (made, new_tokens)
+    return [], made / seconds  # no tokens: those of random weights are not compared
 
 
 def peer_config(config: LlamaConfig) -> Any:
@@ -231,7 +228,7 @@ def compare_shape(
     rates: dict[str, Spread] = {}
     for group in [makers] if is_together else [[make] for make in makers]:
         runs = {
-            label: timed_requests(config, request, new_tokens)
+            label: partial(timed_request, config, request, new_tokens, itertools.count())
             for make in group
             for label, request in make(config, device, new_tokens).items()
         }

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.timing import Spread, read_bandwidth
+from engine.loading import choose_device
 from models.llama import Llama
 from models.weights import sublayer_bytes
 
@@ -104,9 +105,6 @@ def run_benchmark(
     args: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]]
 ) -> dict[str, Any]:
     """Print the report of `run`, which finds a `torch.device` in args.device; return the result."""
-    # Here and not above: it loads kernels, and how they run is decided then.
-    from engine.loading import choose_device
-
     started = time.monotonic()
     try:
         args.device = choose_device(args.device)

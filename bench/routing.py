@@ -129,7 +129,7 @@ def print_domain(domain: str, rows: Sequence[Measured], experiment: Experiment) 
     nearest = ", ".join(sorted({row.routed.domain for row in rows}))
     print(f"\n{domain} ({'known' if is_known else 'unknown'}), prompts: {len(rows)}; "
           f"rejected: {rejected}; nearest: {nearest}")  # fmt: skip
-    print_rates(only_timed(rows), (*experiment.arms, *experiment.columns, "random"))
+    print_rates(only_timed(rows), [*rows[0].runs])
 
 
 def print_rates(rows: Sequence[Measured], names: Sequence[str]) -> None:
@@ -186,8 +186,7 @@ def summarise(rows: Sequence[Measured], experiment: Experiment) -> dict[str, Any
     known = [row for row in rows if row.prompt.domain in domains]
     unknown = [row for row in only_timed(rows) if row.prompt.domain not in domains]
     arms = rates_of(only_timed(known), (*experiment.arms, "random"))
-    names = (*experiment.arms, *experiment.columns, "random")
-    plans = {d: rates_of(some, names) for d, some in by_domain(only_timed(rows)).items()}
+    plans = {d: rates_of(some, [*some[0].runs]) for d, some in by_domain(only_timed(rows)).items()}
     requests = [answer.stats for row in rows for answer in row.runs["knn"]]
     requests += [row.routed for row in rows]
     microseconds = median(stats.router_microseconds for stats in requests)
@@ -255,7 +254,6 @@ def summarise_streams(streams: Streams, orders: Orders, best: str) -> dict[str, 
 def print_summary(result: Mapping[str, Any]) -> None:
     print(f"\nstreams of the known domains, run in order, tokens/s (best single arm: "
           f"{result['best_single']})")  # fmt: skip
-
     table = (
         (mix, r | {"ratio": _ratio(r["knn"], r["best_single"]), "": "" if r["knn"] else DIFFER})
         for mix, r in result["mix"].items()

@@ -32,7 +32,7 @@ ROUTED = ("knn-skip", "knn", "random")
 MIX_SKIP = "mix-skip"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
     """What a request asks for, and the library by which "auto" picks plans."""
 
@@ -120,9 +120,10 @@ def read_afresh(llm: LLM, token_ids: Sequence[int]) -> None:
 def answers(
     llm: LLM, token_ids: Sequence[int], arms: Mapping[str, Arm], new_tokens: int, turns: range
 ) -> dict[str, Run]:
-    """Every arm on one prompt, by turns."""
-    actions = {n: partial(answer, llm, token_ids, arm, new_tokens) for n, arm in arms.items()}
-    return {**take_turns(actions, turns)}
+    """Every arm on one prompt, by turns. Names of the same arm share a run."""
+    actions = {arm: partial(answer, llm, token_ids, arm, new_tokens) for arm in arms.values()}
+    found = take_turns(actions, turns)
+    return {name: found[arm] for name, arm in arms.items()}
 
 
 def num_timed(runs: Iterable[Run]) -> int:
@@ -228,32 +229,25 @@ def measure_prompt(
     feature = llm.feature(prompt.token_ids)
     read_afresh(llm, prompt.token_ids)
     routed = answer(llm, prompt.token_ids, experiment.arms["knn"], 1).stats
-    arms, same = arms_of_prompt(experiment, experiment.drawn[index], routed)
+    arms = arms_of_prompt(experiment, experiment.drawn[index], routed)
     turns = range(index * repeats, (index + 1) * repeats)
     runs = answers(llm, prompt.token_ids, arms, new_tokens, turns)
-    runs |= {name: runs[other] for name, other in same.items()}
     return Measured(prompt, runs, routed, feature)
 
 
 def arms_of_prompt(
     experiment: Experiment, drawn: DraftPlan, routed: RequestStats
-) -> tuple[dict[str, Arm], dict[str, str]]:
-    """What to run on a prompt, and which names mean the same as another that is run.
+) -> dict[str, Arm]:
+    """What to run on a prompt; names that mean the same have the same arm.
 
     routed: names the plans that the router has picked. Off and n-grams alone are arms already.
     """
-    same: dict[str, str] = {}
+    named = {**experiment.arms, **experiment.columns}
     # Of a rejected prompt acceptance starts from other rates.
     if routed.plan in experiment.columns and not routed.is_rejected:
-        same[routed.plan] = "knn"
-    arms = dict(experiment.arms)
-    arms |= {name: arm for name, arm in experiment.columns.items() if name not in same}
-    name = in_force(experiment.library, drawn)
-    if name in arms or name in same:
-        same["random"] = same.get(name, name)
-    else:
-        arms["random"] = Arm("auto", fixed_library(experiment.library, drawn))
-    return arms, same
+        named[routed.plan] = named["knn"]
+    fixed = Arm("auto", fixed_library(experiment.library, drawn))
+    return named | {"random": named.get(in_force(experiment.library, drawn), fixed)}
 
 
 def warm_up(llm: LLM, experiment: Experiment) -> None:

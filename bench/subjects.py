@@ -48,8 +48,6 @@ NUM_DRAFTED = 4  # tokens of the speculative round
 REPLAYS = 5
 
 Action = Callable[[], object]
-# (what comes before every run and is not timed, the run, how many) -> seconds of each
-Timer = Callable[[Action, Action, int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -124,11 +122,6 @@ def make_subject(
     return subject
 
 
-def stage(passes: Passes, token_ids: Sequence[int], first: int, num_wanted: int = 0) -> None:
-    """A round of one greedy sequence: its newest token at position `first`, and a draft."""
-    passes.stage([RoundRow(token_ids, first, num_wanted=num_wanted)])
-
-
 class Arm(NamedTuple):
     """A pass or a round. set_up: before a turn. reset: before every run, not timed."""
 
@@ -139,9 +132,9 @@ class Arm(NamedTuple):
 
 
 def event_timer(reset: Action, run: Action, count: int) -> list[float]:
-    """Seconds as the device sees them, between CUDA events around each run.
+    """Seconds as the device sees them, between CUDA events around each of `count` runs.
 
-    All runs are queued before the first ends.
+    reset: before every run, not timed. All runs are queued before the first ends.
     """
     events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(count)]
     reset()
@@ -168,7 +161,7 @@ def wall_timer(reset: Action, run: Action, count: int) -> list[float]:
     return seconds
 
 
-def device_timer(device: torch.device) -> Timer:
+def device_timer(device: torch.device) -> Callable[[Action, Action, int], list[float]]:
     return event_timer if device.type == "cuda" else wall_timer
 
 
@@ -180,7 +173,7 @@ def verify_arm(subject: Subject, context: int, width: int) -> Arm:
     """A pass of the model itself over the last `width` tokens; one is plain decoding."""
     passes, tokens = subject.passes, subject.token_ids[context - width : context]
     return Arm(
-        lambda: stage(passes, tokens, context - width),
+        lambda: passes.stage([RoundRow(tokens, context - width)]),
         nothing,
         lambda: passes.verify(1, width),
     )
@@ -192,7 +185,7 @@ def draft_arm(subject: Subject, context: int, plan: DraftPlan) -> Arm:
 
     def set_up() -> None:
         passes.drafter = subject.plans[plan]
-        stage(passes, newest, context - 1, num_wanted=1)
+        passes.stage([RoundRow(newest, context - 1, num_wanted=1)])
         passes.set_plan(0, plan)
 
     # A step counts its token, and the next one would find that it has enough.
@@ -217,13 +210,12 @@ def round_arm(subject: Subject, context: int, choice: Choice) -> Arm:
 
 
 def make_arms(subject: Subject, context: int) -> dict[str, Arm]:
-    speculative = Choice(subject.int8_plan, NUM_DRAFTED)
     return {
         "plain": verify_arm(subject, context, 1),
         **{plan.name: draft_arm(subject, context, plan) for plan in subject.plans},
         **{f"verify-{width}": verify_arm(subject, context, width) for width in VERIFIED},
         "plain-round": round_arm(subject, context, PLAIN),
-        "int8-round": round_arm(subject, context, speculative),
+        "int8-round": round_arm(subject, context, Choice(subject.int8_plan, NUM_DRAFTED)),
     }
 
 
@@ -284,7 +276,7 @@ def check_draft(subject: Subject, context: int) -> None:
     assert set(plan.sublayers) == {FULL}, plan
     drafted = draft_all(subject, passes, plan, context, MAX_DRAFT)[0].tolist()
     poison(passes, context - MAX_WIDTH)
-    stage(passes, drafted, context - MAX_WIDTH)
+    passes.stage([RoundRow(drafted, context - MAX_WIDTH)])
     num_accepted = int(passes.verify(1, MAX_WIDTH).result[0, 0])
     if num_accepted != MAX_DRAFT:
         raise CheckError(
@@ -302,7 +294,7 @@ def verify_all(subject: Subject, passes: Passes, context: int, width: int) -> li
     poison(passes, first)
     logits = []
     for i in range(0, MAX_WIDTH, width):
-        stage(passes, subject.token_ids[i : i + width], first + i)
+        passes.stage([RoundRow(subject.token_ids[i : i + width], first + i)])
         logits.append(_copy(passes.verify(1, width).logits[0, :width]))
     return [torch.cat(logits), *map(_copy, parts_of(passes.cache, first, context))]
 
@@ -313,7 +305,7 @@ def draft_all(
     """Draft `count` tokens after one; return all of them and the keys and values written."""
     first = context - MAX_WIDTH
     poison(passes, first)
-    stage(passes, subject.token_ids[:1], first, num_wanted=count)
+    passes.stage([RoundRow(subject.token_ids[:1], first, num_wanted=count)])
     passes.drafter = subject.plans[plan]
     passes.set_plan(0, plan)
     for _ in range(count):

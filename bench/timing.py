@@ -21,6 +21,7 @@ MIN_CALLS = 32  # in a graph: between two graphs there is a gap
 MIN_MILLISECONDS = 10.0  # between two events
 WARM_UP_REPLAYS = 3
 ANY = TypeVar("ANY")
+KEY = TypeVar("KEY")
 Run = Callable[[], tuple[Sequence[int], float]]  # -> token ids, tokens per second
 
 
@@ -52,9 +53,9 @@ def rotated(values: Sequence[ANY], turn: int) -> list[ANY]:
     return [*values[start:], *values[:start]]
 
 
-def take_turns(actions: Mapping[str, Callable[[], ANY]], turns: range) -> dict[str, list[ANY]]:
+def take_turns(actions: Mapping[KEY, Callable[[], ANY]], turns: range) -> dict[KEY, list[ANY]]:
     """What each action returned in every turn."""
-    found: dict[str, list[ANY]] = {name: [] for name in actions}
+    found: dict[KEY, list[ANY]] = {name: [] for name in actions}
     for turn in turns:
         for name in rotated(list(actions), turn):
             found[name].append(actions[name]())

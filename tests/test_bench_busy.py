@@ -41,7 +41,7 @@ def test_neighbours_run_only_in_their_turn(tmp_path):
             wait_for(neighbours, "RSD")
             return [1], 2.0
 
-        assert beside(neighbours, run)() == ([1], 2.0)
+        assert beside(neighbours, run) == ([1], 2.0)
         wait_for(neighbours, "T")
         process = neighbours[0]
     assert process.poll() is not None

@@ -161,12 +161,15 @@ def test_without_ngrams_a_routed_plan_is_the_arm_of_its_name():
 def test_names_that_mean_the_same_share_a_run():
     library = library_of()
     experiment = experiment_of(library)
-    arms, same = arms_of_prompt(experiment, INT8, routed_to("int8+ngram"))
-    assert same == {"int8+ngram": "knn", "random": "knn"} and "random" not in arms
-    arms, same = arms_of_prompt(experiment, OFF, routed_to("int8+ngram", True))
-    assert same == {"random": "off"} and "int8+ngram" in arms
-    arms, same = arms_of_prompt(experiment, SQL, routed_to("ngram"))
-    assert not same
+    everything = [*experiment.arms, *experiment.columns, "random"]
+    arms = arms_of_prompt(experiment, INT8, routed_to("int8+ngram"))
+    assert list(arms) == everything and len({*arms.values()}) == len(arms) - 2
+    assert arms["int8+ngram"] is arms["random"] is arms["knn"]
+    arms = arms_of_prompt(experiment, OFF, routed_to("int8+ngram", True))
+    assert list(arms) == everything and len({*arms.values()}) == len(arms) - 1
+    assert arms["random"] is arms["off"]
+    arms = arms_of_prompt(experiment, SQL, routed_to("ngram"))
+    assert list(arms) == everything and len({*arms.values()}) == len(arms)
     assert arms["random"].library.plans[arms["random"].library.default_plan] == SQL
     fixed = fixed_library(library, SQL)
     assert {library.plans[i] for i in fixed.anchor_plans.tolist()} == {SQL}
