@@ -15,82 +15,56 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from bench import report
-from bench.peers import MAX_LENGTH, PROMPT, engine_run
+from bench.peers import engine_run
 from bench.timing import Run, alternate, warm_up
-from engine import LLM
-from models.weights import sublayer_bytes
 
-LOOP = "while True: pass"
+LOOP = "print('ready', flush=True)\nwhile True: pass"
 ENGINE = """
 import sys
-from bench.busy import make_run
-run = make_run(sys.argv[1] or None, sys.argv[2], 32)[1]
+from bench.peers import engine_run
+run = engine_run(sys.argv[1] or None, sys.argv[2], 32)[1]
 run()
 print("ready", flush=True)
 while True:
     run()
 """
+Neighbours = Sequence[subprocess.Popen[str]]
 
 
-def make_run(model: str | None, device: str, new_tokens: int) -> tuple[LLM, Run]:
-    llm = LLM(model, device=device, max_length=MAX_LENGTH, speculative="off")
-    prompt = llm.encode_chat([{"role": "user", "content": PROMPT}])
-    return llm, engine_run(llm, prompt, new_tokens)
+@contextmanager
+def stopped(script: str, count: int, *arguments: str) -> Iterator[Neighbours]:
+    """Processes of a script, each stopped once it has printed a line, and killed at the end.
 
-
-class Neighbours:
-    """Processes that run inside `running` only, and are killed when the `with` statement ends."""
-
-    def __init__(self, script: str, count: int, *arguments: str):
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True
-            )
-            for _ in range(count)
-        ]
-
-    def __enter__(self) -> Neighbours:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
-
-    def wait_until_ready(self) -> None:
-        """Until each has printed a line. Raises RuntimeError where one ends before."""
-        for process in self._processes:
+    Raises RuntimeError where one ends before.
+    """
+    command = [sys.executable, "-c", script, *arguments]
+    neighbours = []
+    with ExitStack() as stack:
+        for _ in range(count):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            neighbours.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        for process in neighbours:
             assert process.stdout is not None
             if not process.stdout.readline():
-                raise RuntimeError("a second engine did not start")
-
-    def pause(self) -> None:
-        for process in self._processes:
+                raise RuntimeError("a neighbour did not start")
             process.send_signal(signal.SIGSTOP)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        for process in self._processes:
-            process.send_signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self.pause()
+        yield neighbours
 
 
-def beside(neighbours: Neighbours, run: Run) -> Run:
-    """`run` while the neighbours run."""
-
-    def run_beside() -> tuple[list[int], float]:
-        with neighbours.running():
-            return run()
-
-    return run_beside
+def beside(neighbours: Neighbours, run: Run) -> tuple[Sequence[int], float]:
+    """What `run` returns while the neighbours run."""
+    for process in neighbours:
+        process.send_signal(signal.SIGCONT)
+    try:
+        return run()
+    finally:
+        for process in neighbours:
+            process.send_signal(signal.SIGSTOP)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,15 +75,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         f"{args.repeats} runs of each condition in turn, {cores} busy loops, median [20%, 80%]"
     )
     device = str(args.device)
-    with ExitStack() as stack:
-        second = stack.enter_context(Neighbours(ENGINE, 1, args.model or "", device))
-        second.wait_until_ready()
-        second.pause()
-        loops = stack.enter_context(Neighbours(LOOP, cores))
-        loops.pause()
-        llm, run = make_run(args.model, device, args.new_tokens)
-        result = report.print_ceiling(sum(sublayer_bytes(llm.model.weights)), args.device)
-        runs = {"idle": run, "busy loops": beside(loops, run), "second engine": beside(second, run)}
+    with stopped(ENGINE, 1, args.model or "", device) as second, stopped(LOOP, cores) as loops:
+        llm, run = engine_run(args.model, device, args.new_tokens)
+        result = report.print_ceiling(llm.model)
+        runs: dict[str, Run] = {"idle": run, "busy loops": partial(beside, loops, run)}
+        runs["second engine"] = partial(beside, second, run)
         tokens = warm_up(runs)
         assert len({tuple(ids) for ids in tokens.values()}) == 1, "a neighbour changed a token"
         report.print_verdict(True, "tokens are the same in every condition")

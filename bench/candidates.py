@@ -14,26 +14,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from statistics import fmean
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
 
 from bench.cases import Case, Setting
-from bench.kernel_cases import MATRICES, attention_decode_cases, attention_prefill_cases
+from bench.compile import SHARED_LIMITS, Usage
+from bench.kernel_cases import ShapeClass, attention_cases, matrices, matrix_cases
 from bench.timing import Spread
-from kernels.gpu.launch_table import (
-    DECODE,
-    MATRIX,
-    PREFILL,
-    DecodeLaunch,
-    MatrixLaunch,
-    PrefillLaunch,
-    fit,
-    head_class,
-    matrix_class,
-    qkv_class,
-)
+from kernels.gpu import launch_table
+from kernels.gpu.launch_table import DecodeLaunch, MatrixLaunch, PrefillLaunch
 from kernels.weight import FULL, INT8
 from models.config import LlamaConfig
 
@@ -48,48 +39,26 @@ OPERATIONS = (
     "attention_prefill",
 )
 DTYPE = torch.bfloat16
-# block_n, block_k, stages, warps
-MATRIX_STEPS = ((16, 32, 64, 128, 256), (64, 128, 256), (3, 4, 6, 8), (4, 8))
-SPLITS = (1, 2, 4)
-# block_s, programs, stages, warps
-DECODE_STEPS = ((32, 64, 128), (64, 128, 256, 512), (2, 3, 4), (2, 4, 8))
-# block_m, block_n, stages, warps
-PREFILL_STEPS = ((64, 128), (32, 64, 128), (2, 3, 4), (4, 8))
+# Values of every parameter.
+STEPS: dict[type[Parameters], tuple[tuple[int, ...], ...]] = {
+    MatrixLaunch: ((16, 32, 64, 128, 256), (64, 128, 256), (3, 4, 6, 8), (4, 8), (1, 2, 4)),
+    DecodeLaunch: ((32, 64, 128), (64, 128, 256, 512), (2, 3, 4), (2, 4, 8)),
+    PrefillLaunch: ((64, 128), (32, 64, 128), (2, 3, 4), (4, 8)),
+}
 
-LARGEST_SHARED = 227 * 1024  # bytes a block may have on any GPU of the table
 LEAST_IN_FLIGHT = 16 * 1024  # bytes of a weight that a program waits for: fewer starve the memory
 LEAST_OF_A_THREAD = 16  # weights of a tile: 16 bytes of the 8-bit form, the widest load
-EIGHT_ROWS_SHARE = INT8_SHARE = 0.1  # of these times in a rank, beside the whole one-row time
+OTHERS_SHARE = 0.1  # of eight rows' and 8-bit times in a rank, beside the whole one-row time
 STEEP = 1.15  # eight rows may cost so many times one row before a candidate goes to the end
 GAIN = 0.99  # the present choice stays unless another takes less than this share of its time
 
 
-class ShapeClass(NamedTuple):
-    """A row of the launch table: the kernel's name and the class of its weight or heads."""
-
-    operation: str
-    name: str
-
-
 class Problem(NamedTuple):
-    """A kernel of a model: `kind` is a name of `MATRICES`, or that of an attention kernel."""
+    """A kernel of a model: `kind` is a name of `matrices`, or that of an attention kernel."""
 
     model: str
     kind: str
     config: LlamaConfig
-
-    @property
-    def matrix(self) -> tuple[str, int, int] | None:
-        """The operation and its outputs and inputs, N and K; None for attention."""
-        config = self.config
-        c, f, d = config.hidden_size, config.ffn_size, config.head_dim
-        return {
-            "qkv": ("norm_qkv_rope_append", (config.num_heads + 2 * config.num_kv_heads) * d, c),
-            "attn_out": ("linear_residual", c, config.num_heads * d),
-            "gated_mlp": ("norm_gated_mlp", f, c),
-            "down": ("linear_residual", c, f),
-            "lm_head": ("norm_lm_head", config.vocab_size, c),
-        }.get(self.kind)
 
     @property
     def sizes(self) -> tuple[object, ...]:
@@ -98,56 +67,47 @@ class Problem(NamedTuple):
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         if self.kind == "qkv":
             return (*heads, config.hidden_size, config.has_qkv_bias, config.has_qk_norm)
-        return self.matrix or heads
+        return matrices(config).get(self.kind, heads)
 
     @property
     def shape_class(self) -> ShapeClass:
         """The row of the launch table by which the kernel is launched."""
-        config = self.config
-        if self.matrix is None:
-            return ShapeClass(self.kind, head_class(config.head_dim, DTYPE))
-        operation, n, k = self.matrix
-        if self.kind == "qkv":
-            return ShapeClass(operation, qkv_class(config.head_dim, n, config.has_qk_norm))
-        return ShapeClass(operation, matrix_class(operation, n, k))
+        if self.kind.startswith("attention_"):
+            return ShapeClass(self.kind, launch_table.head_class(self.config.head_dim, DTYPE))
+        return matrices(self.config)[self.kind][0]
 
 
 def shape_classes(
     configs: Mapping[str, LlamaConfig], operations: Sequence[str] = OPERATIONS
 ) -> dict[ShapeClass, list[Problem]]:
     """What there is to try, in the order of the operations."""
-    found: dict[ShapeClass, list[Problem]] = {}
-    seen = set()
+    found: dict[ShapeClass, dict[object, Problem]] = {}
     for model, config in configs.items():
-        for kind in (*MATRICES, "attention_decode", "attention_prefill"):
+        for kind in (*matrices(config), "attention_decode", "attention_prefill"):
             problem = Problem(model, kind, config)
-            key = (problem.shape_class, problem.sizes)
-            if problem.shape_class.operation in operations and key not in seen:
-                seen.add(key)
-                found.setdefault(problem.shape_class, []).append(problem)
-    return dict(sorted(found.items(), key=lambda item: OPERATIONS.index(item[0].operation)))
+            if problem.shape_class.operation in operations:
+                found.setdefault(problem.shape_class, {}).setdefault(problem.sizes, problem)
+    order = sorted(found, key=lambda shape_class: OPERATIONS.index(shape_class.operation))
+    return {shape_class: list(found[shape_class].values()) for shape_class in order}
 
 
-def case_groups(problem: Problem, setting: Setting) -> Iterator[dict[str, Case]]:
-    """What is timed together: the fields of `Times`, one group for each length of an attention."""
-    if problem.kind == "attention_prefill":
-        yield from ({"one": case} for case in attention_prefill_cases(setting))
-    elif problem.kind == "attention_decode":
-        cases = attention_decode_cases(setting, (1, 8))
-        for one, eight in zip(cases, cases, strict=True):
-            yield {"one": one, "eight": eight}
+def case_groups(problem: Problem, setting: Setting) -> Iterator[list[Case]]:
+    """What is timed together: as `Times` has it, one group for each length of an attention."""
+    kind = problem.kind
+    if kind == "attention_prefill":
+        yield from (list(attention_cases(setting, kind, n, [n])) for n in setting.prompts)
+    elif kind == "attention_decode":
+        yield from (list(attention_cases(setting, kind, n, (1, 8))) for n in setting.contexts)
     else:
-        build = MATRICES[problem.kind]
-        one, eight = build(setting, (1, 8), FULL)
-        (int8,) = build(setting, (1,), INT8)
-        yield {"one": one, "eight": eight, "int8": int8}
+        full = matrix_cases(setting, kind, (1, 8), FULL)
+        yield [*full, *matrix_cases(setting, kind, (1,), INT8)]
 
 
 def with_launch(case: Case, launch: Parameters) -> Case:
     """The same case launched otherwise; the table's tiles are fitted to K as the kernels do it."""
     if isinstance(launch, MatrixLaunch):
         x = case.sets[0][0]
-        launch = fit(launch, x.shape[1], x.dtype)
+        launch = launch_table.fit(launch, x.shape[1], x.dtype)
         case = replace(case, group=launch.block_k)
     return replace(case, kernel=partial(case.kernel, launch=launch))
 
@@ -159,14 +119,24 @@ class Times(NamedTuple):
     eight: Spread | None = None
     int8: Spread | None = None
 
+    @property
+    def weighed(self) -> float:
+        """What of them counts in a rank."""
+        others = [times.median for times in self[1:] if times is not None]
+        return self.one.median + OTHERS_SHARE * sum(others)
+
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of one candidate: why it is out, or its times of every problem of the class."""
+    """What became of one candidate: why it is out, or its times of every problem of the class.
+
+    usage: what it takes of a GPU, where that is absent and nothing is timed.
+    """
 
     launch: Parameters
     times: tuple[Times, ...] = ()
     refusal: str = ""
+    usage: Usage | None = None
 
     @property
     def is_steep(self) -> bool:
@@ -178,60 +148,49 @@ class Trial:
     @property
     def score(self) -> float:
         """The geometric mean over the problems: a per cent of each counts the same."""
-        return geometric_mean(_weighed(times) for times in self.times)
+        return geometric_mean(times.weighed for times in self.times)
 
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return math.exp(fmean(math.log(value) for value in values))
-
-
-def _weighed(times: Times) -> float:
-    total = times.one.median
-    if times.eight is not None:
-        total += EIGHT_ROWS_SHARE * times.eight.median
-    if times.int8 is not None:
-        total += INT8_SHARE * times.int8.median
-    return total
+    @property
+    def figures(self) -> dict[str, object]:
+        """All of it, for JSON."""
+        found = {"times": self.times} if self.usage is None else self.usage._asdict()
+        return {**self.launch._asdict(), **found, "refusal": self.refusal}
 
 
 def present(capability: int, shape_class: ShapeClass) -> Parameters:
     """What the table has for the class now."""
     operation, name = shape_class
     if operation == "attention_decode":
-        return DECODE[capability][name].launch
+        return launch_table.DECODE[capability][name].launch
     if operation == "attention_prefill":
-        return PREFILL[capability][name].launch
-    return MATRIX[capability][operation, name].launch
+        return launch_table.PREFILL[capability][name].launch
+    return launch_table.MATRIX[capability][shape_class].launch
 
 
-def candidates(capability: int, shape_class: ShapeClass, limit: int) -> list[Parameters]:
+def nearest(capability: int, shape_class: ShapeClass, limit: int) -> list[Parameters]:
     """The present choice, then the nearest others; `limit` altogether."""
     now = present(capability, shape_class)
-    others = [other for other in _all(shape_class) if other != now]
+    kind = type(now)
+    found = (kind(*steps) for steps in product(*STEPS[kind]))
+    others = [other for other in found if other != now and _is_sound(other, shape_class)]
     others.sort(key=lambda other: (_distance(now, other), other))
     return [now, *others][:limit]
 
 
-def _all(shape_class: ShapeClass) -> list[Parameters]:
+def _is_sound(launch: Parameters, shape_class: ShapeClass) -> bool:
+    """Whether bfloat16 tiles of a matrix kernel can fit and are worth a try."""
+    if not isinstance(launch, MatrixLaunch):
+        return True
     operation, name = shape_class
-    if operation == "attention_decode":
-        return [DecodeLaunch(*steps) for steps in product(*DECODE_STEPS)]
-    if operation == "attention_prefill":
-        return [PrefillLaunch(*steps) for steps in product(*PREFILL_STEPS)]
-    splits = SPLITS if operation == "linear_residual" else (1,)
+    if launch.split_k > 1 and operation != "linear_residual":
+        return False
     # Where heads are normed, tiles hold whole ones: "heads to 128" has 128 rows or twice that.
-    rows = int(name.split()[-1]) if name.startswith("heads to") else 1
-    found = [MatrixLaunch(*steps) for steps in product(*MATRIX_STEPS, splits)]
-    weights = 2 if operation == "norm_gated_mlp" else 1
-    return [launch for launch in found if launch.block_n % rows == 0 and _is_sound(launch, weights)]
-
-
-def _is_sound(launch: MatrixLaunch, num_weights: int) -> bool:
-    """Whether bfloat16 tiles of so many weights can fit and are worth a try."""
+    if name.startswith("heads to") and launch.block_n % int(name.split()[-1]) != 0:
+        return False
     tile = launch.block_n * launch.block_k
-    in_flight = 2 * num_weights * tile * launch.num_stages
+    in_flight = 2 * (2 if operation == "norm_gated_mlp" else 1) * tile * launch.num_stages
     is_wide = tile >= LEAST_OF_A_THREAD * 32 * launch.num_warps
-    return is_wide and LEAST_IN_FLIGHT <= in_flight <= LARGEST_SHARED
+    return is_wide and LEAST_IN_FLIGHT <= in_flight <= max(SHARED_LIMITS.values())
 
 
 def _distance(a: Parameters, b: Parameters) -> float:
@@ -240,7 +199,7 @@ def _distance(a: Parameters, b: Parameters) -> float:
 
 def rank(trials: Iterable[Trial]) -> list[Trial]:
     """The timed ones, the best first; those that are slow with eight rows behind the others."""
-    timed = [trial for trial in trials if not trial.refusal]
+    timed = [trial for trial in trials if trial.times]
     return sorted(timed, key=lambda trial: (trial.is_steep, trial.score))
 
 

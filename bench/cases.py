@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.timing import num_sets
+from bench.timing import ANY, num_sets
 from kernels.blocks import LEVELS
 from kernels.operands import Rows
-from kernels.weight import INT8
 from models.config import LlamaConfig
 
 ROUNDINGS = 4 * torch.finfo(torch.float32).eps
+Expected = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ class Setting:
     def full(self, sizes: Sequence[int], value: float, dtype: torch.dtype) -> torch.Tensor:
         return torch.full(tuple(sizes), value, dtype=dtype, device=self.device)
 
-    def copies(self, num_bytes: int) -> int:
-        """How many sets of operands of that size a timing needs."""
-        return num_sets(num_bytes, self.l2_bytes) if self.l2_bytes else 1
+    def copies(self, operand: ANY, num_bytes: int) -> list[ANY]:
+        """The same in memory of its own as often as timing a call that reads so much needs it."""
+        count = num_sets(num_bytes, self.l2_bytes)
+        return [operand, *(changed(operand, torch.clone) for _ in range(1, count))]
 
     def rows(self, num_rows: int, first: int) -> Rows:
         """So many tokens of one sequence, from position `first` on."""
@@ -76,15 +77,16 @@ class Case:
     activations: what the kernel rounds to 8 bits, [R, K] in groups of `group`; None if it does not.
     num_factors: how many products of them the kernel multiplies with each other.
     library: the same work (of a matrix kernel its product) by the library, for every set.
+    expected: what `check` compares with, where it is known.
     """
 
     operation: str
-    detail: str
     rows: int
     kernel: Callable[..., Any]
     reference: Callable[..., Any]
     sets: Sequence[tuple[Any, ...]]
     num_bytes: int
+    detail: str = ""
     num_operations: int = 0
     written: tuple[int, ...] = ()
     is_exact: bool = False
@@ -92,6 +94,7 @@ class Case:
     group: int = 0
     num_factors: int = 1
     library: Sequence[Callable[[], object]] = ()
+    expected: Expected | None = None
 
     def __str__(self) -> str:
         return f"{self.operation} {self.detail}".strip()
@@ -108,29 +111,19 @@ class Check(NamedTuple):
         return self.error <= self.budget  # false for NaN
 
 
-def weight_bytes(n: int, k: int, precision: int, dtype: torch.dtype) -> int:
-    """Of a matrix [N, K] in the form of that precision."""
-    return n * k + 4 * n if precision == INT8 else n * k * dtype.itemsize
-
-
-class Expected(NamedTuple):
-    """The reference's results on the first set, in the kernel's own dtype and in float64."""
-
-    low: list[torch.Tensor]
-    high: list[torch.Tensor]
-
-
 def expected(case: Case) -> Expected:
+    """The reference's results on the first set, in the kernel's own dtype and in float64."""
     args = case.sets[0]
     low = results(case, case.reference, args)
     if case.is_exact:
-        return Expected(low, low)
-    return Expected(low, results(case, case.reference, changed(args, promote)))
+        return low, low
+    exact = changed(args, lambda arg: arg.double() if arg.is_floating_point() else arg)
+    return low, results(case, case.reference, exact)
 
 
-def check(case: Case, against: Expected | None = None) -> Check:
+def check(case: Case) -> Check:
     """Run the kernel on the first set and compare all its results with the reference's."""
-    against = against or expected(case)
+    against = case.expected or expected(case)
     with poisoned_memory():
         out = results(case, case.kernel, case.sets[0])
     rounding = 0.0
@@ -175,11 +168,6 @@ def activation_error(x: torch.Tensor, group: int) -> float:
     scale = groups.abs().amax(2, keepdim=True) / LEVELS
     rounded = torch.where(scale > 0, groups / scale, 0.0).round() * scale
     return relative_error(rounded, groups)
-
-
-def promote(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers in float64, if they are floats."""
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -40,8 +40,14 @@ INTERPRETED = shape(
 )
 # Without num_heads * head_dim = hidden_size, and with tiles that K fills.
 INTERPRETED_EVEN = shape(2, 128, 256, 2, 1, 256, 128, head_dim=128)
-# bfloat16 is left out: the interpreter gets its products wrong.
-INTERPRETED_RUNS = ((INTERPRETED, torch.float32), (INTERPRETED_EVEN, torch.float16))
+# bfloat16 is left out: the interpreter gets its products wrong. Less than a minute's work.
+INTERPRETED_SETTINGS = {
+    f"small, {str(dtype).removeprefix('torch.')}": Setting(
+        config, dtype, torch.device("cpu"), num_positions=128, first=7, contexts=(20, 150),
+        prompts=(70,),
+    )
+    for config, dtype in ((INTERPRETED, torch.float32), (INTERPRETED_EVEN, torch.float16))
+}  # fmt: skip
 SEED = 20261124
 NO_GPU = "no CUDA device: correctness under the interpreter only, nothing is timed"
 HIDDEN = ("operation", "detail", "is_right")  # of a row: its name has them
@@ -49,14 +55,16 @@ HIDDEN = ("operation", "detail", "is_right")  # of a row: its name has them
 
 def all_cases(setting: Setting, rows: Sequence[int]) -> Iterator[Case]:
     """In the order of a pass, then what a prompt runs."""
-    for cases in kernel_cases.MATRICES.values():
+    for kind in kernel_cases.matrices(setting.config):
         for precision in (FULL, INT8):
-            yield from cases(setting, rows, precision)
-        if cases is kernel_cases.qkv_cases:
-            yield from kernel_cases.attention_decode_cases(setting, rows)
+            yield from kernel_cases.matrix_cases(setting, kind, rows, precision)
+        if kind == "qkv":
+            for context in setting.contexts:
+                yield from kernel_cases.attention_cases(setting, "attention_decode", context, rows)
     yield from kernel_cases.sample_cases(setting, rows)
     yield from kernel_cases.round_cases(setting, rows)
-    yield from kernel_cases.attention_prefill_cases(setting)
+    for length in setting.prompts:
+        yield from kernel_cases.attention_cases(setting, "attention_prefill", length, [length])
     yield from kernel_cases.router_cases(setting)
 
 
@@ -99,44 +107,28 @@ def run_setting(
     return table
 
 
-def run_on_gpu(
-    device: torch.device, shapes: Sequence[str], rows: Sequence[int]
-) -> dict[str, list[dict[str, Any]]]:
-    ceilings, l2_bytes = timing.gpu_ceilings(), timing.cache_bytes(device)
-    print(f"{ceilings}; L2 cache {l2_bytes / 2**20:.0f} MiB; bfloat16, microseconds")
-    tables = {}
-    for name in shapes:
-        setting = Setting(SHAPES[name], torch.bfloat16, device, l2_bytes)
-        tables[name] = run_setting(name, setting, rows, ceilings)
-    return tables
-
-
-def run_interpreted(rows: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """Small shapes, so that the interpreter is done in less than a minute."""
-    print(NO_GPU.replace("no CUDA device", "--device cpu") if torch.cuda.is_available() else NO_GPU)
-    tables = {}
-    for config, dtype in INTERPRETED_RUNS:
-        name = f"small, {str(dtype).removeprefix('torch.')}"
-        setting = Setting(
-            config, dtype, torch.device("cpu"), num_positions=128, first=7, contexts=(20, 150),
-            prompts=(70,),
-        )  # fmt: skip
-        tables[name] = run_setting(name, setting, rows, None)
-    return tables
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(SEED)
     is_timed = args.device.type == "cuda"
+    settings, ceilings = INTERPRETED_SETTINGS, None
     if is_timed:
-        shapes = list(SHAPES) if args.shape == "all" else [args.shape]
-        tables = run_on_gpu(torch.device("cuda", torch.cuda.current_device()), shapes, args.rows)
+        device = torch.device("cuda", torch.cuda.current_device())
+        ceilings, l2_bytes = timing.gpu_ceilings(), timing.cache_bytes(device)
+        print(f"{ceilings}; L2 cache {l2_bytes / 2**20:.0f} MiB; bfloat16, microseconds")
+        settings = {
+            name: Setting(SHAPES[name], torch.bfloat16, device, l2_bytes)
+            for name in (SHAPES if args.shape == "all" else [args.shape])
+        }
     else:
-        tables = run_interpreted(args.rows)
+        is_asked = torch.cuda.is_available()
+        print(NO_GPU.replace("no CUDA device", "--device cpu") if is_asked else NO_GPU)
+    tables = {
+        name: run_setting(name, setting, args.rows, ceilings) for name, setting in settings.items()
+    }
     wrong = [row for table in tables.values() for row in table if not row["is_right"]]
     report.print_verdict(not wrong, f"{sum(map(len, tables.values()))} checks, {len(wrong)} wrong")
-    device = torch.cuda.get_device_name() if is_timed else "cpu"
-    return {"device": device, "timed": is_timed, "wrong": len(wrong), "tables": tables}
+    device_name = torch.cuda.get_device_name() if is_timed else "cpu"
+    return {"device": device_name, "timed": is_timed, "wrong": len(wrong), "tables": tables}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,8 @@ With a peer whole requests are compared (bench/peers.py).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -32,6 +33,7 @@ from bench.shapes import (
     check_memory,
     choose_contexts,
     free_bytes,
+    matrix_elements,
     prefill_flops,
     weight_bytes,
     with_positions,
@@ -43,16 +45,16 @@ from bench.subjects import (
     Subject,
     check,
     device_timer,
-    make_models,
     make_subject,
     nothing,
-    take_turns,
+    random_model,
+    time_arms,
 )
 from bench.timing import Ceilings, Spread, gpu_ceilings, spread
-from engine.loading import choose_dtypes, choose_ops
+from engine.loading import choose_forms
 from engine.prefill import prefill
 from models.config import LlamaConfig
-from models.quantise import int8_bytes
+from models.quantise import int8_bytes, with_int8
 
 CONTEXTS = [256, 4096, 32768]
 MIN_CONTEXT = 64  # room for the widest pass, and a past before it
@@ -63,7 +65,7 @@ def measure_context(
     subject: Subject, context: int, repeats: int, ceilings: Ceilings
 ) -> dict[str, Any]:
     """Time every pass at one context."""
-    turns = take_turns(subject, context, repeats)
+    turns = time_arms(subject, context, repeats)
     plain = spread(turns["plain"])
     num_bytes = subject.read_bytes(context)
     rate = num_bytes / plain.median
@@ -115,10 +117,7 @@ def measure_prefill(subject: Subject, repeats: int, ceiling: float) -> dict[str,
     found = {}
     for count in (n for n in PREFILLS if n <= len(subject.token_ids)):
         tokens = subject.token_ids[:count]
-
-        def run(tokens: Sequence[int] = tokens) -> None:
-            prefill(subject.model, subject.cache, 0, tokens, 0)
-
+        run = partial(prefill, subject.model, subject.cache, 0, tokens, 0)
         seconds = spread(timer(nothing, run, repeats))
         rate = prefill_flops(subject.model.config, count) / seconds.median
         found[str(count)] = {
@@ -144,14 +143,6 @@ def print_context(context: int, found: Mapping[str, Any]) -> None:
     report.print_table("round", found["rounds"].items())
 
 
-def print_prefill(found: Mapping[str, Mapping[str, Any]]) -> None:
-    print()
-    report.print_table("prompt tokens", found.items())
-    for num_tokens in PREFILLS:
-        if str(num_tokens) not in found:
-            print(f"prefill of {num_tokens} tokens is left out: the cache has fewer positions")
-
-
 def measure_shape(
     name: str, config: LlamaConfig, contexts: Sequence[int], repeats: int, device: torch.device
 ) -> dict[str, Any]:
@@ -159,17 +150,19 @@ def measure_shape(
 
     Raises ValueError where it does not fit, and CheckError where the passes are wrong.
     """
-    dtype, published = choose_dtypes("auto", device)[0], config.max_positions
-    check_memory(name, config, device, dtype)
-    config = with_positions(config, choose_contexts(config, contexts, dtype, free_bytes(device))[0])
+    dtype, published = choose_forms("auto", device).dtype, config.max_positions
+    size, free = weight_bytes(config, dtype) + sum(matrix_elements(config)), free_bytes(device)
+    check_memory(name, size, free, " with int8 copies of its weights")
+    config = with_positions(config, choose_contexts(config, contexts, dtype, free)[0])
     ceilings = gpu_ceilings()
     print(ceilings)
     with torch.inference_mode():
-        models = make_models(config, choose_ops(device), device, dtype)
+        model = random_model(config, config.max_positions, device)
+        int8_model = with_int8(model)
         torch.cuda.empty_cache()
         room = free_bytes(device) - MARGIN
         allowed, left_out = choose_contexts(config, contexts, dtype, room)
-        subject = make_subject(*models, allowed[-1])
+        subject = make_subject(model, int8_model, allowed[-1])
         result = describe(name, subject) | {"left_out": left_out}
         result["ceilings"] = {key: value.median for key, value in ceilings._asdict().items()}
         result["published_positions"] = published
@@ -181,26 +174,20 @@ def measure_shape(
         for context, reason in left_out.items():
             print(f"context {context} is left out: {reason}")
         torch.cuda.empty_cache()
-        return result | measure(subject, allowed, repeats, ceilings, make_peak())
+        return result | measure(subject, allowed, repeats, ceilings)
 
 
-def make_peak() -> Callable[[], dict[str, int]]:
-    """A function that returns the most device memory since its last call, beyond what is in use.
+def peak_bytes(in_use: int) -> dict[str, int]:
+    """The most device memory since the last call, beyond what was in use before.
 
     reserved: with what the allocator keeps for graphs and for later.
     """
-    base = torch.cuda.memory_allocated()
+    found = {
+        "allocated": torch.cuda.max_memory_allocated() - in_use,
+        "reserved": torch.cuda.max_memory_reserved() - in_use,
+    }
     torch.cuda.reset_peak_memory_stats()
-
-    def peak() -> dict[str, int]:
-        found = {
-            "allocated": torch.cuda.max_memory_allocated() - base,
-            "reserved": torch.cuda.max_memory_reserved() - base,
-        }
-        torch.cuda.reset_peak_memory_stats()
-        return found
-
-    return peak
+    return found
 
 
 def describe(name: str, subject: Subject) -> dict[str, Any]:
@@ -219,16 +206,11 @@ def describe(name: str, subject: Subject) -> dict[str, Any]:
 
 
 def measure(
-    subject: Subject,
-    contexts: Sequence[int],
-    repeats: int,
-    ceilings: Ceilings,
-    peak: Callable[[], Mapping[str, int]],
+    subject: Subject, contexts: Sequence[int], repeats: int, ceilings: Ceilings
 ) -> dict[str, Any]:
-    """Check the passes, then time and print those at every context, and prefill.
-
-    peak: the most memory in use since it was last called.
-    """
+    """Check the passes, then time and print those at every context, and prefill."""
+    in_use = torch.cuda.memory_allocated()
+    peak_bytes(in_use)  # what comes before does not count
     check(subject, contexts)
     report.print_verdict(True, "rows have the same bits in passes over 1, 2, 8 and 16 tokens, "
                          "replays those of eager passes, drafts at full precision are accepted "
@@ -237,10 +219,14 @@ def measure(
     for context in contexts:
         found[str(context)] = measure_context(subject, context, repeats, ceilings)
         print_context(context, found[str(context)])
-    result: dict[str, Any] = {"checked": True, "contexts": found, "peak_bytes": peak()}
+    result: dict[str, Any] = {"checked": True, "contexts": found, "peak_bytes": peak_bytes(in_use)}
     result["prefill"] = measure_prefill(subject, repeats, ceilings.operations.median)
-    print_prefill(result["prefill"])
-    return result | {"prefill_peak_bytes": peak()}
+    print()
+    report.print_table("prompt tokens", result["prefill"].items())
+    for num_tokens in PREFILLS:
+        if str(num_tokens) not in result["prefill"]:
+            print(f"prefill of {num_tokens} tokens is left out: the cache has fewer positions")
+    return result | {"prefill_peak_bytes": peak_bytes(in_use)}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -20,23 +20,25 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import report
-from bench.shapes import MARGIN, free_bytes, random_tokens, textless, weight_bytes
+from bench.shapes import MARGIN, check_memory, free_bytes, random_tokens, textless, weight_bytes
+from bench.streams import Arm, answer, rate
+from bench.subjects import random_model
 from bench.timing import Run, Spread, alternate, warm_up
 from engine import LLM, SamplingParams
-from engine.loading import Loaded, choose_dtypes, choose_ops
+from engine.loading import Loaded, choose_forms
 from models.config import LlamaConfig
 from models.hub import resolve_model
-from models.llama import make_llama
-from models.weights import random_weights, sublayer_bytes
 
-PROMPT = "Explain in a few paragraphs how a bicycle stays upright while it is moving."
+QUESTION = "Explain in a few paragraphs how a bicycle stays upright while it is moving."
+MESSAGES = [{"role": "user", "content": QUESTION}]
 MAX_LENGTH = 2048  # of prompts with their answers
 PROMPT_TOKENS = 128
 WARM_UPS = 2  # the first compiles, the second records graphs
@@ -55,27 +57,33 @@ print(json.dumps({"import_seconds": round(imported - started, 3),
                   "load_seconds": round(loaded - imported, 3), "peak_rss_bytes": int(peak) * 1024}))
 """
 
-Maker = Callable[[], dict[str, Run]]
+Request = Callable[[list[int]], Sequence[int]]  # a prompt -> the tokens of its answer
 
 
-def rate(times: Sequence[float]) -> float:
-    """Tokens per second from the moments at which tokens appeared."""
-    return (len(times) - 1) / (times[-1] - times[0])
+def engine_run(model: str | None, device: str, new_tokens: int) -> tuple[LLM, Run]:
+    """An engine, and its plain decoding of an answer to MESSAGES."""
+    llm = LLM(model, device=device, max_length=MAX_LENGTH, speculative="off")
+    prompt = llm.encode_chat(MESSAGES)
+
+    def run() -> tuple[Sequence[int], float]:
+        made = answer(llm, prompt, Arm("off"), new_tokens, ignore_eos=True)
+        return made.token_ids, rate([[made]])
+
+    return llm, run
 
 
-def engine_run(llm: LLM, prompt: Sequence[int], new_tokens: int) -> Run:
-    params = SamplingParams(
-        temperature=0, max_tokens=new_tokens, ignore_eos=True, speculative="off"
-    )
-
-    def run() -> tuple[list[int], float]:
-        token_ids, times = [], []
-        for event in llm.stream(prompt, params):
-            token_ids.append(event.token_id)
-            times.append(time.perf_counter())
-        return token_ids, rate(times)
-
-    return run
+def peer_tokens(
+    model: Any, prompt: Sequence[int], new_tokens: int, **options: Any
+) -> tuple[int, ...]:
+    """The greedy answer of a model of transformers."""
+    token_ids = torch.tensor([prompt], device=model.device)
+    # Not inference_mode: the peer's CUDA graphs may break behind it (pytorch issue 135892).
+    with torch.no_grad():
+        out = model.generate(
+            token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=new_tokens,
+            do_sample=False, pad_token_id=0, **options,
+        )  # fmt: skip
+    return tuple(out[0, len(prompt) :].tolist())  # the host waits for the last token
 
 
 def transformers_run(path: Path, prompt: Sequence[int], new_tokens: int) -> Run:
@@ -87,9 +95,8 @@ def transformers_run(path: Path, prompt: Sequence[int], new_tokens: int) -> Run:
     if path.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    token_ids = torch.tensor([list(prompt)])
 
-    def run() -> tuple[list[int], float]:
+    def run() -> tuple[Sequence[int], float]:
         times: list[float] = []
 
         def note_time(_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> bool:
@@ -97,12 +104,10 @@ def transformers_run(path: Path, prompt: Sequence[int], new_tokens: int) -> Run:
             return False
 
         with torch.inference_mode():
-            out = model.generate(
-                token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
-                stopping_criteria=[note_time],
-            )  # fmt: skip
-        return out[0, token_ids.shape[1] :].tolist(), rate(times)
+            made = peer_tokens(
+                model, prompt, new_tokens, min_new_tokens=new_tokens, stopping_criteria=[note_time]
+            )
+        return made, (len(times) - 1) / (times[-1] - times[0])
 
     return run
 
@@ -121,13 +126,12 @@ def compare_model(
 ) -> dict[str, Any]:
     """Print and return rates of both engines on one prompt, and their ratio if tokens agree."""
     result = measure_load(model, device)
-    llm = LLM(model, device=str(device), max_length=MAX_LENGTH, speculative="off")
-    prompt = llm.encode_chat([{"role": "user", "content": PROMPT}])
-    runs = {"engine": engine_run(llm, prompt, new_tokens)}
+    llm, own_run = engine_run(model, str(device), new_tokens)
     started = time.perf_counter()
-    runs["transformers"] = transformers_run(resolve_model(model, None), prompt, new_tokens)
+    peer_run = transformers_run(resolve_model(model, None), llm.encode_chat(MESSAGES), new_tokens)
     result["peer_load_seconds"] = round(time.perf_counter() - started, 3)
-    result |= report.print_ceiling(sum(sublayer_bytes(llm.model.weights)), device)
+    result |= report.print_ceiling(llm.model)
+    runs = {"engine": own_run, "transformers": peer_run}
     tokens = warm_up(runs)
     result["identical"] = tokens["engine"] == tokens["transformers"]
     report.print_verdict(result["identical"], "tokens of both engines are identical")
@@ -150,65 +154,42 @@ def print_rates(rates: dict[str, Spread]) -> None:
 
 
 def engine_requests(
-    name: str, config: LlamaConfig, device: torch.device, new_tokens: int
-) -> dict[str, Run]:
-    """Requests to an LLM. Every prompt is new, so that none finds its tokens in the cache."""
-    dtype = choose_dtypes("auto", device)[0]
-    weights = random_weights(config, seed=0, device=device, dtype=dtype)
-    ops = choose_ops(device)
-    model = make_llama(config, weights, PROMPT_TOKENS + new_tokens, *ops)
-    loaded = Loaded(name, model, textless(config), None, {})
+    config: LlamaConfig, device: torch.device, new_tokens: int
+) -> dict[str, Request]:
+    """Requests to an LLM."""
+    model = random_model(config, PROMPT_TOKENS + new_tokens, device)
+    loaded = Loaded("random weights", model, textless(config), None, {})
     llm = LLM.from_loaded(loaded, speculative="off", router="none", profile=False)
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-
-    def answer(prompt: list[int]) -> int:
-        return sum(1 for _ in llm.stream(prompt, params))
-
-    return {"engine": timed_requests(config, answer, new_tokens)}
+    return {"engine": lambda prompt: llm.generate([prompt], params)[0].outputs[0].token_ids}
 
 
 def transformers_requests(
     config: LlamaConfig, device: torch.device, new_tokens: int
-) -> dict[str, Run]:
+) -> dict[str, Request]:
     """Requests to one model of transformers: eager, and compiled with a static cache."""
     import transformers
 
     with device:
         model = transformers.AutoModelForCausalLM.from_config(
-            peer_config(config), dtype=choose_dtypes("auto", device)[0], attn_implementation="sdpa"
+            peer_config(config),
+            dtype=choose_forms("auto", device).dtype,
+            attn_implementation="sdpa",
         )
-    model = model.to(device).eval()
-
-    def answer(prompt: list[int], **options: Any) -> int:
-        token_ids = torch.tensor([prompt], device=device)
-        # Not inference_mode: the peer's CUDA graphs may break behind it (pytorch issue 135892).
-        with torch.no_grad():
-            out = model.generate(
-                token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=new_tokens,
-                do_sample=False, pad_token_id=0, **options,
-            )  # fmt: skip
-        return len(out[0].tolist()) - PROMPT_TOKENS  # the host waits for the last token
-
-    def answer_compiled(prompt: list[int]) -> int:
-        return answer(prompt, cache_implementation="static")
-
-    answers = {"eager": answer, "static_compile": answer_compiled}
-    return {name: timed_requests(config, run, new_tokens) for name, run in answers.items()}
+    eager = partial(peer_tokens, model.to(device).eval(), new_tokens=new_tokens)
+    return {"eager": eager, "static_compile": partial(eager, cache_implementation="static")}
 
 
-def timed_requests(config: LlamaConfig, answer: Callable[[list[int]], int], new_tokens: int) -> Run:
-    """Runs of `answer`, which returns how many tokens it made, on another random prompt each."""
-    seeds = itertools.count()
-
-    def run() -> tuple[list[int], float]:
-        prompt = random_tokens(config, PROMPT_TOKENS, next(seeds))
-        started = time.perf_counter()
-        made = answer(prompt)
-        seconds = time.perf_counter() - started
-        assert made == new_tokens, (made, new_tokens)
-        return [], made / seconds  # no tokens: those of random weights are not compared
-
-    return run
+def timed_request(
+    config: LlamaConfig, request: Request, new_tokens: int, seeds: Iterator[int]
+) -> tuple[Sequence[int], float]:
+    """A request with the random prompt of the next seed: none finds its tokens in a cache."""
+    prompt = random_tokens(config, PROMPT_TOKENS, next(seeds))
+    started = time.perf_counter()
+    made = len(request(prompt))
+    seconds = time.perf_counter() - started
+    assert made == new_tokens, (made, new_tokens)
+    return [], made / seconds  # no tokens: those of random weights are not compared
 
 
 def peer_config(config: LlamaConfig) -> Any:
@@ -241,22 +222,18 @@ def compare_shape(
 
     Raises ValueError where not even one model fits into memory.
     """
-    size = weight_bytes(config, choose_dtypes("auto", device)[0])
-    free = free_bytes(device)
-    if size + MARGIN > free:
-        raise ValueError(
-            f"shape: {name} needs {(size + MARGIN) / 1e9:.0f} GB, got {free / 1e9:.0f} GB of free "
-            "memory; choose a smaller shape"
-        )
-    makers: list[Maker] = [
-        lambda: engine_requests(name, config, device, new_tokens),
-        lambda: transformers_requests(config, device, new_tokens),
-    ]
+    size, free = weight_bytes(config, choose_forms("auto", device).dtype), free_bytes(device)
+    check_memory(name, size, free)
+    makers = [engine_requests, transformers_requests]
     is_together = 2 * (size + MARGIN) <= free
     print("both models fit into memory" if is_together else "one model in memory at a time")
     rates: dict[str, Spread] = {}
     for group in [makers] if is_together else [[make] for make in makers]:
-        runs = {label: run for make in group for label, run in make().items()}
+        runs = {
+            label: partial(timed_request, config, request, new_tokens, itertools.count())
+            for make in group
+            for label, request in make(config, device, new_tokens).items()
+        }
         rates |= alternate(runs, warm_up(runs, WARM_UPS), repeats)
         runs.clear()  # and the models with them
         gc.collect()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from bench.streams import Measured
+from bench.streams import Measured, rate
 from router.library import RouterLibrary
 
 WINDOW = 5  # prompts of the moving average
@@ -32,7 +32,7 @@ def plot_stream(path: Path, rows: Sequence[Measured], names: Sequence[str]) -> N
             linewidth=2.4 if is_router else 1.1, zorder=3 if is_router else 2,
         )  # fmt: skip
     start = 0
-    for domain, block in groupby(row.domain for row in rows):
+    for domain, block in groupby(row.prompt.domain for row in rows):
         length = len(list(block))
         if start:
             axes.axvline(start + 0.5, color="0.8", linewidth=0.8, zorder=1)
@@ -49,23 +49,21 @@ def plot_stream(path: Path, rows: Sequence[Measured], names: Sequence[str]) -> N
 
 def moving_rate(rows: Sequence[Measured], name: str) -> list[float]:
     """For each prompt the tokens per second of it and the few before it."""
-    tokens = [len(row.runs[name].token_ids) - 1 for row in rows]
-    seconds = [median(row.runs[name].seconds) for row in rows]
-    windows = [slice(max(0, i - WINDOW + 1), i + 1) for i in range(len(rows))]
-    return [sum(tokens[w]) / sum(seconds[w]) for w in windows]
+    runs = [row.runs[name] for row in rows]
+    return [rate(runs[max(0, end - WINDOW) : end]) for end in range(1, len(rows) + 1)]
 
 
 def plot_plans(path: Path, table: Mapping[str, Mapping[str, float | None]]) -> None:
     """Speed-ups over plain decoding: a row for each domain, a column for each arm or plan."""
     names = list(next(iter(table.values())))
-    values = torch.tensor([[_number(row.get(name)) for name in names] for row in table.values()])
+    values = np.array([[row.get(name) for name in names] for row in table.values()], dtype=float)
     size = (2.2 + 0.75 * len(names), 1.8 + 0.42 * len(table))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    known = values.nan_to_num(1.0)
+    known = np.nan_to_num(values, nan=1.0)
     # No gain is white; the scale goes at least a tenth to either side, so that noise stays pale.
     scale = TwoSlopeNorm(1.0, min(0.9, float(known.min())), max(1.1, float(known.max())))
-    image = axes.imshow(values.numpy(), cmap="PRGn", norm=scale, aspect="auto")
+    image = axes.imshow(values, cmap="PRGn", norm=scale, aspect="auto")
     for i, row in enumerate(values.tolist()):
         for j, value in enumerate(row):
             axes.text(j, i, f"{value:.2f}" if value == value else "-", ha="center", va="center",
@@ -76,19 +74,17 @@ def plot_plans(path: Path, table: Mapping[str, Mapping[str, float | None]]) -> N
     figure.savefig(path, dpi=DPI)
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
 def plot_anchors(path: Path, library: RouterLibrary, rows: Sequence[Measured]) -> None:
     """Anchors (crosses) and prompts (dots) along the two main directions of the anchors."""
     anchors, points = project(library.anchors, torch.stack([row.feature for row in rows]))
     figure = Figure(figsize=(7.5, 5.5), layout="constrained")
     axes = figure.subplots()
-    unknown = [d for d in dict.fromkeys(row.domain for row in rows) if d not in library.domains]
+    unknown = [
+        d for d in dict.fromkeys(row.prompt.domain for row in rows) if d not in library.domains
+    ]
     for i, domain in enumerate((*library.domains, *unknown)):
         colour = COLOURS[i % len(COLOURS)]
-        own = points[[row.domain == domain for row in rows]]
+        own = points[[row.prompt.domain == domain for row in rows]]
         label = domain if domain in library.domains else f"{domain} (unknown)"
         axes.scatter(own[:, 0], own[:, 1], s=18, color=colour, label=label,
                      marker="o" if domain in library.domains else "^")  # fmt: skip

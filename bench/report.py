@@ -22,6 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.timing import Spread, read_bandwidth
+from engine.loading import choose_device
+from models.llama import Llama
+from models.weights import sublayer_bytes
 
 USUAL = "default: %(default)s"
 LIBRARIES = ("torch", "triton", "numba", "numpy", "transformers")
@@ -102,9 +105,6 @@ def run_benchmark(
     args: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]]
 ) -> dict[str, Any]:
     """Print the report of `run`, which finds a `torch.device` in args.device; return the result."""
-    # Here and not above: it loads kernels, and how they run is decided then.
-    from engine.loading import choose_device
-
     started = time.monotonic()
     try:
         args.device = choose_device(args.device)
@@ -156,9 +156,10 @@ def print_verdict(is_right: bool, what: str) -> None:
     print(f"{'checked' if is_right else 'WRONG'}: {what}", flush=True)
 
 
-def print_ceiling(bytes_per_token: int, device: torch.device) -> dict[str, float]:
+def print_ceiling(model: Llama) -> dict[str, float]:
     """Print and return what reading the weights allows plain decoding on this machine, now."""
-    bandwidth = read_bandwidth(device).median
+    bytes_per_token = sum(sublayer_bytes(model.weights))
+    bandwidth = read_bandwidth(model.device).median
     ceiling = bandwidth / bytes_per_token
     print(f"ceiling: {bytes_per_token / 1e6:.0f} MB a token at {bandwidth / 1e9:.1f} GB/s "
           f"read = {ceiling:.1f} tokens/s")  # fmt: skip

@@ -21,43 +21,45 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from bench import report
-from bench.decode import OWN_PROMPTS, Run, num_timed, rate, read_prompts
+from bench.decode import OWN_PROMPTS
 from bench.peers import MAX_LENGTH
 from bench.streams import (
     ROUTED,
     SINGLE,
     Experiment,
     Measured,
+    Orders,
     Prompt,
-    is_identical,
+    Run,
+    is_same,
     make_experiment,
     make_stream,
     measure_prompt,
-    oracle_rate,
-    rate_of,
+    median_seconds,
+    num_timed,
+    rate,
     run_streams,
     warm_up,
 )
 from bench.timing import spread
 from engine import LLM
-from models.weights import sublayer_bytes
+from engine.calibrate.prompts import read_prompts
 
 DIFFER = "tokens differ, or nothing was timed"
 ANSWER_TOKENS = 64  # of which the router's time is given as a share
 Streams = Mapping[tuple[float, str], Sequence[Run]]
-Orders = Mapping[float, Sequence[int]]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = report.make_parser(
-        __doc__, model=True, repeats=(2, 1), new_tokens=(64, 16),
-        per_domain=(8, 1),
-    )  # fmt: skip
+        __doc__, model=True, repeats=(2, 1), new_tokens=(64, 16), per_domain=(8, 1)
+    )
     add = parser.add_argument
     add("--router", metavar="FILE", help="a library; default: the model's own")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
@@ -83,14 +85,15 @@ def load_prompts(path: Path | None, known: Sequence[str], per_domain: int) -> di
 
     Raises ValueError for what is no set of prompts, and for one without a domain of the library.
     """
-    found = read_prompts(path, None, per_domain)
+    path = path or OWN_PROMPTS
+    found = read_prompts(path, None)
     ordered = [*(d for d in known if d in found), *(d for d in found if d not in known)]
     if ordered[0] not in known:
         raise ValueError(
-            f"{path or OWN_PROMPTS}: got the domains {', '.join(found)}, expected some of "
+            f"{path}: got the domains {', '.join(found)}, expected some of "
             f"the library's: {', '.join(known)}"
         )
-    return {domain: found[domain] for domain in ordered}
+    return {domain: found[domain][:per_domain] for domain in ordered}
 
 
 def encode(llm: LLM, texts: Mapping[str, Sequence[str]], new_tokens: int) -> list[Prompt]:
@@ -113,10 +116,8 @@ def measure(
 ) -> list[Measured]:
     """Every prompt with every arm, a table for each domain as it is done."""
     measured: list[Measured] = []
-    for domain in dict.fromkeys(prompt.domain for prompt in prompts):
-        indices = [i for i, prompt in enumerate(prompts) if prompt.domain == domain]
-        rows = [measure_prompt(llm, prompts[i], experiment, i, new_tokens, repeats)
-                for i in indices]  # fmt: skip
+    for domain, block in groupby(enumerate(prompts), lambda pair: pair[1].domain):
+        rows = [measure_prompt(llm, p, experiment, i, new_tokens, repeats) for i, p in block]
         print_domain(domain, rows, experiment)
         measured += rows
     return measured
@@ -124,12 +125,11 @@ def measure(
 
 def print_domain(domain: str, rows: Sequence[Measured], experiment: Experiment) -> None:
     is_known = domain in experiment.library.domains
-    rejected = sum(row.is_rejected for row in rows)
-    nearest = ", ".join(sorted({row.nearest_domain for row in rows}))
+    rejected = sum(row.routed.is_rejected for row in rows)
+    nearest = ", ".join(sorted({row.routed.domain for row in rows}))
     print(f"\n{domain} ({'known' if is_known else 'unknown'}), prompts: {len(rows)}; "
           f"rejected: {rejected}; nearest: {nearest}")  # fmt: skip
-    timed = [row for row in rows if is_timed(row)]
-    print_rates(timed, (*experiment.arms, *experiment.columns, "random"))
+    print_rates(only_timed(rows), [*rows[0].runs])
 
 
 def print_rates(rows: Sequence[Measured], names: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ def print_rates(rows: Sequence[Measured], names: Sequence[str]) -> None:
 
     def cells(name: str, value: float | None) -> dict[str, object]:
         runs = [row.runs[name] for row in rows if name in row.runs] if value else []
-        rounds = sum(run.rounds for run in runs)
+        rounds = sum(run[-1].stats.rounds for run in runs)
         return {
             "tokens/s": value,
             "speed-up": _ratio(value, rates["off"]),
@@ -151,67 +151,78 @@ def print_rates(rows: Sequence[Measured], names: Sequence[str]) -> None:
     report.print_table("arm", table, width=max(map(len, rates)))
 
 
-def is_timed(row: Measured) -> bool:
+def only_timed(rows: Sequence[Measured]) -> list[Measured]:
     """An answer of a single token takes no time."""
-    return len(row.runs["off"].token_ids) > 1
+    return [row for row in rows if num_timed([row.runs["off"]])]
 
 
 def rates_of(rows: Sequence[Measured], names: Sequence[str]) -> dict[str, float | None]:
     """Tokens per second by name, the oracle's last; None where tokens differ."""
-    rates = {name: rate_of(rows, name) for name in names}
-    is_whole = bool(rows) and all(is_identical(row) for row in rows)
-    return rates | {"oracle": oracle_rate(rows) if is_whole else None}
+    return {name: rate_of(rows, name) for name in names} | {"oracle": oracle_rate(rows)}
 
 
-def speed_ups(rows: Sequence[Measured], names: Sequence[str]) -> dict[str, float | None]:
-    """Rates over plain decoding's."""
-    rates = rates_of(rows, names)
-    return {name: _ratio(value, rates["off"]) for name, value in rates.items()}
+def rate_of(measured: Sequence[Measured], name: str) -> float | None:
+    """Tokens per second of an arm or column; None where its tokens differ or it was not run."""
+    runs = [(m.runs["off"], m.runs[name]) for m in measured if name in m.runs]
+    if not runs or len(runs) < len(measured) or not all(map(is_same, runs)):
+        return None
+    return rate([run for _, run in runs])
+
+
+def oracle_rate(measured: Sequence[Measured]) -> float | None:
+    """Tokens per second with the fastest of each prompt's runs that is not a router's.
+
+    None where any arm's tokens differ.
+    """
+    if not measured or not all(is_same(m.runs.values()) for m in measured):
+        return None
+    own = [[run for name, run in m.runs.items() if name not in ROUTED] for m in measured]
+    return rate([min(runs, key=median_seconds) for runs in own])
 
 
 def summarise(rows: Sequence[Measured], experiment: Experiment) -> dict[str, Any]:
     """What the single prompts say; rates are over the prompts of the known domains."""
     domains = experiment.library.domains
-    timed = [row for row in rows if is_timed(row)]
-    known = [row for row in timed if row.domain in domains]
-    unknown = [row for row in timed if row.domain not in domains]
-    arms = rates_of(known, (*experiment.arms, "random"))
-    by_domain = {d: [row for row in rows if row.domain == d] for d in _names(rows)}
-    right = {d: [row.nearest_domain == d for row in by_domain[d]]
-             for d in by_domain if d in domains}  # fmt: skip
-    names = (*experiment.arms, *experiment.columns, "random")
-    microseconds = median(us for row in rows for us in row.router_microseconds)
-    share = None if arms["knn"] is None else microseconds * 1e-6 * arms["knn"] / ANSWER_TOKENS
+    known = [row for row in rows if row.prompt.domain in domains]
+    unknown = [row for row in only_timed(rows) if row.prompt.domain not in domains]
+    arms = rates_of(only_timed(known), (*experiment.arms, "random"))
+    plans = {d: rates_of(some, [*some[0].runs]) for d, some in by_domain(only_timed(rows)).items()}
+    requests = [answer.stats for row in rows for answer in row.runs["knn"]]
+    requests += [row.routed for row in rows]
+    microseconds = median(stats.router_microseconds for stats in requests)
     return {
-        "identical": all(is_identical(row) for row in rows),
-        "arms": _rounded(arms, 2),
+        "identical": all(is_same(row.runs.values()) for row in rows),
+        "arms": {name: None if rate is None else round(rate, 2) for name, rate in arms.items()},
         "missing": dict(experiment.missing),
         "plans": {
-            d: _rounded(speed_ups([row for row in timed if row.domain == d], names), 3)
-            for d in _names(timed)
+            d: {name: _ratio(rate, rates["off"], 3) for name, rate in rates.items()}
+            for d, rates in plans.items()
         },
-        "routing_accuracy": {d: round(fmean(values), 3) for d, values in right.items()},
-        "routing_accuracy_all": round(fmean(v for values in right.values() for v in values), 3),
+        "routing_accuracy": {d: accuracy(some) for d, some in by_domain(known).items()},
+        "routing_accuracy_all": accuracy(known),
         "rejected": {
-            d: round(fmean(r.is_rejected for r in some), 3) for d, some in by_domain.items()
+            d: round(fmean(row.routed.is_rejected for row in some), 3)
+            for d, some in by_domain(rows).items()
         },
         "router_microseconds": round(microseconds, 1),
-        "router_share": None if share is None else round(share, 6),
+        "router_share": _ratio(arms["knn"], ANSWER_TOKENS * 1e6 / microseconds, 6),
         "oracle_share": _ratio(arms["knn"], arms["oracle"]),
-        "unknown_vs_off": speed_ups(unknown, ("off", "knn"))["knn"],
+        "unknown_vs_off": _ratio(rate_of(unknown, "knn"), rate_of(unknown, "off")),
     }
 
 
-def _names(rows: Sequence[Measured]) -> list[str]:
-    return list(dict.fromkeys(row.domain for row in rows))
+def by_domain(rows: Sequence[Measured]) -> dict[str, list[Measured]]:
+    domains = dict.fromkeys(row.prompt.domain for row in rows)
+    return {domain: [row for row in rows if row.prompt.domain == domain] for domain in domains}
 
 
-def _rounded(values: Mapping[str, float | None], digits: int) -> dict[str, float | None]:
-    return {name: None if v is None else round(v, digits) for name, v in values.items()}
+def accuracy(rows: Sequence[Measured]) -> float:
+    """The share of prompts whose nearest anchor is of their own domain."""
+    return round(fmean(row.routed.domain == row.prompt.domain for row in rows), 3)
 
 
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return None if value is None or not base else round(value / base, 4)
+def _ratio(value: float | None, base: float | None, digits: int = 4) -> float | None:
+    return None if value is None or not base else round(value / base, digits)
 
 
 def best_single(arms: Mapping[str, float | None]) -> str:
@@ -219,14 +230,16 @@ def best_single(arms: Mapping[str, float | None]) -> str:
     return max(SINGLE, key=lambda name: arms.get(name) or 0.0)
 
 
-def summarise_streams(
-    streams: Streams, orders: Orders, rows: Sequence[Measured], best: str
-) -> dict[str, Any]:
+def in_order(rows: Sequence[Measured], mix: float, seed: int) -> list[Measured]:
+    return [rows[i] for i in make_stream([row.prompt.domain for row in rows], mix, seed)]
+
+
+def summarise_streams(streams: Streams, orders: Orders, best: str) -> dict[str, Any]:
     """Rates of the streams that were run in order; none where tokens differ."""
     identical = all(
-        run.token_ids == rows[i].runs["off"].token_ids
+        is_same([run, row.runs["off"]])
         for (mix, _), runs in streams.items()
-        for i, run in zip(orders[mix], runs, strict=True)
+        for row, run in zip(orders[mix], runs, strict=True)
     )
     mixes: dict[str, dict[str, float | None]] = {}
     for (mix, name), runs in streams.items():
@@ -241,7 +254,6 @@ def summarise_streams(
 def print_summary(result: Mapping[str, Any]) -> None:
     print(f"\nstreams of the known domains, run in order, tokens/s (best single arm: "
           f"{result['best_single']})")  # fmt: skip
-
     table = (
         (mix, r | {"ratio": _ratio(r["knn"], r["best_single"]), "": "" if r["knn"] else DIFFER})
         for mix, r in result["mix"].items()
@@ -286,22 +298,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {args.repeats} runs of "
           "each arm by turns, medians of decoding seconds; streams run once")  # fmt: skip
     llm, prompts, experiment = set_up(args)
-    ceiling = report.print_ceiling(sum(sublayer_bytes(llm.model.weights)), llm.model.device)
+    ceiling = report.print_ceiling(llm.model)
     rows = measure(llm, prompts, experiment, args.new_tokens, args.repeats)
     result = summarise(rows, experiment)
     known = experiment.library.domains
-    kept = [i for i, row in enumerate(rows) if is_timed(row) and row.domain in known]
-    if not kept:
+    timed = only_timed([row for row in rows if row.prompt.domain in known])
+    if not timed:
         raise ValueError("every answer has a single token, which takes no time")
-    prompts, timed = [prompts[i] for i in kept], [rows[i] for i in kept]
     print("\nknown domains together")
     print_rates(timed, (*experiment.arms, "random"))
     best = best_single(result["arms"])
-    domains = [prompt.domain for prompt in prompts]
-    orders = {mix: make_stream(domains, mix, args.seed) for mix in args.mix}
+    orders = {mix: in_order(timed, mix, args.seed) for mix in args.mix}
     arms = {name: experiment.arms[name] for name in ("knn", best)}
-    streams = run_streams(llm, prompts, orders, arms, args.new_tokens, args.per_domain)
-    found = summarise_streams(streams, orders, timed, best)
+    streams = run_streams(llm, orders, arms, args.new_tokens, args.per_domain)
+    found = summarise_streams(streams, orders, best)
     result |= found | ceiling | {"identical": result["identical"] and found["identical"]}
     report.print_verdict(result["identical"], "every arm and stream made plain decoding's tokens")
     print_summary(result)
@@ -317,13 +327,13 @@ def write_plots(
     from bench.plots import plot_anchors, plot_plans, plot_stream
 
     folder.mkdir(parents=True, exist_ok=True)
-    timed = [row for row in rows if is_timed(row)]
-    timed = [timed[i] for i in make_stream([row.domain for row in timed], 0.0, seed)]
+    timed = in_order(only_timed(rows), 0.0, seed)
     names = [name for name in (*experiment.arms, "random") if result["arms"][name] is not None]
     plot_stream(folder / "stream.png", timed, names)
-    shown = [name for name in (*experiment.arms, *experiment.columns) if name not in ROUTED]
-    shown += [name for name in ("knn-skip", "knn") if name in experiment.arms] + ["oracle"]
-    table = {d: {name: row[name] for name in shown} for d, row in result["plans"].items()}
+    shown = sorted((*experiment.arms, *experiment.columns), key=lambda name: name in ROUTED)
+    table = {
+        d: {name: row[name] for name in (*shown, "oracle")} for d, row in result["plans"].items()
+    }
     plot_plans(folder / "plans.png", table)
     plot_anchors(folder / "anchors.png", experiment.library, rows)
 

@@ -29,11 +29,8 @@ def shape(
     vocab_size: int, max_positions: int, rope_theta: float = 10_000.0, **others: Any,
 ) -> LlamaConfig:  # fmt: skip
     """A Llama in the letters' order L, C, F, H, H_kv, V, S, unless `others` say otherwise."""
-    usual: dict[str, Any] = {
-        "architecture": "llama",
-        "head_dim": hidden_size // num_heads,
-        "norm_eps": 1e-5,
-    }
+    head_dim = hidden_size // num_heads
+    usual: dict[str, Any] = {"architecture": "llama", "head_dim": head_dim, "norm_eps": 1e-5}
     return LlamaConfig(
         num_layers=num_layers, hidden_size=hidden_size, ffn_size=ffn_size, num_heads=num_heads,
         num_kv_heads=num_kv_heads, vocab_size=vocab_size, max_positions=max_positions,
@@ -118,12 +115,11 @@ def weight_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
     return (layers + head * (1 if config.tie_embeddings else 2)) * dtype.itemsize
 
 
-def check_memory(name: str, config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError where weights and their int8 copies do not fit into free memory."""
-    need = weight_bytes(config, dtype) + sum(matrix_elements(config)) + MARGIN
-    if need > (free := free_bytes(device)):
+def check_memory(name: str, num_bytes: int, free: int, of_what: str = "") -> None:
+    """Raises ValueError where so many bytes, with MARGIN, are more than are free."""
+    if num_bytes + MARGIN > free:
         raise ValueError(
-            f"shape: {name} needs {need / 1e9:.0f} GB with int8 copies of its weights, got "
+            f"shape: {name} needs {(num_bytes + MARGIN) / 1e9:.0f} GB{of_what}, got "
             f"{free / 1e9:.0f} GB of free memory; choose a smaller shape"
         )
 

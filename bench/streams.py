@@ -1,4 +1,4 @@
-"""Arms of the routing benchmark: how each answers, how they are timed, and the order of a stream.
+"""Arms of benchmarks on prompts: how each answers, how they are timed, the order of a stream.
 
 Answers are greedy; a run's time goes from its first token to its last, so neither prefill nor the
 router counts. Nothing of a request but its keys and values outlives it, and every prompt is read
@@ -10,19 +10,21 @@ does not matter.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
-from bench.decode import Run, answer, rate, read_afresh, speed_up
-from bench.timing import rotated
+from bench.timing import rotated, take_turns
 from engine import LLM, SamplingParams
 from engine.params import Speculative
 from engine.routing import plans_beside
+from engine.types import RequestStats
 from models.plan import OFF, DraftPlan
-from router.feature import as_feature
 from router.library import RouterLibrary
 
 SINGLE = ("off", "ngram", "int8", "best-skip", "fixed-skip")  # arms with one plan for all prompts
@@ -30,12 +32,23 @@ ROUTED = ("knn-skip", "knn", "random")
 MIX_SKIP = "mix-skip"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
     """What a request asks for, and the library by which "auto" picks plans."""
 
     speculative: Speculative
     library: RouterLibrary | None = None
+
+
+class Answer(NamedTuple):
+    """One answer: the seconds from its first token to its last, and what the engine counted."""
+
+    token_ids: tuple[int, ...]
+    seconds: float
+    stats: RequestStats
+
+
+Run = Sequence[Answer]  # of one arm to one prompt
 
 
 @dataclass(frozen=True)
@@ -63,15 +76,73 @@ class Experiment:
 class Measured:
     """One prompt: its runs by the name of the arm or column, and what the router decided.
 
-    Names that mean the same way to decode share a run. feature: [C], the router's view of it.
+    Names that mean the same way to decode share a run. routed: of a request before them. feature:
+    [C], the router's view of the prompt.
     """
 
-    domain: str
+    prompt: Prompt
     runs: Mapping[str, Run]
-    nearest_domain: str
-    is_rejected: bool
-    router_microseconds: Sequence[float]
+    routed: RequestStats
     feature: torch.Tensor
+
+
+Orders = Mapping[float, Sequence[Measured]]  # the prompts of a stream, by mix ratio
+
+
+def answer(
+    llm: LLM, token_ids: Sequence[int], arm: Arm, new_tokens: int, ignore_eos: bool = False
+) -> Answer:
+    """Answer once, greedily."""
+    llm.use_library(arm.library)
+    params = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=ignore_eos, speculative=arm.speculative
+    )
+    made, times = [], []
+    stream = llm.stream(token_ids, params)
+    for event in stream:
+        times.append(time.perf_counter())
+        made.append(event.token_id)
+    return Answer(tuple(made), times[-1] - times[0], stream.stats)
+
+
+def read_afresh(llm: LLM, token_ids: Sequence[int]) -> None:
+    """Leave the prompt in the cache, read whole and in one go whatever was there before; not timed.
+
+    On a GPU the bits of a prefill depend on its number of rows, and in a near-tie so does the
+    answer. After this every answer finds all tokens but the last, with the same bits. The engine
+    must have a single slot.
+    """
+    other = (token_ids[0] + 1) % llm.model.config.vocab_size
+    answer(llm, [other], Arm("off"), 1)  # the slot shares nothing with the prompt any more
+    answer(llm, token_ids, Arm("off"), 1)
+
+
+def answers(
+    llm: LLM, token_ids: Sequence[int], arms: Mapping[str, Arm], new_tokens: int, turns: range
+) -> dict[str, Run]:
+    """Every arm on one prompt, by turns. Names of the same arm share a run."""
+    actions = {arm: partial(answer, llm, token_ids, arm, new_tokens) for arm in arms.values()}
+    found = take_turns(actions, turns)
+    return {name: found[arm] for name, arm in arms.items()}
+
+
+def num_timed(runs: Iterable[Run]) -> int:
+    """Tokens that took time: all but each answer's first."""
+    return sum(len(run[0].token_ids) - 1 for run in runs)
+
+
+def median_seconds(run: Run) -> float:
+    return median(answer.seconds for answer in run)
+
+
+def rate(runs: Sequence[Run]) -> float:
+    """Tokens per second over several prompts: all tokens after the first over all medians."""
+    return num_timed(runs) / sum(map(median_seconds, runs))
+
+
+def is_same(runs: Iterable[Run]) -> bool:
+    """Whether all answers to one prompt have the same tokens."""
+    return len({answer.token_ids for run in runs for answer in run}) == 1
 
 
 def make_stream(domains: Sequence[str], mix: float, seed: int) -> list[int]:
@@ -127,32 +198,23 @@ def make_experiment(library: RouterLibrary, first: str, num_prompts: int, seed: 
     """All that is to be run. first: the domain whose skip set is that of "fixed-skip"."""
     known = {plan.name: plan for plan in library.plans}
     arms = {name: Arm(name) for name in ("off", "ngram", "int8")}
-    missing = {}
-    for name, plan_name in (("best-skip", MIX_SKIP), ("fixed-skip", f"{first}-skip")):
-        if plan_name in known:
-            arms[name] = Arm(known[plan_name])
-        else:
-            missing[name] = plan_name
+    skip_sets = {"best-skip": MIX_SKIP, "fixed-skip": f"{first}-skip"}
+    arms |= {name: Arm(known[plan]) for name, plan in skip_sets.items() if plan in known}
+    missing = {name: plan for name, plan in skip_sets.items() if plan not in known}
     skips = skip_library(library)
     if skips is None:
         missing["knn-skip"] = "skip set of any domain"
     else:
         arms["knn-skip"] = Arm("auto", skips)
     arms |= {"knn": Arm("auto", library), "auto": Arm("auto")}
-    columns = {
-        in_force(library, plan): Arm("auto", fixed_library(library, plan))
-        for plan in routable(library)
-    }
+    # The plans that run the model and that a prompt can be routed to.
+    used = {*library.anchor_plans.tolist(), library.default_plan}
+    routable = [plan for i, plan in enumerate(library.plans) if i in used and plan.kind == "self"]
+    columns = {in_force(library, p): Arm("auto", fixed_library(library, p)) for p in routable}
     columns = {name: arm for name, arm in columns.items() if name not in arms}
     draws = random.Random(seed)
     drawn = [draws.choice(library.plans) for _ in range(num_prompts)]
     return Experiment(library, arms, columns, drawn, missing)
-
-
-def routable(library: RouterLibrary) -> list[DraftPlan]:
-    """The plans that run the model and that a prompt can be routed to."""
-    used = {*library.anchor_plans.tolist(), library.default_plan}
-    return [plan for i, plan in enumerate(library.plans) if i in used and plan.kind == "self"]
 
 
 def in_force(library: RouterLibrary, plan: DraftPlan) -> str:
@@ -164,65 +226,40 @@ def measure_prompt(
     llm: LLM, prompt: Prompt, experiment: Experiment, index: int, new_tokens: int, repeats: int
 ) -> Measured:
     """Every arm and column on the prompt `index`, by turns, each time from another one on."""
-    llm.use_library(experiment.library)
+    feature = llm.feature(prompt.token_ids)
     read_afresh(llm, prompt.token_ids)
-    params = SamplingParams(
-        temperature=0, max_tokens=1, speculative=experiment.arms["knn"].speculative
-    )
-    first = llm.generate([prompt.token_ids], params)[0]
-    route, chosen = first.stats, first.route
-    assert chosen is not None
-    arms, same = arms_of_prompt(experiment, experiment.drawn[index], route.plan, route.is_rejected)
-    runs = {name: Run() for name in arms}
-    microseconds = [route.router_microseconds]
-    for repeat in range(repeats):
-        for name in rotated(list(arms), index * repeats + repeat):
-            llm.use_library(arms[name].library)
-            stats = answer(llm, prompt.token_ids, arms[name].speculative, new_tokens, runs[name])
-            if name == "knn":
-                microseconds.append(stats.router_microseconds)
-    runs |= {name: runs[other] for name, other in same.items()}
-    feature = as_feature(chosen.state_sum).cpu()
-    return Measured(prompt.domain, runs, route.domain, route.is_rejected, microseconds, feature)
+    routed = answer(llm, prompt.token_ids, experiment.arms["knn"], 1).stats
+    arms = arms_of_prompt(experiment, experiment.drawn[index], routed)
+    turns = range(index * repeats, (index + 1) * repeats)
+    runs = answers(llm, prompt.token_ids, arms, new_tokens, turns)
+    return Measured(prompt, runs, routed, feature)
 
 
 def arms_of_prompt(
-    experiment: Experiment, drawn: DraftPlan, routed: str, is_rejected: bool
-) -> tuple[dict[str, Arm], dict[str, str]]:
-    """What to run on a prompt, and which names mean the same as another that is run.
+    experiment: Experiment, drawn: DraftPlan, routed: RequestStats
+) -> dict[str, Arm]:
+    """What to run on a prompt; names that mean the same have the same arm.
 
-    routed: the plans in force that the router has picked. Off and n-grams alone are arms already.
+    routed: names the plans that the router has picked. Off and n-grams alone are arms already.
     """
-    same: dict[str, str] = {}
+    named = {**experiment.arms, **experiment.columns}
     # Of a rejected prompt acceptance starts from other rates.
-    if routed in experiment.columns and not is_rejected:
-        same[routed] = "knn"
-    arms = dict(experiment.arms)
-    arms |= {name: arm for name, arm in experiment.columns.items() if name not in same}
-    name = in_force(experiment.library, drawn)
-    if name in arms or name in same:
-        same["random"] = same.get(name, name)
-    else:
-        arms["random"] = Arm("auto", fixed_library(experiment.library, drawn))
-    return arms, same
+    if routed.plan in experiment.columns and not routed.is_rejected:
+        named[routed.plan] = named["knn"]
+    fixed = Arm("auto", fixed_library(experiment.library, drawn))
+    return named | {"random": named.get(in_force(experiment.library, drawn), fixed)}
 
 
 def warm_up(llm: LLM, experiment: Experiment) -> None:
     """Make what the plans need, int8 weights and costs, and run every arm once."""
-    prompt = Prompt("", tuple(llm.encode_chat([{"role": "user", "content": "Hello"}])))
+    token_ids = llm.encode_chat([{"role": "user", "content": "Hello"}])
     drawn = {p: Arm("auto", fixed_library(experiment.library, p)) for p in experiment.drawn}
     for arm in (*experiment.arms.values(), *experiment.columns.values(), *drawn.values()):
-        llm.use_library(arm.library)
-        answer(llm, prompt.token_ids, arm.speculative, 4, Run())
+        answer(llm, token_ids, arm, 4)
 
 
 def run_streams(
-    llm: LLM,
-    prompts: Sequence[Prompt],
-    orders: Mapping[float, Sequence[int]],
-    arms: Mapping[str, Arm],
-    new_tokens: int,
-    segment: int,
+    llm: LLM, orders: Orders, arms: Mapping[str, Arm], new_tokens: int, segment: int
 ) -> dict[tuple[float, str], list[Run]]:
     """Answer whole streams, once; return the runs by mix ratio and arm, each in stream order.
 
@@ -230,38 +267,11 @@ def run_streams(
     for all of them. Within a segment a prompt follows the one that it follows in its stream.
     """
     runs: dict[tuple[float, str], list[Run]] = {(mix, name): [] for mix in orders for name in arms}
-    turns = list(runs)
-    for start in range(0, max(map(len, orders.values())), segment):
-        for mix, name in turns:
-            llm.use_library(arms[name].library)
-            for i in orders[mix][start : start + segment]:
-                run = Run()
-                read_afresh(llm, prompts[i].token_ids)
-                answer(llm, prompts[i].token_ids, arms[name].speculative, new_tokens, run)
-                runs[mix, name].append(run)
-        turns = [*turns[1:], turns[0]]
+    num_prompts = max(map(len, orders.values()))
+    for turn, start in enumerate(range(0, num_prompts, segment)):
+        for mix, name in rotated(list(runs), turn):
+            for row in orders[mix][start : start + segment]:
+                read_afresh(llm, row.prompt.token_ids)
+                found = answer(llm, row.prompt.token_ids, arms[name], new_tokens)
+                runs[mix, name].append([found])
     return runs
-
-
-def rate_of(measured: Sequence[Measured], name: str) -> float | None:
-    """Tokens per second of an arm or column; None where its tokens differ or it was not run."""
-    if not measured or any(name not in m.runs for m in measured):
-        return None
-    runs = [m.runs[name] for m in measured]
-    plain = [m.runs["off"] for m in measured]
-    return None if speed_up(plain, runs) is None else rate(runs)
-
-
-def oracle_rate(measured: Sequence[Measured]) -> float:
-    """Tokens per second with the fastest of each prompt's runs that is not a router's."""
-    best = [
-        min((r for n, r in m.runs.items() if n not in ROUTED), key=lambda r: median(r.seconds))
-        for m in measured
-    ]
-    return rate(best)
-
-
-def is_identical(measured: Measured) -> bool:
-    """Whether all runs of a prompt made plain decoding's tokens, every time."""
-    plain = measured.runs["off"].token_ids
-    return all(r.is_repeatable and r.token_ids == plain for r in measured.runs.values())

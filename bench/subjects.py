@@ -27,17 +27,17 @@ from bench.shapes import kv_bytes, random_tokens, skip_plan, textless
 from engine.controller import PLAIN, Choice
 from engine.graphs import run_eagerly
 from engine.kv_cache import KVCache, make_kv_cache
+from engine.loading import choose_forms, choose_ops
 from engine.params import SamplingParams
 from engine.passes import Passes, Runner
 from engine.round import run_round
 from engine.round_buffers import MAX_WIDTH, RoundRow
 from engine.sequence import RunningSequence
 from engine.stream import TextStream
-from kernels.ops import Ops
 from models.config import LlamaConfig
 from models.llama import Llama, make_llama
 from models.plan import FULL, INT8, MAX_DRAFT, SKIP, DraftPlan
-from models.quantise import int8_bytes, with_int8
+from models.quantise import int8_bytes
 from models.weights import random_weights, sublayer_bytes
 
 SKIPPED = (0.0, 0.25, 0.5, 0.75)  # shares of the weight bytes that draft steps leave out
@@ -48,8 +48,6 @@ NUM_DRAFTED = 4  # tokens of the speculative round
 REPLAYS = 5
 
 Action = Callable[[], object]
-# (what comes before every run and is not timed, the run, how many) -> seconds of each
-Timer = Callable[[Action, Action, int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,11 @@ class Subject:
             part.normal_()
 
 
-def make_models(
-    config: LlamaConfig, ops: tuple[Ops, Ops], device: torch.device, dtype: torch.dtype
-) -> tuple[Llama, Llama]:
-    """A model of random weights for all its positions, and the same with int8 forms."""
+def random_model(config: LlamaConfig, num_positions: int, device: torch.device) -> Llama:
+    """A model of random weights, in the dtype and with the operations of the engine there."""
+    dtype = choose_forms("auto", device).dtype
     weights = random_weights(config, seed=0, device=device, dtype=dtype)
-    model = make_llama(config, weights, config.max_positions, *ops)
-    return model, with_int8(model)
+    return make_llama(config, weights, num_positions, *choose_ops(device))
 
 
 def make_subject(
@@ -126,11 +122,6 @@ def make_subject(
     return subject
 
 
-def stage(passes: Passes, token_ids: Sequence[int], first: int, num_wanted: int = 0) -> None:
-    """A round of one greedy sequence: its newest token at position `first`, and a draft."""
-    passes.stage([RoundRow(token_ids, first, num_wanted=num_wanted)])
-
-
 class Arm(NamedTuple):
     """A pass or a round. set_up: before a turn. reset: before every run, not timed."""
 
@@ -141,9 +132,9 @@ class Arm(NamedTuple):
 
 
 def event_timer(reset: Action, run: Action, count: int) -> list[float]:
-    """Seconds as the device sees them, between CUDA events around each run.
+    """Seconds as the device sees them, between CUDA events around each of `count` runs.
 
-    All runs are queued before the first ends.
+    reset: before every run, not timed. All runs are queued before the first ends.
     """
     events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(count)]
     reset()
@@ -170,7 +161,7 @@ def wall_timer(reset: Action, run: Action, count: int) -> list[float]:
     return seconds
 
 
-def device_timer(device: torch.device) -> Timer:
+def device_timer(device: torch.device) -> Callable[[Action, Action, int], list[float]]:
     return event_timer if device.type == "cuda" else wall_timer
 
 
@@ -182,7 +173,7 @@ def verify_arm(subject: Subject, context: int, width: int) -> Arm:
     """A pass of the model itself over the last `width` tokens; one is plain decoding."""
     passes, tokens = subject.passes, subject.token_ids[context - width : context]
     return Arm(
-        lambda: stage(passes, tokens, context - width),
+        lambda: passes.stage([RoundRow(tokens, context - width)]),
         nothing,
         lambda: passes.verify(1, width),
     )
@@ -194,7 +185,7 @@ def draft_arm(subject: Subject, context: int, plan: DraftPlan) -> Arm:
 
     def set_up() -> None:
         passes.drafter = subject.plans[plan]
-        stage(passes, newest, context - 1, num_wanted=1)
+        passes.stage([RoundRow(newest, context - 1, num_wanted=1)])
         passes.set_plan(0, plan)
 
     # A step counts its token, and the next one would find that it has enough.
@@ -219,17 +210,16 @@ def round_arm(subject: Subject, context: int, choice: Choice) -> Arm:
 
 
 def make_arms(subject: Subject, context: int) -> dict[str, Arm]:
-    speculative = Choice(subject.int8_plan, NUM_DRAFTED)
     return {
         "plain": verify_arm(subject, context, 1),
         **{plan.name: draft_arm(subject, context, plan) for plan in subject.plans},
         **{f"verify-{width}": verify_arm(subject, context, width) for width in VERIFIED},
         "plain-round": round_arm(subject, context, PLAIN),
-        "int8-round": round_arm(subject, context, speculative),
+        "int8-round": round_arm(subject, context, Choice(subject.int8_plan, NUM_DRAFTED)),
     }
 
 
-def take_turns(subject: Subject, context: int, repeats: int) -> dict[str, list[float]]:
+def time_arms(subject: Subject, context: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of every arm, turn by turn."""
     arms = make_arms(subject, context)
     turns: dict[str, list[float]] = {name: [] for name in arms}
@@ -286,7 +276,7 @@ def check_draft(subject: Subject, context: int) -> None:
     assert set(plan.sublayers) == {FULL}, plan
     drafted = draft_all(subject, passes, plan, context, MAX_DRAFT)[0].tolist()
     poison(passes, context - MAX_WIDTH)
-    stage(passes, drafted, context - MAX_WIDTH)
+    passes.stage([RoundRow(drafted, context - MAX_WIDTH)])
     num_accepted = int(passes.verify(1, MAX_WIDTH).result[0, 0])
     if num_accepted != MAX_DRAFT:
         raise CheckError(
@@ -304,9 +294,9 @@ def verify_all(subject: Subject, passes: Passes, context: int, width: int) -> li
     poison(passes, first)
     logits = []
     for i in range(0, MAX_WIDTH, width):
-        stage(passes, subject.token_ids[i : i + width], first + i)
+        passes.stage([RoundRow(subject.token_ids[i : i + width], first + i)])
         logits.append(_copy(passes.verify(1, width).logits[0, :width]))
-    return [torch.cat(logits), *written(passes, first, context)]
+    return [torch.cat(logits), *map(_copy, parts_of(passes.cache, first, context))]
 
 
 def draft_all(
@@ -315,27 +305,25 @@ def draft_all(
     """Draft `count` tokens after one; return all of them and the keys and values written."""
     first = context - MAX_WIDTH
     poison(passes, first)
-    stage(passes, subject.token_ids[:1], first, num_wanted=count)
+    passes.stage([RoundRow(subject.token_ids[:1], first, num_wanted=count)])
     passes.drafter = subject.plans[plan]
     passes.set_plan(0, plan)
     for _ in range(count):
         passes.draft_step(1)
-    keys, values, _ = written(passes, first, first + count)
-    return [_copy(passes.buffers.token_ids[0, : count + 1]), keys, values]
+    keys, values, _ = parts_of(passes.cache, first, first + count)
+    return [_copy(part) for part in (passes.buffers.token_ids[0, : count + 1], keys, values)]
 
 
 def poison(passes: Passes, first: int) -> None:
     """NaN from position `first` of the cache on."""
-    k, v, states = passes.cache
-    for part in (k[:, 0, :, first:], v[:, 0, :, first:], states[0, first:]):
+    for part in parts_of(passes.cache, first, None):
         part.fill_(float("nan"))
 
 
-def written(passes: Passes, first: int, end: int) -> list[torch.Tensor]:
-    """Copies of the keys, values and states at positions `first` to `end` - 1."""
-    k, v, states = passes.cache
-    parts = (k[:, 0, :, first:end], v[:, 0, :, first:end], states[0, first:end])
-    return [_copy(part) for part in parts]
+def parts_of(cache: KVCache, first: int, end: int | None) -> list[torch.Tensor]:
+    """The keys, values and states at positions `first` to `end` - 1."""
+    k, v, states = cache
+    return [k[:, 0, :, first:end], v[:, 0, :, first:end], states[0, first:end]]
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -346,9 +334,6 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def _same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], skips: bool = False) -> bool:
     """Whether all tensors have the same bits, and no NaN unless sub-layers were skipped."""
     is_written = skips or not any(x.is_floating_point() and x.isnan().any() for x in a)
-    return is_written and all(_equal_bits(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """torch.equal, but for NaN being equal to itself."""
-    return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    # As bytes a NaN is equal to itself.
+    pairs = ((x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
+    return is_written and all(torch.equal(x, y) for x, y in pairs)

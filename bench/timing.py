@@ -9,7 +9,7 @@ adds, some microseconds, is lost in milliseconds.
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple, TypeVar
@@ -21,7 +21,8 @@ MIN_CALLS = 32  # in a graph: between two graphs there is a gap
 MIN_MILLISECONDS = 10.0  # between two events
 WARM_UP_REPLAYS = 3
 ANY = TypeVar("ANY")
-Run = Callable[[], tuple[list[int], float]]  # -> token ids, tokens per second
+KEY = TypeVar("KEY")
+Run = Callable[[], tuple[Sequence[int], float]]  # -> token ids, tokens per second
 
 
 class Spread(NamedTuple):
@@ -52,25 +53,31 @@ def rotated(values: Sequence[ANY], turn: int) -> list[ANY]:
     return [*values[start:], *values[:start]]
 
 
-def warm_up(runs: Mapping[str, Run], times: int = 1) -> dict[str, list[int]]:
+def take_turns(actions: Mapping[KEY, Callable[[], ANY]], turns: range) -> dict[KEY, list[ANY]]:
+    """What each action returned in every turn."""
+    found: dict[KEY, list[ANY]] = {name: [] for name in actions}
+    for turn in turns:
+        for name in rotated(list(actions), turn):
+            found[name].append(actions[name]())
+    return found
+
+
+def warm_up(runs: Mapping[str, Run], times: int = 1) -> dict[str, Sequence[int]]:
     """Run each so many times before it is timed; return its tokens."""
     return {name: [run()[0] for _ in range(times)][-1] for name, run in runs.items()}
 
 
 def alternate(
-    runs: Mapping[str, Run], tokens: Mapping[str, list[int]], repeats: int
+    runs: Mapping[str, Run], tokens: Mapping[str, Sequence[int]], repeats: int
 ) -> dict[str, Spread]:
     """Tokens per second of runs that take turns and must make their `tokens` every time."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            token_ids, rate = run()
-            assert token_ids == tokens[name], f"{name} does not repeat itself"
-            rates[name].append(rate)
-    return {name: spread(values) for name, values in rates.items()}
+    found = take_turns(runs, range(repeats))
+    for name, results in found.items():
+        assert all(made == tokens[name] for made, _ in results), f"{name} does not repeat itself"
+    return {name: spread([rate for _, rate in results]) for name, results in found.items()}
 
 
-def cache_bytes(device: torch.device | None = None) -> int:
+def cache_bytes(device: torch.device) -> int:
     """Of the L2 cache."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
@@ -183,14 +190,8 @@ def read_bandwidth(device: torch.device, num_bytes: int = 4 << 30) -> Spread:
         return per_second(num_bytes, graph_times([data.sum]))
     num_bytes = min(num_bytes, 1 << 29)
     data = torch.ones(num_bytes // 4)
-    seconds = [_seconds(data.sum) for _ in range(8)][1:]  # the first finds cold caches
+    seconds = timeit.repeat(data.sum, number=1, repeat=8)[1:]  # the first finds cold caches
     return per_second(num_bytes, spread(seconds).times(1e6))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def matmul_rate(size: int = 8192) -> Spread:

@@ -26,37 +26,22 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from itertools import product
+from statistics import geometric_mean
 from typing import Any
 
 import torch
 import triton
 
-from bench import report, timing
-from bench.candidates import (
-    DTYPE,
-    OPERATIONS,
-    Parameters,
-    Problem,
-    ShapeClass,
-    Times,
-    Trial,
-    candidates,
-    case_groups,
-    choose,
-    geometric_mean,
-    paste_rows,
-    present,
-    rank,
-    shape_classes,
-    with_launch,
-)
-from bench.cases import Case, Expected, Setting, check, expected
+from bench import candidates, report, timing
+from bench.candidates import DTYPE, OPERATIONS, Parameters, Problem, Times, Trial, case_groups
+from bench.cases import Case, Check, Setting, check, expected
 from bench.compile import SHARED_LIMITS, Usage, compiling_only, usage
+from bench.kernel_cases import ShapeClass
 from bench.shapes import SHAPES
 from kernels.gpu.launch import capability_of
 
@@ -82,190 +67,132 @@ def refusal_of(attempt: Callable[[], Any]) -> str:
     return ""
 
 
-def try_launch(
-    group: Mapping[str, Case], known: Mapping[str, Expected], launch: Parameters
-) -> Times | str:
-    """The times of one problem, or why the candidate is out: every case is checked first."""
-    cases = {name: with_launch(case, launch) for name, case in group.items()}
-    for name, case in cases.items():
-        found = []
-        refusal = refusal_of(lambda: found.append(check(case, known[name])))  # noqa: B023
-        if refusal:
-            return refusal
-        if not found[0].is_right:
-            return f"wrong: error {found[0].error:.1e}, allowed {found[0].budget:.1e} ({case})"
-    return Times(
-        **{
-            name: timing.graph_times([partial(case.kernel, *args) for args in case.sets], REPEATS)
-            for name, case in cases.items()
-        }
-    )
+def fault_of(case: Case) -> str:
+    """Why a candidate is out (it cannot run, or its results are wrong), or nothing."""
+    found: list[Check] = []
+    refusal = refusal_of(lambda: found.append(check(case)))
+    if refusal or found[0].is_right:
+        return refusal
+    return f"wrong: error {found[0].error:.1e}, allowed {found[0].budget:.1e} ({case})"
+
+
+def try_group(trial: Trial, group: Sequence[Case]) -> Trial:
+    """The trial with the times of one more problem; every case is checked first."""
+    cases = [candidates.with_launch(case, trial.launch) for case in group]
+    for case in cases:
+        if refusal := fault_of(case):
+            return Trial(trial.launch, refusal=refusal)
+    calls = ([partial(case.kernel, *args) for args in case.sets] for case in cases)
+    times = Times(*(timing.graph_times(some, REPEATS) for some in calls))
+    return replace(trial, times=(*trial.times, times))
 
 
 def try_class(
     problems: Sequence[Problem], launches: Sequence[Parameters], base: Setting
 ) -> list[Trial]:
     """Every candidate on every problem; one that is out is not tried further."""
-    trials = {launch: Trial(launch) for launch in launches}
+    trials = [Trial(launch) for launch in launches]
     for problem in problems:
         for group in case_groups(problem, replace(base, config=problem.config)):
-            known = {name: expected(case) for name, case in group.items()}
-            for launch, trial in trials.items():
-                if trial.refusal:
-                    continue
-                found = try_launch(group, known, launch)
-                if isinstance(found, str):
-                    trials[launch] = Trial(launch, refusal=found)
-                else:
-                    trials[launch] = Trial(launch, (*trial.times, found))
-    return list(trials.values())
+            known = [replace(case, expected=expected(case)) for case in group]
+            trials = [trial if trial.refusal else try_group(trial, known) for trial in trials]
+    return trials
 
 
-def describe_class(shape_class: ShapeClass, problems: Sequence[Problem]) -> str:
-    where = ", ".join(f"{p.model} {p.kind}" for p in problems)
-    return f"\n{shape_class.operation}, {shape_class.name} ({where})"
-
-
-def parameters(launch: Parameters, now: Parameters) -> str:
-    """Names and values, the table's present choice with a star."""
-    named = ", ".join(f"{name} {value}" for name, value in launch._asdict().items())
-    return f"{'*' if launch == now else ' '} {named}"
-
-
-def column(trial: Trial, name: str) -> str | None:
-    """The geometric mean over the problems of one kind of time."""
-    values = [getattr(times, name) for times in trial.times]
-    if any(value is None for value in values):
-        return None
-    return f"{geometric_mean(value.median for value in values):.2f}"
-
-
-def print_trials(trials: Sequence[Trial], now: Parameters) -> None:
-    """The timed candidates, the best first, then the others and why they are out."""
-    timed: list[dict[str, object]] = [
-        {
-            "one row": column(trial, "one"),
-            "8 rows": column(trial, "eight"),
-            "int8": column(trial, "int8"),
-            "": "slow with 8 rows" if trial.is_steep else "",
-        }
-        for trial in rank(trials)
-    ]
-    refused = [trial for trial in trials if trial.refusal]
-    cells = timed + [{"": trial.refusal} for trial in refused]
-    names = (parameters(trial.launch, now) for trial in (*rank(trials), *refused))
-    report.print_table("  parameters", zip(names, cells, strict=True), width=64)
-
-
-def compile_ahead(task: tuple[int, int, Sequence[Problem], Parameters]) -> None:
+def compile_ahead(
+    target: int, capability: int, problems: Sequence[Problem], launch: Parameters
+) -> Trial:
     """Compile all that `try_class` launches of one candidate, for the GPU that is there.
 
     What does not compile is refused where it is tried.
     """
-    capability, target, problems, launch = task
     with compiling_only(capability, target):
         for problem in problems:
-            setting = Setting(problem.config, DTYPE, torch.device("meta"))
-            for group in case_groups(problem, setting):
-                for case in (with_launch(case, launch) for case in group.values()):
-                    refusal_of(partial(case.kernel, *case.sets[0]))
+            for group in case_groups(problem, Setting(problem.config, DTYPE, torch.device("meta"))):
+                for case in group:
+                    refusal_of(partial(candidates.with_launch(case, launch).kernel, *case.sets[0]))
+    return Trial(launch)
 
 
-def compile_together(
-    pool: Executor, capability: int, problems: Sequence[Problem], launches: Sequence[Parameters]
-) -> None:
-    """Fill triton's cache with every candidate of a class, on all cores."""
-    major, minor = torch.cuda.get_device_capability()
-    started = time.monotonic()
-    tasks = [(capability, 10 * major + minor, problems, launch) for launch in launches]
-    for _ in pool.map(compile_ahead, tasks):
-        pass
-    print(f"{len(tasks)} candidates compiled in {time.monotonic() - started:.0f} s", flush=True)
+def compile_absent(capability: int, problems: Sequence[Problem], launch: Parameters) -> Trial:
+    """What a candidate takes of a GPU that is not there, on the first problem of its class.
 
-
-def worker_pool() -> Executor:
-    """Processes on all cores; a fork would copy running threads."""
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
-
-
-def report_class(
-    shape_class: ShapeClass, trials: Sequence[Trial], capability: int, source: str
-) -> tuple[dict[str, Any], Parameters | None]:
-    """Print what became of a class: its table, its row, JSON. Return the result and the choice."""
-    now, ranked = present(capability, shape_class), rank(trials)
-    print_trials(trials, now)
-    rows = [
-        {**trial.launch._asdict(), "refusal": trial.refusal, "times": trial.times}
-        for trial in (*ranked, *(trial for trial in trials if trial.refusal))
-    ]
-    result = {**shape_class._asdict(), "capability": capability, "candidates": rows}
-    chosen = choose(ranked, now).launch if ranked else None
-    if chosen is not None:
-        print("\n".join(paste_rows([(shape_class, chosen)], capability, source)))
-    report.print_part(result)
-    return result, chosen
-
-
-def tune(classes: Mapping[ShapeClass, Sequence[Problem]], limit: int) -> list[dict[str, Any]]:
-    """Time everything on this GPU and print tables and rows, each class as soon as it is done."""
-    name = torch.cuda.get_device_name()
-    major, minor = torch.cuda.get_device_capability()
-    device = torch.device("cuda", torch.cuda.current_device())
-    capability = capability_of(device)
-    print(f"{name}, compute capability {major}.{minor}, entry {capability} of the launch table; "
-          "microseconds, geometric means of medians")  # fmt: skip
-    source = f"bench.tune on one {name}, {date.today()}"
-    results, chosen = [], []
-    with worker_pool() as pool:
-        for shape_class, problems in classes.items():
-            print(describe_class(shape_class, problems), flush=True)
-            launches = candidates(capability, shape_class, limit)
-            compile_together(pool, capability, problems, launches)
-            base = Setting(problems[0].config, DTYPE, device, timing.cache_bytes(device))
-            trials = try_class(problems, launches, base)
-            result, choice = report_class(shape_class, trials, capability, source)
-            results.append(result)
-            if choice is not None:
-                chosen.append((shape_class, choice))
-    print("\nrows for kernels/gpu/launch_table.py:")
-    print("\n".join(paste_rows(chosen, capability, source)))
-    return results
-
-
-def compile_candidate(capability: int, problem: Problem, launch: Parameters) -> dict[str, Any]:
-    """What a candidate takes of a GPU that need not be there; of a matrix the 8-bit form.
-
-    A kernel with that form has the loop over the own form as well.
+    Of a matrix the 8-bit form: a kernel with that has the loop over the own form as well.
     """
+    problem = problems[0]
     group = next(case_groups(problem, Setting(problem.config, DTYPE, torch.device("meta"))))
-    case = with_launch(group.get("int8", group["one"]), launch)
+    case = candidates.with_launch(group[0 if problem.kind.startswith("attention_") else -1], launch)
     with compiling_only(capability, capability) as compiled:
-        refusal = refusal_of(lambda: case.kernel(*case.sets[0]))
-    if refusal:
-        return dict.fromkeys(Usage._fields, 0) | {"refusal": refusal}
-    found = usage(compiled[0])
+        refusal = refusal_of(partial(case.kernel, *case.sets[0]))
+    found = Usage(0, 0, 0) if refusal else usage(compiled[0])
     if found.shared > SHARED_LIMITS[capability]:
         refusal = "exceeds shared memory"
     elif found.stack:
         refusal = "spills"
-    return found._asdict() | {"refusal": refusal}
+    return Trial(launch, refusal=refusal, usage=found)
 
 
-def compile_all(
-    classes: Mapping[ShapeClass, Sequence[Problem]], limit: int
-) -> list[dict[str, Any]]:
-    """Compile every candidate on the first problem of its class and print what fits."""
-    results = []
-    with worker_pool() as pool:
-        for (shape_class, problems), capability in product(classes.items(), ABSENT_GPUS):
-            print(f"{describe_class(shape_class, problems[:1])}, sm_{capability}", flush=True)
-            now = present(capability, shape_class)
-            launches = candidates(capability, shape_class, limit)
-            rows = list(pool.map(partial(compile_candidate, capability, problems[0]), launches))
-            names = (parameters(launch, now) for launch in launches)
-            report.print_table("  parameters", zip(names, rows, strict=True), width=64)
-            rows = [launch._asdict() | row for launch, row in zip(launches, rows, strict=True)]
-            results.append({**shape_class._asdict(), "capability": capability, "candidates": rows})
+def cells(trial: Trial) -> dict[str, object]:
+    """What the table shows of a candidate: of times the geometric mean over the problems."""
+    if trial.usage is not None:
+        return {**trial.usage._asdict(), "refusal": trial.refusal}
+    if trial.refusal:
+        return {"": trial.refusal}
+    means = (
+        None if None in times else f"{geometric_mean(some.median for some in times if some):.2f}"
+        for times in zip(*trial.times, strict=True)
+    )
+    named = dict(zip(("one row", "8 rows", "int8"), means, strict=True))
+    return {**named, "": "slow with 8 rows" if trial.is_steep else ""}
+
+
+def print_trials(trials: Sequence[Trial], now: Parameters) -> list[Trial]:
+    """Print and return the timed candidates, the best first, then the others as they come.
+
+    The table's present choice has a star.
+    """
+    ordered = [*candidates.rank(trials), *(trial for trial in trials if not trial.times)]
+    rows = []
+    for trial in ordered:
+        named = ", ".join(f"{name} {value}" for name, value in trial.launch._asdict().items())
+        rows.append((f"{'*' if trial.launch == now else ' '} {named}", cells(trial)))
+    report.print_table("  parameters", rows, width=64)
+    return ordered
+
+
+def tune(
+    classes: Mapping[ShapeClass, Sequence[Problem]], limit: int, capabilities: Sequence[int],
+    work: Callable[[int, Sequence[Problem], Parameters], Trial], base: Setting | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Try everything and print tables and rows to paste, each class as soon as it is done.
+
+    capabilities: entries of the launch table. work: compiles a candidate in a process of its own.
+    base: of the GPU on which candidates are timed then, with any config; None where it is absent.
+    """
+    source = f"bench.tune on one {torch.cuda.get_device_name()}, {date.today()}" if base else ""
+    results, chosen = [], []
+    # A fork would copy running threads.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        for (shape_class, problems), capability in product(classes.items(), capabilities):
+            where = ", ".join(f"{p.model} {p.kind}" for p in problems)
+            print(f"\n{', '.join(shape_class)} ({where}), sm_{capability}", flush=True)
+            now = candidates.present(capability, shape_class)
+            launches = candidates.nearest(capability, shape_class, limit)
+            started = time.monotonic()
+            trials = list(pool.map(partial(work, capability, problems), launches))
+            seconds = time.monotonic() - started
+            print(f"{len(launches)} candidates compiled in {seconds:.0f} s", flush=True)
+            ordered = print_trials(try_class(problems, launches, base) if base else trials, now)
+            if ranked := candidates.rank(ordered):
+                chosen.append((shape_class, candidates.choose(ranked, now).launch))
+                print("\n".join(candidates.paste_rows(chosen[-1:], capability, source)))
+            found = [trial.figures for trial in ordered]
+            results.append({**shape_class._asdict(), "capability": capability, "candidates": found})
+            report.print_part(results[-1])
+    if chosen:
+        print("\nrows for kernels/gpu/launch_table.py:")
+        print("\n".join(candidates.paste_rows(chosen, capability, source)))
     return results
 
 
@@ -275,7 +202,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", default=smallest, choices=["all", *SHAPES])
     parser.add_argument("--operation", default="all", choices=["all", *OPERATIONS])
     parser.add_argument(
-        "--limit", type=report.at_least(1),
+        "--limit", type=report.at_least(1), default=report.Default(None, DEFAULT_QUICK),
         help=f"candidates of a class; default: {DEFAULT_LIMIT}, without a GPU {DEFAULT_COMPILED}",
     )  # fmt: skip
     args = report.settle(parser.parse_args(argv))
@@ -289,16 +216,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     is_timed = args.device.type == "cuda"
     configs = SHAPES if args.shape == "all" else {args.shape: SHAPES[args.shape]}
     operations = OPERATIONS if args.operation == "all" else (args.operation,)
-    classes = shape_classes(configs, operations)
-    usual = DEFAULT_LIMIT if is_timed else DEFAULT_COMPILED
-    limit = args.limit or (DEFAULT_QUICK if args.quick else usual)
-    if is_timed:
-        found = tune(classes, limit)
-    else:
+    classes = candidates.shape_classes(configs, operations)
+    limit = args.limit or (DEFAULT_LIMIT if is_timed else DEFAULT_COMPILED)
+    if not is_timed:
         print(NO_GPU)
-        found = compile_all(classes, limit)
-    device = torch.cuda.get_device_name() if is_timed else "cpu"
-    return {"device": device, "timed": is_timed, "classes": found}
+        first = {shape_class: problems[:1] for shape_class, problems in classes.items()}
+        found = tune(first, limit, ABSENT_GPUS, compile_absent, None)
+        return {"device": "cpu", "timed": False, "classes": found}
+    name, device = torch.cuda.get_device_name(), torch.device("cuda", torch.cuda.current_device())
+    (major, minor), capability = torch.cuda.get_device_capability(), capability_of(device)
+    print(f"{name}, compute capability {major}.{minor}, entry {capability} of the launch table; "
+          "microseconds, geometric means of medians")  # fmt: skip
+    base = Setting(SHAPES["llama-2-7b"], DTYPE, device, timing.cache_bytes(device))
+    work = partial(compile_ahead, 10 * major + minor)
+    found = tune(classes, limit, [capability], work, base)
+    return {"device": name, "timed": True, "classes": found}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

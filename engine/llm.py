@@ -11,14 +11,7 @@ import torch
 
 from engine.costs import PassCosts
 from engine.generate import generate, prompt_feature
-from engine.loading import (
-    Loaded,
-    assemble,
-    choose_activations,
-    choose_device,
-    choose_dtypes,
-    load,
-)
+from engine.loading import Loaded, assemble, choose_device, choose_forms, load
 from engine.params import SamplingParams, Speculative
 from engine.prepare import check_speculative, kept
 from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
@@ -89,7 +82,7 @@ class LLM:
         check_speculative(speculative)
         check_router(router)
         torch_device = choose_device(device)
-        dtypes = choose_dtypes(dtype, torch_device, weights)
+        forms = choose_forms(dtype, torch_device, weights, activations)
         num_bytes = 0
 
         def on_bytes(done: int, total: int) -> None:
@@ -98,10 +91,7 @@ class LLM:
             if on_progress is not None:
                 on_progress(done, total)
 
-        loaded = load(
-            model, revision, torch_device, *dtypes, choose_activations(activations), max_length,
-            on_bytes,
-        )  # fmt: skip
+        loaded = load(model, revision, torch_device, forms, max_length, on_bytes)
         self._start(
             loaded, max_sequences, seed, speculative, router, profile,
             after_step=lambda: on_bytes(num_bytes, num_bytes),

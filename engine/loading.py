@@ -59,42 +59,41 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def choose_dtypes(
-    dtype: str, device: torch.device, weights: str = "auto"
-) -> tuple[torch.dtype, torch.dtype | None]:
-    """Of activations, and of matrices, None for that which each is stored in; see `LLM`.
+class Forms(NamedTuple):
+    """How a model is kept in memory: see `load_weights`."""
+
+    dtype: torch.dtype
+    matrix_dtype: torch.dtype | None = None
+    int8_activations: bool = False
+
+
+def choose_forms(
+    dtype: str, device: torch.device, weights: str = "auto", activations: str = "auto"
+) -> Forms:
+    """What the arguments of `LLM` mean on a device.
 
     Raises ValueError for unknown names, and for "stored" on CUDA or beside a dtype.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
-    if weights not in WEIGHTS:
-        raise ValueError(
-            f"weights: got {weights!r}, expected {', '.join(map(repr, WEIGHTS))}; use 'auto'"
-        )
+    names = {"weights": (weights, WEIGHTS), "activations": (activations, ACTIVATIONS)}
+    for name, (value, known) in names.items():
+        if value not in known:
+            raise ValueError(
+                f"{name}: got {value!r}, expected {', '.join(map(repr, known))}; use 'auto'"
+            )
     is_cuda = device.type == "cuda"
     if weights == "stored" and (is_cuda or dtype != "auto"):
         raise ValueError(
             f"weights: got 'stored' on {device.type} with dtype={dtype!r}, expected a CPU and "
             "dtype='auto', as CUDA kernels and a named dtype want matrices converted; use 'float'"
         )
-    activations = torch.bfloat16 if is_cuda else torch.float32
-    converted = DTYPES.get(dtype, activations)
+    own = torch.bfloat16 if is_cuda else torch.float32
+    converted = DTYPES.get(dtype, own)
     is_kept = weights != "float" and dtype == "auto" and not is_cuda
-    return converted if is_cuda else activations, None if is_kept else converted
-
-
-def choose_activations(activations: str) -> bool:
-    """Whether they are rounded to 8 bits where weights are quantised: "auto" is that they are.
-
-    Raises ValueError for an unknown name.
-    """
-    if activations not in ACTIVATIONS:
-        raise ValueError(
-            f"activations: got {activations!r}, expected {', '.join(map(repr, ACTIVATIONS))}; "
-            "use 'auto'"
-        )
-    return activations != "float"
+    return Forms(
+        converted if is_cuda else own, None if is_kept else converted, activations != "float"
+    )
 
 
 def choose_ops(device: torch.device) -> tuple[Ops, Ops]:
@@ -120,25 +119,18 @@ def load(
     model: str | os.PathLike[str] | None,
     revision: str | None,
     device: torch.device,
-    dtype: torch.dtype,
-    matrix_dtype: torch.dtype | None,
-    int8_activations: bool,
+    forms: Forms,
     max_length: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Loaded:
-    """Find, check and read a model; for its dtypes see `load_weights`.
-
-    Raises ValueError in one line for whatever is wrong with it."""
+    """Find, check and read a model. Raises ValueError in one line for whatever is wrong with it."""
     path = resolve_model(model, revision)
     checkpoint = open_checkpoint(path)
     num_positions = choose_max_length(max_length, checkpoint.config)
     tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)
     chat_template = load_chat_template(path, checkpoint.gguf_metadata)
     ends = end_token_ids(checkpoint.config, tokenizer, chat_template)
-    weights = load_weights(
-        checkpoint, device=device, dtype=dtype, matrix_dtype=matrix_dtype,
-        int8_activations=int8_activations, on_progress=on_progress,
-    )  # fmt: skip
+    weights = load_weights(checkpoint, **forms._asdict(), device=device, on_progress=on_progress)
     config = replace(checkpoint.config, eos_token_ids=ends, tie_embeddings=weights.is_tied)
     return Loaded(
         name=path.name if model is None else os.fspath(model),

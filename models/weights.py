@@ -105,7 +105,7 @@ def load_weights(
         config = replace(
             config, tie_embeddings=_is_head_the_embedding(checkpoint, matrix_dtype or torch.float32)
         )
-    parts, D = stored_parts(config), config.head_dim
+    parts = stored_parts(config)
     kinds = {part.name: matrix_dtype or kept_kind(checkpoint, part.name) for part in parts}
     weights = empty_weights(
         config, device=device, dtype=dtype, matrix_kinds=kinds, int8_activations=int8_activations
@@ -113,21 +113,29 @@ def load_weights(
     total, done = sum(part_of(weights, part).nbytes for part in parts), 0
     for part in parts:
         target = part_of(weights, part)
-        is_swapped = part.is_rotary and checkpoint.rope_order == "half"
+        # Heads of rotary pairs from one order into the other.
+        pairs = (2, config.head_dim // 2)
+        if not part.is_rotary or checkpoint.rope_order != "half":
+            pairs = (1, 1)
+        _fill(checkpoint, part, pairs, target)
         done += target.nbytes
-        if isinstance(target, BlockPart):
-            rows = torch.arange(target.num_rows)
-            order = rotary_heads(rows, 2, D // 2).transpose(1, 2).flatten() if is_swapped else rows
-            _repack(checkpoint, part.name, order, target)
-        else:
-            source = _read_finite(checkpoint, part.name, target.dtype)
-            if is_swapped:
-                source = rotary_heads(source, 2, D // 2).transpose(1, 2)
-                target = rotary_heads(target, D // 2, 2)
-            target.copy_(source)
         if on_progress is not None:
             on_progress(done, total)
     return weights
+
+
+def _fill(checkpoint: Checkpoint, part: StoredPart, pairs: tuple[int, int], target: Any) -> None:
+    """Read a stored tensor into its place, which is a tensor or a `BlockPart`.
+
+    pairs: how its rows are paired in a head, where they change places; (1, 1) where they do not.
+    """
+    if isinstance(target, BlockPart):
+        rows = rotary_heads(torch.arange(target.num_rows), *pairs).transpose(1, 2)
+        _repack(checkpoint, part.name, rows.flatten(), target)
+    else:
+        source = _read_finite(checkpoint, part.name, target.dtype)
+        swapped = rotary_heads(source, *pairs).transpose(1, 2)
+        rotary_heads(target, *pairs[::-1]).copy_(swapped)
 
 
 def kept_kind(checkpoint: Checkpoint, name: str) -> torch.dtype | str:

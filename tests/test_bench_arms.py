@@ -9,9 +9,17 @@ from test_bench_routing import DOMAINS, MATH, library_of
 from tiny import tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE
 
-from bench.decode import Run, answer, measure_prompt, read_afresh, speed_up
+from bench.decode import make_arms, measure_prompt
 from bench.routing import summarise, summarise_streams
-from bench.streams import Prompt, make_experiment, run_streams
+from bench.streams import (
+    Arm,
+    Prompt,
+    answer,
+    is_same,
+    make_experiment,
+    read_afresh,
+    run_streams,
+)
 from bench.streams import measure_prompt as measure_on_stream
 from engine import LLM
 from kernels.ops_cpu import NUMBA
@@ -40,13 +48,11 @@ def answers(llm: LLM, prompt: Prompt, is_afresh: bool) -> set[tuple[int, ...]]:
     """What is answered after each of the other prompts, twice."""
     found = set()
     for before in PROMPTS:
-        answer(llm, before.token_ids, "off", 12, Run())
+        answer(llm, before.token_ids, Arm("off"), 12)
         if is_afresh:
             read_afresh(llm, prompt.token_ids)
         for _ in range(2):
-            run = Run()
-            answer(llm, prompt.token_ids, "off", 12, run)
-            found.add(run.token_ids)
+            found.add(answer(llm, prompt.token_ids, Arm("off"), 12).token_ids)
     return found
 
 
@@ -58,9 +64,10 @@ def test_a_prompt_that_is_read_afresh_has_one_answer():
 
 def test_every_run_of_a_prompt_finds_the_same_prefix():
     llm = uneven_llm()
-    runs = measure_prompt(llm, "What is a bicycle?", 12, repeats=2)
-    assert all(run.is_repeatable and len(run.seconds) == 2 for run in runs.values())
-    assert all(speed_up([runs["off"]], [run]) is not None for run in runs.values())
+    runs = measure_prompt(llm, "What is a bicycle?", make_arms(llm), 12, repeats=2)
+    assert list(runs) == ["off", "ngram", "int8", "auto"]
+    assert all(is_same([run]) and len(run) == 2 for run in runs.values())
+    assert all(is_same([runs["off"], run]) for run in runs.values())
 
 
 def test_the_order_of_a_stream_does_not_matter():
@@ -72,7 +79,7 @@ def test_the_order_of_a_stream_does_not_matter():
     experiment = make_experiment(library, "math", len(PROMPTS), seed=0)
     rows = [measure_on_stream(llm, p, experiment, i, 12, 2) for i, p in enumerate(PROMPTS)]
     assert summarise(rows, experiment)["identical"]
-    orders = {0.0: [0, 2, 1], 1.0: [2, 1, 0]}
+    orders = {0.0: [rows[0], rows[2], rows[1]], 1.0: rows[::-1]}
     arms = {name: experiment.arms[name] for name in ("knn", "int8")}
-    streams = run_streams(llm, PROMPTS, orders, arms, 12, segment=2)
-    assert summarise_streams(streams, orders, rows, "int8")["identical"]
+    streams = run_streams(llm, orders, arms, 12, segment=2)
+    assert summarise_streams(streams, orders, "int8")["identical"]

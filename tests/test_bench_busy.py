@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.busy import Neighbours, beside
+from bench.busy import Neighbours, beside, stopped
 
 COUNTING = """
 import sys
@@ -22,7 +22,7 @@ while True:
 
 def state(neighbours: Neighbours) -> str:
     """What the kernel says of the first process: T is stopped."""
-    status = Path(f"/proc/{neighbours._processes[0].pid}/stat").read_text()
+    status = Path(f"/proc/{neighbours[0].pid}/stat").read_text()
     return status.rpartition(")")[2].split()[0]
 
 
@@ -34,24 +34,22 @@ def wait_for(neighbours: Neighbours, states: str) -> None:
 
 
 def test_neighbours_run_only_in_their_turn(tmp_path):
-    with Neighbours(COUNTING, 1, str(tmp_path / "count")) as neighbours:
-        neighbours.wait_until_ready()
-        neighbours.pause()
+    with stopped(COUNTING, 1, str(tmp_path / "count")) as neighbours:
         wait_for(neighbours, "T")
 
         def run():
             wait_for(neighbours, "RSD")
             return [1], 2.0
 
-        assert beside(neighbours, run)() == ([1], 2.0)
+        assert beside(neighbours, run) == ([1], 2.0)
         wait_for(neighbours, "T")
-        process = neighbours._processes[0]
+        process = neighbours[0]
     assert process.poll() is not None
 
 
 def test_a_neighbour_that_does_not_start_is_said():
     with (
-        Neighbours("raise SystemExit", 1) as neighbours,
-        pytest.raises(RuntimeError, match="start"),
+        pytest.raises(RuntimeError, match="did not start"),
+        stopped("raise SystemExit", 1),
     ):
-        neighbours.wait_until_ready()
+        raise AssertionError("it did start")

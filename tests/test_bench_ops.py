@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bench import kernel_cases, ops, timing
-from bench.cases import Case, Setting, activation_error, changed, check, weight_bytes
+from bench.cases import Case, Setting, activation_error, changed, check
+from bench.kernel_cases import attention_cases, matrix_cases
 from bench.shapes import SHAPES
 from bench.timing import Spread
 from models.plan import FULL, INT8
@@ -27,15 +28,16 @@ OPERATIONS = {
 }  # fmt: skip
 # The gated MLP only, 1% too large for 3 rows and not written at all for 4.
 BROKEN = """
+from dataclasses import replace
 import torch
 from bench import kernel_cases, ops
 
-right = kernel_cases.norm_gated_mlp
+right = kernel_cases.TRITON.norm_gated_mlp
 def broken(x, *others):
     h = right(x, *others)
     return h * 1.01 if x.shape[0] == 3 else torch.empty_like(h) if x.shape[0] == 4 else h
-kernel_cases.norm_gated_mlp = broken
-ops.all_cases = lambda setting, rows: kernel_cases.gated_mlp_cases(setting, rows, 16)
+kernel_cases.TRITON = replace(kernel_cases.TRITON, norm_gated_mlp=broken)
+ops.all_cases = lambda setting, rows: kernel_cases.matrix_cases(setting, "gated_mlp", rows, 16)
 raise SystemExit(ops.main(["--device", "cpu", "--rows", "2,3,4"]))
 """
 
@@ -88,8 +90,8 @@ def test_a_broken_kernel_is_reported_and_fails_the_run():
 
 def test_a_wrong_kernel_is_not_timed(device, monkeypatch):
     monkeypatch.setattr(timing, "graph_times", lambda calls: pytest.fail("timed"))
-    (case,) = kernel_cases.lm_head_cases(small(device), [2], FULL)
-    case = replace(case, kernel=lambda *args: kernel_cases.norm_lm_head(*args) + 0.1)
+    (case,) = matrix_cases(small(device), "lm_head", [2], FULL)
+    case = replace(case, kernel=lambda *args: kernel_cases.TRITON.norm_lm_head(*args) + 0.1)
     ceilings = timing.Ceilings(*(Spread(1, 1, 1) for _ in range(3)))
     row = ops.measure(case, check(case), ceilings)
     assert not row["is_right"] and "microseconds" not in row
@@ -98,7 +100,7 @@ def test_a_wrong_kernel_is_not_timed(device, monkeypatch):
 def test_a_row_has_share_of_the_floor_and_the_library(device, monkeypatch):
     times = iter([Spread(9.0, 10.0, 12.0), Spread(19.0, 20.0, 21.0)])
     monkeypatch.setattr(timing, "graph_times", lambda calls: next(times))
-    (case,) = kernel_cases.lm_head_cases(small(device), [2], FULL)
+    (case,) = matrix_cases(small(device), "lm_head", [2], FULL)
     bytes_a_second = case.num_bytes / 4e-6
     rates = (Spread(0, bytes_a_second, 0), Spread(0, bytes_a_second / 2, 0), Spread(0, 1e30, 0))
     row = ops.measure(case, check(case), timing.Ceilings(*rates))
@@ -128,11 +130,11 @@ def test_one_wrong_token_is_seen(device):
         assert found.error == 0.5 and not found.is_right
 
 
-@pytest.mark.parametrize("name", kernel_cases.MATRICES)
+@pytest.mark.parametrize("name", kernel_cases.matrices(ops.INTERPRETED))
 @pytest.mark.parametrize("precision", [FULL, INT8])
 def test_a_scale_that_is_off_is_seen_in_either_precision(name, precision, device):
     """Of the result itself, and of what is written into a cache or onto the residual stream."""
-    (case,) = kernel_cases.MATRICES[name](small(device), [3], precision)
+    (case,) = matrix_cases(small(device), name, [3], precision)
     right = check(case)
     assert right.is_right, (case, right)
 
@@ -155,8 +157,8 @@ def tensors_of(args) -> list[torch.Tensor]:
 def test_a_check_leaves_its_operands_alone(device):
     """Of a kernel that writes into the cache, the residual stream or the draft as well."""
     setting = small(device)
-    cases: list[Case] = [next(kernel_cases.down_cases(setting, [3], FULL))]
-    cases += [next(kernel_cases.qkv_cases(setting, [3], FULL))]
+    cases: list[Case] = [next(matrix_cases(setting, "down", [3], FULL))]
+    cases += [next(matrix_cases(setting, "qkv", [3], FULL))]
     cases += kernel_cases.round_cases(setting, [3])
     for case in cases:
         before = changed(case.sets[0], torch.clone)
@@ -176,41 +178,42 @@ def test_error_of_activations_in_8_bits():
 def test_operands_of_a_timing_are_in_memory_of_their_own(device):
     """Together they are larger than twice the cache, with as many bytes as a case says."""
     config = ops.INTERPRETED
-    num_bytes = weight_bytes(config.vocab_size, config.hidden_size, FULL, torch.float32)
+    num_bytes = config.vocab_size * config.hidden_size * torch.float32.itemsize
     setting = small(device, l2_bytes=num_bytes)
-    (case,) = kernel_cases.lm_head_cases(setting, [1], FULL)
+    (case,) = matrix_cases(setting, "lm_head", [1], FULL)
     weights = [args[3] for args in case.sets]
     assert len({weight.own.values.data_ptr() for weight in weights}) == len(weights) == 3
     assert len(case.library) == 3
-    (int8,) = kernel_cases.lm_head_cases(setting, [1], INT8)
+    (int8,) = matrix_cases(setting, "lm_head", [1], INT8)
     weights = [args[3] for args in int8.sets]
     assert len({weight.draft.codes.data_ptr() for weight in weights}) == len(weights) == 8
     assert len({weight.own.values.data_ptr() for weight in weights}) == 1
     assert int8.num_bytes < case.num_bytes / 2
-    for attention in kernel_cases.attention_decode_cases(small(device, l2_bytes=40_000), [1, 2]):
+    setting = small(device, l2_bytes=40_000)
+    for attention in attention_cases(setting, "attention_decode", 20, [1, 2]):
         assert len({args[1].k.data_ptr() for args in attention.sets}) == len(attention.sets) > 2
 
 
 def test_bytes_and_operations_of_llama_2_7b():
     """Against the figures worked out by hand."""
     setting = Setting(SHAPES["llama-2-7b"], torch.bfloat16, torch.device("meta"))
-    (qkv,) = kernel_cases.qkv_cases(setting, [1], FULL)
+    (qkv,) = matrix_cases(setting, "qkv", [1], FULL)
     assert qkv.num_bytes == 2 * (12288 * 4096 + 4096 + 12288)
     assert qkv.num_operations == 2 * 12288 * 4096
-    (mlp,) = kernel_cases.gated_mlp_cases(setting, [8], INT8)
+    (mlp,) = matrix_cases(setting, "gated_mlp", [8], INT8)
     assert mlp.num_bytes == 22016 * 4096 + 4 * 22016 + 8 * 2 * (4096 + 11008)
-    decode = next(kernel_cases.attention_decode_cases(setting, [1]))
+    decode = next(attention_cases(setting, "attention_decode", 256, [1]))
     assert decode.num_bytes == 2 * 2 * 256 * 4096 + 2 * 2 * 4096
     assert decode.num_operations == 4 * 256 * 4096
-    prefill = next(kernel_cases.attention_prefill_cases(setting))
+    prefill = next(attention_cases(setting, "attention_prefill", 512, [512]))
     assert prefill.num_operations == 4 * 4096 * (512 * 513 // 2)
 
 
 def test_library_attention_is_the_same_attention(device):
     """What the kernels are compared with must not be cheaper work."""
     setting = small(device)
-    decode = kernel_cases.attention_decode_cases(setting, [1, 5])
-    for case in (*decode, *kernel_cases.attention_prefill_cases(setting)):
+    decode = attention_cases(setting, "attention_decode", 20, [1, 5])
+    for case in (*decode, *attention_cases(setting, "attention_prefill", 30, [30])):
         (library,) = case.library
         rows = library()[0].transpose(0, 1).reshape(case.rows, -1)
         torch.testing.assert_close(rows, case.reference(*case.sets[0]), atol=1e-5, rtol=1e-4)

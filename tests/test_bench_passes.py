@@ -147,7 +147,8 @@ def test_passes_of_every_kind_are_timed(capsys, monkeypatch):
     contexts = [CONTEXT, 128]
     with monkeypatch.context() as patch:
         patch.setattr(passes_module, "check", lambda *_: None)  # the next test's
-        found = measure(subject, contexts, 2, CEILINGS, lambda: {"allocated": 7})
+        patch.setattr(passes_module, "peak_bytes", lambda _: {"allocated": 7})
+        found = measure(subject, contexts, 2, CEILINGS)
     found = json.loads(json.dumps(describe("tiny", subject) | found))
     assert found["cache_positions"] == 128 and found["checked"]
     assert found["peak_bytes"] == found["prefill_peak_bytes"] == {"allocated": 7}
@@ -245,12 +246,13 @@ def other_token(scores, drawn, *args):
     ],
     ids=["logits", "states", "unwritten", "draft"],
 )
-def test_unsound_operations_are_not_timed(ops, fails, message):
+def test_unsound_operations_are_not_timed(ops, fails, message, monkeypatch):
+    monkeypatch.setattr(passes_module, "peak_bytes", lambda _: {})
     subject = subject_of(model_with(**ops))
     with pytest.raises(CheckError, match=message):
         fails(subject, CONTEXT)
     with pytest.raises(CheckError, match=message):
-        measure(subject, [CONTEXT], 1, CEILINGS, dict)
+        measure(subject, [CONTEXT], 1, CEILINGS)
 
 
 def replaying_once(kind):
@@ -277,7 +279,7 @@ def test_a_replay_that_does_not_run_is_noticed(kind):
 def test_a_context_longer_than_the_published_models_is_measured(monkeypatch, capsys):
     config = family_config("llama2", max_positions=96)
     monkeypatch.setattr(passes_module, "gpu_ceilings", lambda: CEILINGS)
-    monkeypatch.setattr(passes_module, "make_peak", lambda: dict)
+    monkeypatch.setattr(passes_module, "peak_bytes", lambda _: {})
     # Far more than there is memory for: not even the rotary table is made for that.
     monkeypatch.setattr(passes_module, "free_bytes", lambda _: passes_module.MARGIN + (1 << 20))
     found = measure_shape("tiny", config, [64, 160, 1 << 60], 1, torch.device("cpu"))

@@ -10,18 +10,20 @@ import pytest
 import torch
 from tiny import tiny_llm
 
-from bench.decode import Run
 from bench.plots import moving_rate, plot_anchors, plot_plans, plot_stream, project
 from bench.routing import (
     best_single,
     load_prompts,
+    oracle_rate,
     parse,
     print_domain,
     print_summary,
+    rate_of,
     summarise,
     summarise_streams,
 )
 from bench.streams import (
+    Answer,
     Measured,
     Prompt,
     arms_of_prompt,
@@ -29,11 +31,10 @@ from bench.streams import (
     make_experiment,
     make_stream,
     measure_prompt,
-    oracle_rate,
-    rate_of,
     run_streams,
     skip_library,
 )
+from engine.types import RequestStats
 from models.plan import NGRAM, OFF, DraftPlan
 from router.fingerprint import fingerprint
 from router.library import RouterLibrary
@@ -54,14 +55,23 @@ def library_of(plans=(OFF, NGRAM, INT8, MATH, MIX, SQL), chosen=(2, 1, 2), size=
     return RouterLibrary(mark, LAYERS, DOMAINS, tuple(plans), 2, anchors, ids, of)
 
 
-def run_of(seconds, token_ids=(1, 2, 3, 4, 5), rounds=2):
-    return Run(token_ids=tuple(token_ids), seconds=[seconds], rounds=rounds)
+STATS = RequestStats(5, 4, 5, 0.0, 0.0, 0.0, rounds=2, router_microseconds=300.0)
+
+
+def run_of(seconds, token_ids=(1, 2, 3, 4, 5)):
+    return [Answer(token_ids, seconds, STATS)]
 
 
 def row_of(domain, seconds, nearest=None, is_rejected=False):
     """A made-up prompt: `seconds` by name."""
     runs = {name: run_of(value) for name, value in seconds.items()}
-    return Measured(domain, runs, nearest or domain, is_rejected, [100.0, 300.0], torch.randn(8))
+    routed = replace(STATS, domain=nearest or domain, is_rejected=is_rejected,
+                     router_microseconds=100.0)  # fmt: skip
+    return Measured(Prompt(domain, ()), runs, routed, torch.randn(8))
+
+
+def routed_to(plan, is_rejected=False):
+    return replace(STATS, plan=plan, is_rejected=is_rejected)
 
 
 SECONDS = {"off": 4.0, "ngram": 3.0, "int8": 2.0, "best-skip": 4.0, "fixed-skip": 4.0,
@@ -151,12 +161,15 @@ def test_without_ngrams_a_routed_plan_is_the_arm_of_its_name():
 def test_names_that_mean_the_same_share_a_run():
     library = library_of()
     experiment = experiment_of(library)
-    arms, same = arms_of_prompt(experiment, INT8, "int8+ngram", False)
-    assert same == {"int8+ngram": "knn", "random": "knn"} and "random" not in arms
-    arms, same = arms_of_prompt(experiment, OFF, "int8+ngram", True)
-    assert same == {"random": "off"} and "int8+ngram" in arms
-    arms, same = arms_of_prompt(experiment, SQL, "ngram", False)
-    assert not same
+    everything = [*experiment.arms, *experiment.columns, "random"]
+    arms = arms_of_prompt(experiment, INT8, routed_to("int8+ngram"))
+    assert list(arms) == everything and len({*arms.values()}) == len(arms) - 2
+    assert arms["int8+ngram"] is arms["random"] is arms["knn"]
+    arms = arms_of_prompt(experiment, OFF, routed_to("int8+ngram", True))
+    assert list(arms) == everything and len({*arms.values()}) == len(arms) - 1
+    assert arms["random"] is arms["off"]
+    arms = arms_of_prompt(experiment, SQL, routed_to("ngram"))
+    assert list(arms) == everything and len({*arms.values()}) == len(arms)
     assert arms["random"].library.plans[arms["random"].library.default_plan] == SQL
     fixed = fixed_library(library, SQL)
     assert {library.plans[i] for i in fixed.anchor_plans.tolist()} == {SQL}
@@ -184,13 +197,14 @@ def test_summary_of_made_up_measurements(capsys):
     assert result["router_share"] == pytest.approx(200e-6 * 2.4 / 64, abs=1e-6)
     assert result["plans"]["sql"]["ngram"] == 4.0
     assert best_single(result["arms"]) == "int8"
-    some, orders = rows()[:3], {0.0: [0, 1, 2], 1.0: [2, 0, 1]}
+    some = rows()[:3]
+    orders = {0.0: some, 1.0: [some[2], some[0], some[1]]}
     streams = {
-        (mix, name): [some[i].runs[name] for i in order]
+        (mix, name): [row.runs[name] for row in order]
         for mix, order in orders.items()
         for name in ("knn", "int8")
     }
-    found = summarise_streams(streams, orders, some, "int8")
+    found = summarise_streams(streams, orders, "int8")
     assert found["mix"] == {m: {"knn": 2.4, "best_single": 2.0} for m in ("0", "1")}
     assert found["mix_1_vs_mix_0"] == 1.0 and found["identical"]
     print_domain("math", some[:2], experiment)
@@ -202,15 +216,15 @@ def test_summary_of_made_up_measurements(capsys):
 
 def test_no_figures_where_tokens_differ(capsys):
     experiment, some = experiment_of(), rows()
-    some[0].runs["knn"].token_ids = (1, 2, 3, 4, 6)
+    some[0].runs["knn"] = run_of(2.0, (1, 2, 3, 4, 6))
     result = summarise(some, experiment)
     assert not result["identical"]
     assert result["arms"]["knn"] is None and result["arms"]["int8"] is not None
     assert result["oracle_share"] is None and result["router_share"] is None
-    orders = {1.0: [0, 1, 2]}
+    orders = {1.0: some[:3]}
     streams = {(1.0, "knn"): [row.runs["knn"] for row in some[:3]],
                (1.0, "int8"): [row.runs["int8"] for row in some[:3]]}  # fmt: skip
-    found = summarise_streams(streams, orders, some, "int8")
+    found = summarise_streams(streams, orders, "int8")
     assert not found["identical"] and found["mix"]["1"]["knn"] is None
     print_domain("math", some[:2], experiment)
     print_summary(result | found)
@@ -236,12 +250,13 @@ def test_every_arm_answers_alike_on_a_tiny_model():
     assert summarise(measured, experiment)["identical"]
     for row in measured:
         assert row.runs.keys() >= {*experiment.arms, *experiment.columns, "random"}
-        assert len(row.runs["knn"].seconds) == 2 and len(row.router_microseconds) == 3
+        requests = [row.routed, *(answer.stats for answer in row.runs["knn"])]
+        assert len(requests) == 3 and all(stats.router_microseconds > 0 for stats in requests)
         assert row.feature.norm() == pytest.approx(1, abs=1e-5)
-    orders = {0.0: [0, 1], 1.0: [1, 0]}
+    orders = {0.0: measured, 1.0: measured[::-1]}
     arms = {name: experiment.arms[name] for name in ("knn", "int8")}
-    streams = run_streams(llm, prompts, orders, arms, 12, segment=1)
-    assert summarise_streams(streams, orders, measured, "int8")["identical"]
+    streams = run_streams(llm, orders, arms, 12, segment=1)
+    assert summarise_streams(streams, orders, "int8")["identical"]
 
 
 def test_pictures_are_written(tmp_path):

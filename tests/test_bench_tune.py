@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,17 @@ from bench import kernel_cases, ops, timing, tune
 from bench.candidates import (
     DTYPE,
     Problem,
-    ShapeClass,
     Times,
     Trial,
-    candidates,
     choose,
+    nearest,
     paste_rows,
     present,
     rank,
     shape_classes,
 )
 from bench.cases import Setting
+from bench.kernel_cases import ShapeClass
 from bench.shapes import SHAPES
 from bench.timing import Spread
 from kernels.gpu.launch import matrix_launch, qkv_launch
@@ -67,12 +68,12 @@ knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
 for shape_class, problems in shape_classes(small, ["attention_decode", "norm_gated_mlp"]).items():
     launch = present(80, shape_class)
     if sys.argv[1] == "ahead":
-        tune.compile_ahead((80, 86, problems, launch))
+        tune.compile_ahead(86, 80, problems, launch)
         continue
     base = Setting(small["small"], DTYPE, torch.device("cpu"), contexts=(256,))
     with compiling_only(80, 86):
         for group in case_groups(problems[0], base):
-            for case in group.values():
+            for case in group:
                 with_launch(case, launch).kernel(*case.sets[0])
 print(json.dumps(hits))
 """
@@ -143,10 +144,10 @@ def test_rows_to_paste():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("shape_class", CLASSES, ids=" ".join)
 def test_candidates_lie_around_the_present_choice(shape_class, capability):
-    found = candidates(capability, shape_class, 20)
+    found = nearest(capability, shape_class, 20)
     assert found[0] == present(capability, shape_class)
     assert 8 <= len(set(found)) == len(found) <= 20
-    assert candidates(capability, shape_class, 3) == found[:3]
+    assert nearest(capability, shape_class, 3) == found[:3]
     for launch in found[1:4]:  # one step or two away
         changed = [a != b for a, b in zip(launch, found[0], strict=True)]
         assert sum(changed) <= 2, launch
@@ -168,7 +169,7 @@ def test_classes_are_those_by_which_kernels_are_launched():
         if problem.kind.startswith("attention_"):
             assert cls.name in (DECODE if cls.operation == "attention_decode" else PREFILL)[90]
             continue
-        case = next(kernel_cases.MATRICES[problem.kind](setting, [1], 16))
+        case = next(kernel_cases.matrix_cases(setting, problem.kind, [1], 16))
         (weight,) = (w for arg in case.sets[0] if isinstance(w := getattr(arg, "qkv", arg), Weight))
         n, k = weight.shape
         n //= 2 if cls.operation == "norm_gated_mlp" else 1
@@ -190,7 +191,7 @@ class Faulty:
     """The gated MLP, whose launch says how it fails."""
 
     def __init__(self):
-        self.right = kernel_cases.norm_gated_mlp
+        self.right = kernel_cases.TRITON.norm_gated_mlp
         self.calls = 0
 
     def __call__(self, *args, launch):
@@ -203,7 +204,8 @@ class Faulty:
 
 def test_what_cannot_run_or_is_wrong_is_discarded_and_not_timed(monkeypatch, device, capsys):
     faulty = Faulty()
-    monkeypatch.setattr(kernel_cases, "norm_gated_mlp", faulty)
+    broken = replace(kernel_cases.TRITON, norm_gated_mlp=faulty)
+    monkeypatch.setattr(kernel_cases, "TRITON", broken)
     timed = []
 
     def made_up_times(calls, repeats):
@@ -294,17 +296,12 @@ def test_a_run_that_is_cut_off_has_printed_what_it_had(monkeypatch, capsys):
             return [Trial(launch, refusal="does not compile") for launch in launches]
         return [trial(launches[0], (9.0,)), trial(launches[1], (7.0,))]
 
-    for name, value in {
-        "get_device_name": "A GPU", "get_device_capability": (9, 0), "current_device": 0,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(tune, "capability_of", lambda _: 90)
-    monkeypatch.setattr(timing, "cache_bytes", lambda _: 1)
-    monkeypatch.setattr(tune, "worker_pool", nullcontext)
-    monkeypatch.setattr(tune, "compile_together", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     monkeypatch.setattr(tune, "try_class", try_two)
+    base = Setting(SHAPES["smollm2-135m"], DTYPE, torch.device("cpu"))
     with pytest.raises(CutOff):
-        tune.tune(classes, 2)
+        tune.tune(classes, 2, [90], lambda _, problems, launch: Trial(launch), base)
     lines = capsys.readouterr().out.splitlines()
     (row,) = (line for line in lines if line.endswith(", TUNED),"))
     assert row == paste_rows([(first, done[0])], 90, "")[-1]
@@ -327,6 +324,6 @@ def test_a_class_is_tuned_on_a_gpu(device):
     config = SHAPES["smollm2-135m"]
     base = Setting(config, DTYPE, device, timing.cache_bytes(device), num_positions=512)
     problem = Problem("smollm2-135m", "attn_out", config)
-    launches = candidates(90, problem.shape_class, 2)
+    launches = nearest(90, problem.shape_class, 2)
     trials = tune.try_class([problem], launches, base)
     assert all(t.refusal == "" and t.score > 0 for t in trials)

