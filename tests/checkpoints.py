@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,13 @@ def write_gguf(
     qtype: gguf.GGMLQuantizationType = F32,
     metadata: dict[str, Any] | None = None,
     tensors_per_part: int = 0,
+    stored: Mapping[str, tuple[np.ndarray, str]] | None = None,
 ) -> Path:
     """Writes what llama.cpp's converter would: matrices as `qtype`, vectors as float32.
 
-    `metadata` adds string and integer values, the tokenizer's for example. With `tensors_per_part`
-    the model is split into several files, of which `path` is the stem.
+    `stored`: by the names of matrices, what takes their place, and its type. `metadata` adds string
+    and integer values, the tokenizer's for example. With `tensors_per_part` the model is split into
+    several files, of which `path` is the stem.
     """
     architecture = "llama" if config.architecture == "mistral" else config.architecture
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
@@ -168,7 +171,10 @@ def write_gguf(
         values = tensor.float().numpy()
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             values = _interleave(values, config.head_dim)
-        if values.ndim == 2 and qtype != F32:
+        if stored and name in stored:
+            data, kind = stored[name]
+            writer.add_tensor(_gguf_name(name), data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        elif values.ndim == 2 and qtype != F32:
             writer.add_tensor(
                 _gguf_name(name), gguf.quants.quantize(values, qtype), raw_dtype=qtype
             )

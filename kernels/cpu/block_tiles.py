@@ -27,6 +27,7 @@ INTS, BYTES = ir.VectorType(I32, PANEL), ir.VectorType(I8, 4 * PANEL)
 MAX_ROWS = 8  # of x that share the unpacking of a tile
 SUMS_BYTES = 32  # of what a row of x has for 32 elements beside their codes: see `quantise_row`
 OPERANDS = CHUNK // 4
+PREFETCHED = 8192  # bytes ahead of what is read
 
 
 def _features() -> set[str]:
@@ -60,6 +61,16 @@ def splat(builder: Any, value: Any, lanes: int = PANEL) -> Any:
     vector = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
     zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
     return builder.shuffle_vector(vector, vector, zeros)
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for a line of memory that will be read, once."""
+    pointer = I8.as_pointer()
+    signature = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    name = "llvm.prefetch.p0"
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    args = (builder.inttoptr(address, pointer), *(ir.Constant(I32, n) for n in (0, 3, 1)))
+    builder.call(function, args)
 
 
 def _ints(value: int) -> Any:
@@ -145,9 +156,12 @@ class _Tile:
         if kind.has_offset:
             self.offset_factor = _halves(builder, at(builder, factors, PANEL * HALF))
 
-    def operands(self, chunk: Any) -> list[Any]:
+    def operands(self, chunk: Any, is_prefetching: bool = False) -> list[Any]:
         start = self.builder.mul(chunk, i64(self.kind.chunk_bytes))
-        return _operands(self.builder, self.kind, self.builder.add(self.codes, start))
+        codes = self.builder.add(self.codes, start)
+        for line in range(0, self.kind.chunk_bytes if is_prefetching else 0, 64):
+            _prefetch(self.builder, at(self.builder, codes, PREFETCHED + line))
+        return _operands(self.builder, self.kind, codes)
 
     def scale(self, chunk: Any, part: int) -> Any:
         """[16] of the weights in one part of a chunk: all of it, or its first or second half."""
@@ -188,7 +202,8 @@ def _emit_int8_panel(builder: Any, args: Any, kind: BlockType, rows: int) -> Non
         def chunk_body(c: Any, acc: list[Any]) -> list[Any]:
             number = builder.add(builder.mul(t, i64(per_tile)), c)
             x_at, sums_at = (builder.mul(number, i64(n)) for n in (CHUNK, SUMS_BYTES))
-            operands, parts = tile.operands(c), CHUNK // kind.group
+            # One row leaves the processor's own prefetching ahead of it, several do not.
+            operands, parts = tile.operands(c, is_prefetching=rows > 1), CHUNK // kind.group
             scales = [tile.scale(c, part) for part in range(parts)]
             offsets = [tile.offset(c, part) for part in range(parts)] if kind.has_offset else []
             new = []
