@@ -130,12 +130,20 @@ def load(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, object]:
 
 
 def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("speculative", "weights", "profile")
+    names = ("speculative", "weights", "activations", "profile")
     options = load(monkeypatch)
-    assert [options[name] for name in names] == ["auto", "auto", True]
-    flags = ("--speculative", "plans/a.json", "--weights", "stored", "--no-profile")
+    assert [options[name] for name in names] == ["auto", "auto", "auto", True]
+    flags = (
+        "--speculative",
+        "plans/a.json",
+        "--weights",
+        "stored",
+        "--activations",
+        "float",
+        "--no-profile",
+    )
     options = load(monkeypatch, *flags)
-    assert [options[name] for name in names] == ["plans/a.json", "stored", False]
+    assert [options[name] for name in names] == ["plans/a.json", "stored", "float", False]
 
 
 def test_a_wrong_weights_flag_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

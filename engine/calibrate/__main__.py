@@ -79,8 +79,10 @@ def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLi
         iterations=args.iterations, seed=args.seed, max_minutes=args.max_minutes,
     )  # fmt: skip
     check()
-    llm = LLM(args.model, device=args.device, weights=args.weights, speculative="auto",
-              router="none", on_progress=check)  # fmt: skip
+    llm = LLM(
+        args.model, device=args.device, weights=args.weights, activations=args.activations,
+        speculative="auto", router="none", on_progress=check,
+    )  # fmt: skip
     fixed = {
         "fingerprint": fingerprint(llm.model),
         "prompts": sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -112,8 +114,10 @@ def _import(args: argparse.Namespace, check: Callable[..., None]) -> RouterLibra
     from router.knn_ssd import import_knn_ssd
 
     check()
-    llm = LLM(args.model, device=args.device, weights=args.weights, speculative="off",
-              router="none", on_progress=check)  # fmt: skip
+    llm = LLM(
+        args.model, device=args.device, weights=args.weights, activations=args.activations,
+        speculative="off", router="none", on_progress=check,
+    )  # fmt: skip
     num_layers, hidden = llm.model.config.num_layers, llm.model.config.hidden_size
     library = import_knn_ssd(args.import_knn_ssd, fingerprint(llm.model), num_layers)
     library.check_model(library.fingerprint, num_layers, hidden)
@@ -144,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="directory, .gguf file or hub id; default: the default model")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--weights", default="auto", help="auto, stored (as in the file) or float")
+    add("--activations", default="auto", help="for quantised weights: auto, int8 or float")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl files")
     add("--import-knn-ssd", type=Path, metavar="DIR",
         help="convert the KNN-SSD authors' *vector*.npy, *label*.npy, *.json")  # fmt: skip

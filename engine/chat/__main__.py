@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from engine.llm import LLM
 
 _OPTIONS = (
-    "revision", "device", "dtype", "weights", "max_length", "speculative", "router", "profile",
+    "revision", "device", "dtype", "weights", "activations", "max_length", "speculative", "router",
+    "profile",
 )  # fmt: skip
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
@@ -138,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", metavar="TYPE", help="auto or a torch type (default: auto)")
     add("--weights", default="auto", metavar="HOW",
         help="auto, stored (as in the file) or float (default: auto)")  # fmt: skip
+    add("--activations", default="auto", metavar="HOW",
+        help="for quantised weights: auto, int8 or float (default: auto)")  # fmt: skip
     add("--speculative", default="auto", metavar="HOW",
         help="drafts: auto, off, ngram, int8 or a plan file (default: auto)")  # fmt: skip
     picks = "library that picks drafts by prompt, or none (default: the model's own, if any)"
