@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operands import qkv_layer
+from operands import qkv_layer, rows_at
 from test_kernels_cpu import COUNTERS, Case
 from test_kernels_extents import layers_operands
 
@@ -160,8 +160,6 @@ def test_one_model_may_mix_types():
         x, _, table, eps, cos, sin, positions, num_tokens, slots, k, v, precisions = (
             given[name] for name in names.split()
         )
-        from operands import rows_at
-
         rows = rows_at(positions, num_tokens, slots)
         run_layers(x, some, table, eps, RotaryTable(cos, sin), rows, k, v, precisions)
         streams.append((x, k, v))

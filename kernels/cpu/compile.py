@@ -87,6 +87,8 @@ def callback(name: str, function: Callable[..., None]) -> Callable[[], Any]:
     is that of its machine code on disk.
     """
 
+    kept: list[Any] = []  # threads may compile at the same time: no code at an address may go
+
     @functools.cache
     def compiled() -> Any:
         signature = types.void(*[types.int64] * 9)
@@ -94,6 +96,7 @@ def callback(name: str, function: Callable[..., None]) -> Callable[[], Any]:
         code: Any = CFunc(function, normalize_signature(signature), {}, options)
         code._cache = KernelCache(function, _folder_name(), name)
         code.compile()
+        kept.append(code)
         return code
 
     return compiled
