@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench import report
-from bench.peers import MAX_LENGTH, compare_model
+from bench.peers import MAX_LENGTH, compare_llama, compare_model
 from bench.streams import Arm, Run, answers, is_same, num_timed, rate, read_afresh
 from bench.timing import spread
 from engine import LLM, SamplingParams
@@ -33,6 +33,7 @@ from engine.calibrate.prompts import read_prompts
 from engine.loading import Forms, choose_forms, choose_ops, load
 from engine.profile import profile_draft, profile_verify
 from models.plan import DraftPlan
+from models.quantise import is_int8_cheaper
 from models.widen import WIDENINGS, widened_model
 
 DOMAINS = ("summarization", "math", "translation", "story_telling", "text_to_sql", "code", "chat")
@@ -43,7 +44,8 @@ CPU_HIDDEN_SIZE = 1024  # a CPU reads wider models for minutes an answer
 def make_arms(llm: LLM) -> dict[str, Arm]:
     """What drafts of each kind are asked for; "auto" has the engine's own router, if any."""
     library = llm.router.library if llm.router else None
-    return {name: Arm(name) for name in ("off", "ngram", "int8")} | {"auto": Arm("auto", library)}
+    names = ("off", "ngram", "int8") if is_int8_cheaper(llm.model.weights) else ("off", "ngram")
+    return {name: Arm(name) for name in names} | {"auto": Arm("auto", library)}
 
 
 def measure_prompt(
@@ -82,11 +84,12 @@ def ratios_to_plain(results: Sequence[Mapping[str, Run]], arm: str) -> list[floa
 
 def measure_costs(llm: LLM, repeats: int) -> dict[str, Any]:
     """Passes in units of a one-row pass, of which `repeats` profiles are made now."""
-    plan = DraftPlan.int8(llm.model.config.num_layers)
     profiles = [dict(profile_verify(llm.model)) for _ in range(repeats)]
     measured = [rows for rows in profiles[0] if all(rows in p for p in profiles)]
     costs = {f"verify_{rows}_rows": spread([p[rows] for p in profiles]) for rows in measured}
-    costs["int8_draft"] = spread([profile_draft(llm.model, plan) for _ in range(repeats)])
+    if is_int8_cheaper(llm.model.weights):
+        plan = DraftPlan.int8(llm.model.config.num_layers)
+        costs["int8_draft"] = spread([profile_draft(llm.model, plan) for _ in range(repeats)])
     print("costs in single-row passes: " + ", ".join(f"{k} {v}" for k, v in costs.items()))
     return {name: round(value.median, 3) for name, value in costs.items()}
 
@@ -157,7 +160,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         __doc__, model=True, repeats=(3, 1), new_tokens=(128, 16), per_domain=(4, 1)
     )
     add = parser.add_argument
-    add("--peer", choices=["transformers"])
+    add("--peer", choices=["transformers", "llama.cpp"])
+    add("--weights", default="auto", help="as for LLM; a peer has its own")
+    add("--activations", default="auto", help="as for LLM")
     add("--widen", choices=WIDENINGS, help="measure on a larger model that computes the same")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
     domains = report.Default(",".join(DOMAINS), ",".join(DOMAINS[:2]))
@@ -177,7 +182,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.peer:
         print(f"method: batch 1, greedy, {args.new_tokens} new tokens, one warm-up then "
               f"{args.repeats} runs of each engine in turn, median [20%, 80%]")  # fmt: skip
-        return compare_model(args.model, args.new_tokens, args.repeats, args.device)
+        compare = compare_llama if args.peer == "llama.cpp" else compare_model
+        return compare(args.model, args.new_tokens, args.repeats, args.device)
     found = read_prompts(args.prompts or OWN_PROMPTS, args.domains.split(","))
     prompts = {domain: texts[: args.per_domain] for domain, texts in found.items()}
     print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {args.repeats} runs of "
@@ -185,7 +191,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.widen:
         llm = widened_llm(args.model, args.widen, args.device)
     else:
-        llm = LLM(args.model, device=str(args.device), max_length=MAX_LENGTH)
+        llm = LLM(args.model, device=str(args.device), max_length=MAX_LENGTH,
+                  weights=args.weights, activations=args.activations)  # fmt: skip
     print(f"{llm.model_name}: {llm.dtype}")
     result = report.print_ceiling(llm.model)
     result |= measure(llm, prompts, args.new_tokens, args.repeats)

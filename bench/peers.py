@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 
 from bench import report
@@ -41,6 +42,7 @@ QUESTION = "Explain in a few paragraphs how a bicycle stays upright while it is 
 MESSAGES = [{"role": "user", "content": QUESTION}]
 MAX_LENGTH = 2048  # of prompts with their answers
 PROMPT_TOKENS = 128
+LONG_PROMPT = 256  # tokens of a prompt that is timed
 WARM_UPS = 2  # the first compiles, the second records graphs
 # A process of its own, because a process's peak memory cannot be taken back. It reads that from
 # /proc: getrusage also counts the process that started it.
@@ -60,16 +62,100 @@ print(json.dumps({"import_seconds": round(imported - started, 3),
 Request = Callable[[list[int]], Sequence[int]]  # a prompt -> the tokens of its answer
 
 
-def engine_run(model: str | None, device: str, new_tokens: int) -> tuple[LLM, Run]:
+def engine_run(
+    model: str | None, device: str, new_tokens: int, weights: str = "auto"
+) -> tuple[LLM, Run]:
     """An engine, and its plain decoding of an answer to MESSAGES."""
-    llm = LLM(model, device=device, max_length=MAX_LENGTH, speculative="off")
+    llm = LLM(model, device=device, weights=weights, max_length=MAX_LENGTH, speculative="off")
+    return llm, arm_run(llm, Arm("off"), new_tokens)
+
+
+def arm_run(llm: LLM, arm: Arm, new_tokens: int) -> Run:
     prompt = llm.encode_chat(MESSAGES)
 
     def run() -> tuple[Sequence[int], float]:
-        made = answer(llm, prompt, Arm("off"), new_tokens, ignore_eos=True)
+        made = answer(llm, prompt, arm, new_tokens, ignore_eos=True)
         return made.token_ids, rate([[made]])
 
-    return llm, run
+    return run
+
+
+def llama_run(model: Any, prompt: Sequence[int], new_tokens: int) -> Run:
+    """The greedy answer of a `llama_cpp.Llama`, its end tokens not looked at."""
+
+    def run() -> tuple[Sequence[int], float]:
+        made, times = [], []
+        for token in model.generate(list(prompt), temp=0.0):
+            made.append(int(token))
+            times.append(time.perf_counter())
+            if len(made) == new_tokens:
+                break
+        return made, (len(times) - 1) / (times[-1] - times[0])
+
+    return run
+
+
+def prompt_rate(read: Callable[[list[int]], object], prompt: Sequence[int]) -> Run:
+    """Tokens per second of reading LONG_PROMPT tokens that begin otherwise in every run."""
+    turns = itertools.count(1)
+
+    def run() -> tuple[Sequence[int], float]:
+        first = next(turns)
+        tokens = [first, *itertools.islice(itertools.cycle(prompt), LONG_PROMPT - 1)]
+        started = time.perf_counter()
+        read(tokens)
+        return [], LONG_PROMPT / (time.perf_counter() - started)
+
+    return run
+
+
+def compare_llama(
+    model: str | None, new_tokens: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """Print and return rates of this engine and of llama.cpp on one GGUF file, threads and prompt.
+
+    Each in its own arithmetic, so tokens may part at a near-tie. Raises ValueError where
+    llama-cpp-python is not installed.
+    """
+    try:
+        from llama_cpp import Llama
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+    except ImportError as error:
+        raise ValueError("peer: llama-cpp-python is missing; pip install '.[peers]'") from error
+    llm, plain = engine_run(model, str(device), new_tokens)
+    list(llm.stream("warm up", SamplingParams(max_tokens=8, speculative="auto")))
+    path, threads = resolve_model(model, None), numba.get_num_threads()
+    options = {"n_ctx": MAX_LENGTH, "n_threads": threads, "n_threads_batch": threads}
+    peer = Llama(str(path), verbose=False, **options)
+    lookup = Llama(str(path), verbose=False, draft_model=LlamaPromptLookupDecoding(), **options)
+    prompt, one = llm.encode_chat(MESSAGES), SamplingParams(temperature=0, max_tokens=1)
+
+    def read_by_peer(tokens: list[int]) -> None:
+        peer.reset()
+        peer.eval(tokens)
+
+    runs = {
+        "engine, plain": plain,
+        "engine, auto": arm_run(llm, Arm("auto"), new_tokens),
+        "llama.cpp, plain": llama_run(peer, prompt, new_tokens),
+        "llama.cpp, prompt lookup": llama_run(lookup, prompt, new_tokens),
+        "engine, prompt": prompt_rate(lambda tokens: list(llm.stream(tokens, one)), prompt),
+        "llama.cpp, prompt": prompt_rate(read_by_peer, prompt),
+    }
+    print(f"{llm.model_name}: {llm.dtype}, {threads} threads")
+    result = report.print_ceiling(llm.model)
+    tokens = warm_up(runs)
+    is_right = tokens["engine, plain"] == tokens["engine, auto"]
+    report.print_verdict(is_right, "drafts change no token of this engine")
+    pairs = zip(tokens["engine, plain"], tokens["llama.cpp, plain"], strict=True)
+    same = sum(a == b for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    print(f"the first {same} of {new_tokens} tokens of both engines are the same")
+    rates = alternate(runs, tokens, repeats)
+    print_rates(rates)
+    medians = {name: round(value.median, 2) for name, value in rates.items()}
+    ratio = medians["engine, plain"] / medians["llama.cpp, plain"]
+    return result | {"identical": is_right, "same_tokens": same, "threads": threads,
+                     "tokens_per_second": medians, "ratio": round(ratio, 3)}  # fmt: skip
 
 
 def peer_tokens(
@@ -126,7 +212,7 @@ def compare_model(
 ) -> dict[str, Any]:
     """Print and return rates of both engines on one prompt, and their ratio if tokens agree."""
     result = measure_load(model, device)
-    llm, own_run = engine_run(model, str(device), new_tokens)
+    llm, own_run = engine_run(model, str(device), new_tokens, "float")
     started = time.perf_counter()
     peer_run = transformers_run(resolve_model(model, None), llm.encode_chat(MESSAGES), new_tokens)
     result["peer_load_seconds"] = round(time.perf_counter() - started, 3)
