@@ -19,18 +19,19 @@ from blocks_for_tests import packed, random_blocks
 
 from kernels.cpu.activations import quantise_row
 from kernels.cpu.block_tiles import HAS_VNNI
-from kernels.cpu.blocks import block_matmul, make_blocks
+from kernels.cpu.blocks import block_product, make_blocks
 
 NAMES = ("Q4_K", "Q5_0", "Q6_K", "Q8_0")  # every kind of tile
 ROWS, COLUMNS, K = 9, 32, 512
 
 
+multiply = numba.njit(error_model="numpy")(block_product)
+
+
 @numba.njit(error_model="numpy")
-def run(matrix, x, quantised, out):
+def quantise(x, out):
     for r in range(ROWS):
-        codes = quantised + r * 2 * K
-        quantise_row(x + r * K * 4, K, codes, codes + K)
-    block_matmul(matrix, x, K * 4, quantised, ROWS, K, 0, COLUMNS, out, COLUMNS * 4)
+        quantise_row(x + r * K * 4, K, out + r * 2 * K, out + r * 2 * K + K)
 
 
 def main() -> None:
@@ -40,9 +41,12 @@ def main() -> None:
         part = packed(name, random_blocks(name, COLUMNS, K))
         for is_int8 in (True, False):
             matrix, x = make_blocks([part], is_int8), torch.randn(ROWS, K, generator=generator)
-            quantised, out = torch.zeros(ROWS, 2 * K, dtype=torch.uint8), torch.zeros(ROWS, COLUMNS)
-            tensors = (matrix.numbers, x, quantised, out)
-            run(*(tensor.data_ptr() for tensor in tensors))
+            codes, out = torch.zeros(ROWS, 2 * K, dtype=torch.uint8), torch.zeros(ROWS, COLUMNS)
+            quantise(x.data_ptr(), codes.data_ptr())
+            form = torch.tensor([matrix.numbers.data_ptr()])
+            rows = (codes.data_ptr(), 2 * K) if is_int8 else (x.data_ptr(), 4 * K)
+            args = (form.data_ptr(), 0, *rows, ROWS, K, COLUMNS, out.data_ptr(), COLUMNS * 4)
+            multiply(*args)
             digest.update(out.numpy().tobytes())
     sys.stdout.write(f"{HAS_VNNI} {digest.hexdigest()}\n")
 

@@ -67,6 +67,7 @@ def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLi
     from engine import LLM
     from engine.calibrate.calibration import Calibration, Settings
     from engine.calibrate.state import CalibrationState
+    from models.quantise import is_int8_cheaper
     from router.fingerprint import fingerprint
 
     prompts = read_prompts(args.prompts, args.domains.split(",") if args.domains else None)
@@ -83,6 +84,10 @@ def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLi
         args.model, device=args.device, weights=args.weights, activations=args.activations,
         speculative="auto", router="none", on_progress=check,
     )  # fmt: skip
+    if not is_int8_cheaper(llm.model.weights):
+        raise ValueError(
+            f"weights: got {llm.dtype}, expected weights with 8-bit drafts; use --weights float"
+        )
     fixed = {
         "fingerprint": fingerprint(llm.model),
         "prompts": sha256(json.dumps(prompts).encode()).hexdigest(),

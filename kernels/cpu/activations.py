@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from kernels.blocks import CHUNK, LEVELS, PANEL
 from kernels.cpu.block_tiles import I8, INTS, at, i64, make_function, splat
-from kernels.cpu.tiles import F32, I32, VECTOR, _load, _loop, _store
+from kernels.cpu.tiles import F32, I32, VECTOR, load, loop, store
 
 
 def _halves_of(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
@@ -42,7 +42,7 @@ def _emit_quantise(builder: Any, args: Any) -> None:
 
     def body(k: Any, _values: list[Any]) -> list[Any]:
         x_at = builder.add(x, builder.mul(k, i64(4)))
-        halves = [_load(builder, at(builder, x_at, 64 * i), VECTOR) for i in range(2)]
+        halves = [load(builder, at(builder, x_at, 64 * i), VECTOR) for i in range(2)]
         sizes = [_call_on_vector(builder, "fabs", half) for half in halves]
         largest = _halves_of(builder, larger(*sizes), larger)
         levels, zero = ir.Constant(F32, float(LEVELS)), ir.Constant(F32, 0.0)
@@ -57,14 +57,14 @@ def _emit_quantise(builder: Any, args: Any) -> None:
             builder.store(stored, builder.inttoptr(address, stored.type.as_pointer()), align=1)
             totals.append(_halves_of(builder, whole, builder.add))
         scale = builder.fdiv(largest, levels)
-        _store(builder, scale, known)
+        store(builder, scale, known)
         for i, total in enumerate([builder.add(*totals), *totals]):
             product = builder.fmul(scale, builder.sitofp(total, F32))
-            _store(builder, product, at(builder, known, 4 + 4 * i))
-            _store(builder, total, at(builder, known, 16 + 4 * i))
+            store(builder, product, at(builder, known, 4 + 4 * i))
+            store(builder, total, at(builder, known, 16 + 4 * i))
         return []
 
-    _loop(builder, [], num_k, CHUNK, body)
+    loop(builder, [], num_k, CHUNK, body)
 
 
 @intrinsic

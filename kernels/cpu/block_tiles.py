@@ -12,17 +12,28 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numba
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.blocks import CHUNK, HALF, PANEL, BlockType
-from kernels.cpu.tiles import F32, I32, I64, LANES, VECTOR, ZERO, _fma, _load, _loop, _store
+from kernels.cpu.tiles import (
+    F32,
+    FEATURES,
+    I32,
+    I64,
+    LANES,
+    VECTOR,
+    ZERO,
+    emit_fma,
+    load,
+    load_weights,
+    loop,
+    store,
+)
 
-I8, I16, F16 = ir.IntType(8), ir.IntType(16), ir.HalfType()
+I8 = ir.IntType(8)
 INTS, BYTES = ir.VectorType(I32, PANEL), ir.VectorType(I8, 4 * PANEL)
 MAX_ROWS = 8  # of x that share the unpacking of a tile
 SUMS_BYTES = 32  # of what a row of x has for 32 elements beside their codes: see `quantise_row`
@@ -30,18 +41,7 @@ OPERANDS = CHUNK // 4
 PREFETCHED = 8192  # bytes ahead of what is read
 
 
-def _features() -> set[str]:
-    """What the code is generated for: the host, or what numba's variables say."""
-    if numba.config.CPU_FEATURES is not None:
-        asked = numba.config.CPU_FEATURES.split(",")
-        return {name[1:] for name in asked if name.startswith("+")}
-    if numba.config.CPU_NAME not in (None, "host"):
-        return set()
-    return {name for name, is_there in get_host_cpu_features().items() if is_there}
-
-
-HAS_VNNI = {"avx512vnni", "avx512bw"} <= _features()
-HAS_HALVES = "f16c" in _features()
+HAS_VNNI = {"+avx512vnni", "+avx512bw"} <= FEATURES
 
 
 def i64(value: int) -> Any:
@@ -79,14 +79,7 @@ def _ints(value: int) -> Any:
 
 def _halves(builder: Any, address: Any) -> Any:
     """16 finite float16 as floats."""
-    if HAS_HALVES:
-        return builder.fpext(_load_as(builder, address, ir.VectorType(F16, PANEL)), VECTOR)
-    bits = builder.zext(_load_as(builder, address, ir.VectorType(I16, PANEL)), INTS)
-    rest = builder.shl(builder.and_(bits, _ints(0x7FFF)), _ints(13))
-    power = ir.Constant(VECTOR, [2.0**112] * PANEL)  # the exponents of the types are 112 apart
-    value = builder.bitcast(builder.fmul(builder.bitcast(rest, VECTOR), power), INTS)
-    sign = builder.shl(builder.and_(bits, _ints(0x8000)), _ints(16))
-    return builder.bitcast(builder.or_(value, sign), VECTOR)
+    return load_weights(builder, address, i64(0), "float16")
 
 
 def _smalls(builder: Any, address: Any) -> Any:
@@ -186,7 +179,7 @@ def _for_chunks(
     """For every 32 weights of a tile; a tile that has no more needs no loop."""
     if kind.size == CHUNK:
         return body(i64(0), start)
-    return _loop(builder, start, i64(kind.size // CHUNK), 1, body)
+    return loop(builder, start, i64(kind.size // CHUNK), 1, body)
 
 
 def _emit_int8_panel(builder: Any, args: Any, kind: BlockType, rows: int) -> None:
@@ -210,12 +203,12 @@ def _emit_int8_panel(builder: Any, args: Any, kind: BlockType, rows: int) -> Non
             for r in range(rows):
                 here, known = builder.add(xs[r], x_at), builder.add(ss[r], sums_at)
                 total = acc[r]
-                x_scale = splat(builder, _load(builder, known, F32))
+                x_scale = splat(builder, load(builder, known, F32))
                 for part in range(parts):
                     which = part + (parts > 1)  # sums of 32, of the first 16, of the last 16
                     dot = ir.Constant(INTS, [0] * PANEL)
                     if kind.zero:
-                        count = _load(builder, at(builder, known, 16 + 4 * which), I32)
+                        count = load(builder, at(builder, known, 16 + 4 * which), I32)
                         dot = splat(builder, builder.mul(count, ir.Constant(I32, -kind.zero)))
                     step = OPERANDS // parts
                     for j in range(part * step, (part + 1) * step):
@@ -223,7 +216,7 @@ def _emit_int8_panel(builder: Any, args: Any, kind: BlockType, rows: int) -> Non
                     factor = builder.fmul(scales[part], x_scale)
                     total = builder.fadd(total, builder.fmul(builder.sitofp(dot, VECTOR), factor))
                     if kind.has_offset:
-                        x_sum = _load(builder, at(builder, known, 4 + 4 * which), F32)
+                        x_sum = load(builder, at(builder, known, 4 + 4 * which), F32)
                         lifted = builder.fmul(offsets[part], splat(builder, x_sum))
                         total = builder.fadd(total, lifted)
                 new.append(total)
@@ -231,9 +224,9 @@ def _emit_int8_panel(builder: Any, args: Any, kind: BlockType, rows: int) -> Non
 
         return _for_chunks(builder, kind, acc, chunk_body)
 
-    totals = _loop(builder, [ZERO] * rows, num_tiles, 1, tile_body)
+    totals = loop(builder, [ZERO] * rows, num_tiles, 1, tile_body)
     for r, total in enumerate(totals):
-        _store(builder, total, builder.add(out, builder.mul(out_stride, i64(r))))
+        store(builder, total, builder.add(out, builder.mul(out_stride, i64(r))))
 
 
 def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
@@ -255,15 +248,15 @@ def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
                 code = builder.and_(code, _ints(0xFF))
                 value = builder.sitofp(builder.sub(code, _ints(kind.zero)), VECTOR)
                 if kind.has_offset:  # the product has no rounding error, in any type
-                    value = _fma(builder, scales[part], value, offsets[part])
+                    value = emit_fma(builder, scales[part], value, offsets[part])
                 else:
                     value = builder.fmul(scales[part], value)
-                _store(builder, value, at(builder, first, k * LANES * 4))
+                store(builder, value, at(builder, first, k * LANES * 4))
             return []
 
         return _for_chunks(builder, kind, [], chunk_body)
 
-    _loop(builder, [], num_tiles, 1, tile_body)
+    loop(builder, [], num_tiles, 1, tile_body)
 
 
 def make_function(module: Any, name: str, num_args: int, emit: Callable[[Any, Any], None]) -> Any:
@@ -331,38 +324,24 @@ def make_widen(kind: BlockType) -> Any:
     return widen
 
 
-@intrinsic
-def call(_, address, arguments):
-    """Call the function of some numbers, a tuple, that lies at an address."""
-
-    def codegen(context, builder, signature, values):
-        count = len(signature.args[1])
-        args = cgutils.unpack_tuple(builder, values[1], count)
-        kind = ir.FunctionType(ir.VoidType(), [I64] * count)
-        builder.call(builder.inttoptr(values[0], kind.as_pointer()), args)
-        return context.get_dummy_value()
-
-    return types.void(address, arguments), codegen
-
-
 def _emit_lanes(builder: Any, args: Any) -> None:
     """See `add_widened`."""
     x, w, num_k, sums = args
-    acc = [_load(builder, at(builder, sums, 64 * i), VECTOR) for i in range(LANES)]
+    acc = [load(builder, at(builder, sums, 64 * i), VECTOR) for i in range(LANES)]
 
     def body(k: Any, acc: list[Any]) -> list[Any]:
         x_at = builder.add(x, builder.mul(k, i64(4)))
         w_at = builder.add(w, builder.mul(k, i64(4 * LANES)))
         new = []
         for i in range(LANES):
-            value = splat(builder, _load(builder, at(builder, x_at, 4 * i), F32))
-            weight = _load(builder, at(builder, w_at, 64 * i), VECTOR)
-            new.append(_fma(builder, weight, value, acc[i]))
+            value = splat(builder, load(builder, at(builder, x_at, 4 * i), F32))
+            weight = load(builder, at(builder, w_at, 64 * i), VECTOR)
+            new.append(emit_fma(builder, weight, value, acc[i]))
         return new
 
-    acc = _loop(builder, acc, num_k, LANES, body)
+    acc = loop(builder, acc, num_k, LANES, body)
     for i in range(LANES):
-        _store(builder, acc[i], at(builder, sums, 64 * i))
+        store(builder, acc[i], at(builder, sums, 64 * i))
 
 
 @intrinsic

@@ -24,13 +24,12 @@ from kernels.cpu.activations import quantise_row
 from kernels.cpu.block_tiles import (
     MAX_ROWS,
     add_widened,
-    call,
     make_int8_panel,
     make_widen,
 )
 from kernels.cpu.compile import callback, device, kernel
 from kernels.cpu.scalars import addresses_at, floats_at
-from kernels.cpu.tiles import LANES
+from kernels.cpu.tiles import LANES, call
 
 # A matrix as kernels find it: whether x is in 8 bits, how many parts, and these of each part.
 PART_FIRST, PART_ROWS, PART_TILES, PART_PANEL_BYTES, PART_SIZE, PART_INT8, PART_WIDEN = range(7)
@@ -101,7 +100,7 @@ def operand(weight, x, num_k, rows, room):
     return room, num_k * 2
 
 
-def _block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
+def block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
     """A product of cpu/product.py: x comes from `operand`."""
     matrix, last = addresses_at(form, 1)[0], first + num_cols
     header = addresses_at(matrix, HEADER_FIELDS)
@@ -134,7 +133,7 @@ def _block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_str
             column += PANEL
 
 
-BLOCK_PRODUCT = callback("product_blocks", _block_product)
+BLOCK_PRODUCT = callback("product_blocks", block_product)
 
 
 def make_blocks(parts: Sequence[BlockPart], is_int8: bool) -> Blocks:

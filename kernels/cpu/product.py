@@ -194,7 +194,6 @@ def planned_matmul(
             product, form = numbers[0], weight + 8
             if wanted == INT8:
                 product, form = numbers[3], weight + 32
-            call(
-                product, form, first, x + b * size * x_stride, x_stride, size, num_k,
-                last - first, out + b * size * out_stride, out_stride,
-            )  # fmt: skip
+            args = (form, first, x + b * size * x_stride, x_stride, size, num_k, last - first,
+                    out + b * size * out_stride, out_stride)  # fmt: skip
+            call(product, args)

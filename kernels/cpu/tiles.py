@@ -30,12 +30,13 @@ ELEMENTS = {
     "float32": (F32, 4), "bfloat16": (ir.IntType(16), 2), "float16": (ir.IntType(16), 2),
     "int8": (ir.IntType(8), 1),
 }  # fmt: skip
-# Of the processor that numba compiles for: float16 is widened in one instruction.
-_features = config.CPU_FEATURES
-HAS_F16C = "+f16c" in (get_host_cpu_features().flatten() if _features is None else _features)
+# Of the processor that numba compiles for.
+_asked = config.CPU_FEATURES
+FEATURES = set((get_host_cpu_features().flatten() if _asked is None else _asked).split(","))
+HAS_F16C = "+f16c" in FEATURES  # float16 is widened in one instruction
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once, for floats or vectors."""
     suffix = f"v{LANES}f32" if isinstance(a.type, ir.VectorType) else "f32"
     signature = ir.FunctionType(a.type, [a.type] * 3)
@@ -43,11 +44,11 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, (a, b, c))
 
 
-def _load(builder: Any, address: Any, kind: Any) -> Any:
+def load(builder: Any, address: Any, kind: Any) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
 
 
-def _store(builder: Any, value: Any, address: Any) -> None:
+def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
 
 
@@ -103,7 +104,7 @@ def _no_unrolling(module: Any) -> Any:
     return node
 
 
-def _loop(
+def loop(
     builder: Any, start: Any, count: Any, step: int, body: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
     """for i in range(0, count, step): values = body(i, values). Returns the final values."""
@@ -127,7 +128,7 @@ def _loop(
     return values
 
 
-def _load_weights(builder: Any, row: Any, k: Any, element: str, lanes: int = LANES) -> Any:
+def load_weights(builder: Any, row: Any, k: Any, element: str, lanes: int = LANES) -> Any:
     """A vector of weights from element k of a row, as floats."""
     kind, num_bytes = ELEMENTS[element]
     floats, ints = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
@@ -180,22 +181,22 @@ def _emit_tile(builder: Any, shape: PanelShape, args: Sequence[Any]) -> None:
 
     def body(k: Any, acc: list[Any]) -> list[Any]:
         k_bytes = builder.mul(k, ir.Constant(I64, 4))
-        weights = [_load_weights(builder, row, k, element) for row in w_rows]
+        weights = [load_weights(builder, row, k, element) for row in w_rows]
         new = []
         for r, row in enumerate(x_rows):
-            value = _load(builder, builder.add(row, k_bytes), VECTOR)
+            value = load(builder, builder.add(row, k_bytes), VECTOR)
             for c, weight in enumerate(weights):
-                new.append(_fma(builder, weight, value, acc[r * cols + c]))
+                new.append(emit_fma(builder, weight, value, acc[r * cols + c]))
         return new
 
-    sums = _sum_lanes(builder, _loop(builder, [ZERO] * (rows * cols), num_k, LANES, body))
+    sums = _sum_lanes(builder, loop(builder, [ZERO] * (rows * cols), num_k, LANES, body))
     run = cols if is_adjacent else 1
     assert LANES % run == 0, (cols, LANES)
     for r in range(rows):
         out_row = _offset(builder, out, out_stride, r)
         for c in range(0, cols, run):
             value = _lanes(builder, sums, r * cols + c, run)
-            _store(builder, value, _offset(builder, out_row, col_stride, c))
+            store(builder, value, _offset(builder, out_row, col_stride, c))
 
 
 def _panel(module: Any, shape: PanelShape) -> Any:
@@ -222,7 +223,7 @@ def _panel(module: Any, shape: PanelShape) -> Any:
         ))  # fmt: skip
         return []
 
-    _loop(builder, [], *((done, cols) if is_adjacent else (num_tiles, 1)), column)
+    loop(builder, [], *((done, cols) if is_adjacent else (num_tiles, 1)), column)
     if cols > 1:
         builder.call(_panel(module, PanelShape(rows, 1, element)), (
             x, x_stride, builder.add(w, builder.mul(done, w_stride)), w_stride, num_k,
@@ -263,7 +264,7 @@ def make_widen(element: str, lanes: int = LANES) -> Any:
     def widen(_, row, k, out):
         def codegen(context, builder, _signature, arguments):
             row, k, out = arguments
-            _store(builder, _load_weights(builder, row, k, element, lanes), out)
+            store(builder, load_weights(builder, row, k, element, lanes), out)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 3), codegen
@@ -288,26 +289,26 @@ def make_weighted_sum_tile(rows: int, blocks: int) -> Any:
 
             def body(s: Any, acc: list[Any]) -> list[Any]:
                 v_row = builder.add(v, builder.mul(s, v_stride))
-                values = [_load(builder, builder.add(v_row, b), VECTOR) for b in vector_bytes]
+                values = [load(builder, builder.add(v_row, b), VECTOR) for b in vector_bytes]
                 new, totals = [], []
                 for r, row in enumerate(p_rows):
                     address = builder.add(row, builder.mul(s, ir.Constant(I64, 4)))
-                    prob = _load(builder, address, F32)
+                    prob = load(builder, address, F32)
                     totals.append(builder.fadd(acc[rows * blocks + r], prob))
                     lanes = builder.insert_element(ZERO, prob, ir.Constant(I32, 0))
                     first = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
                     lanes = builder.shuffle_vector(lanes, lanes, first)
                     for b, value in enumerate(values):
-                        new.append(_fma(builder, lanes, value, acc[r * blocks + b]))
+                        new.append(emit_fma(builder, lanes, value, acc[r * blocks + b]))
                 return new + totals
 
             start = [ZERO] * (rows * blocks) + [ir.Constant(F32, 0.0)] * rows
-            acc = _loop(builder, start, num_s, 1, body)
+            acc = loop(builder, start, num_s, 1, body)
             for r in range(rows):
                 out_row = _offset(builder, out, out_stride, r)
                 for b, vector_byte in enumerate(vector_bytes):
-                    _store(builder, acc[r * blocks + b], builder.add(out_row, vector_byte))
-                _store(builder, acc[rows * blocks + r], builder.add(total, ir.Constant(I64, 4 * r)))
+                    store(builder, acc[r * blocks + b], builder.add(out_row, vector_byte))
+                store(builder, acc[rows * blocks + r], builder.add(total, ir.Constant(I64, 4 * r)))
             return context.get_dummy_value()
 
         return signature, codegen
@@ -319,7 +320,7 @@ def make_weighted_sum_tile(rows: int, blocks: int) -> Any:
 def fma(_, a, b, c):
     """a * b + c in float32, rounded once whatever the loop around it is turned into."""
     signature = types.float32(types.float32, types.float32, types.float32)
-    return signature, lambda _context, builder, _signature, arguments: _fma(builder, *arguments)
+    return signature, lambda _context, builder, _signature, arguments: emit_fma(builder, *arguments)
 
 
 @intrinsic
@@ -340,12 +341,14 @@ def as_pointer(_, address):
 
 
 @intrinsic
-def call(_, function, form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
-    """Call the product at an address, see cpu/product.py."""
+def call(_, address, arguments):
+    """Call the function of some numbers, a tuple, that lies at an address."""
 
-    def codegen(context, builder, _signature, arguments):
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 9)
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+    def codegen(context, builder, signature, values):
+        count = len(signature.args[1])
+        kind = ir.FunctionType(ir.VoidType(), [I64] * count)
+        function = builder.inttoptr(values[0], kind.as_pointer())
+        builder.call(function, cgutils.unpack_tuple(builder, values[1], count))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 10), codegen
+    return types.void(address, arguments), codegen
