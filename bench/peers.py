@@ -51,7 +51,7 @@ import json, re, sys, time
 started = time.perf_counter()
 from engine import LLM, SamplingParams
 imported = time.perf_counter()
-llm = LLM(sys.argv[1] or None, device=sys.argv[2])
+llm = LLM(sys.argv[1] or None, device=sys.argv[2], weights="float")
 loaded = time.perf_counter()
 llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=64))
 peak = re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]

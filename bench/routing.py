@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--router", metavar="FILE", help="a library; default: the model's own")
+    add("--weights", default="float", help="as for LLM; the shipped library is for %(default)s")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
     add("--mix", type=_ratios, default="0,0.3,0.7,1.0", metavar="RATIO,...",
         help="how often a stream changes its domain; default: %(default)s")  # fmt: skip
@@ -275,7 +276,8 @@ def _listed(values: Mapping[str, float]) -> str:
 
 def set_up(args: argparse.Namespace) -> tuple[LLM, list[Prompt], Experiment]:
     """Raises ValueError for a wrong model, library or set of prompts."""
-    llm = LLM(args.model, device=str(args.device), max_length=MAX_LENGTH, router=args.router)
+    llm = LLM(args.model, device=str(args.device), weights=args.weights, max_length=MAX_LENGTH,
+              router=args.router)  # fmt: skip
     if llm.router is None:
         raise ValueError("router: no library comes with the engine for this model; expected one "
                          "made by python -m engine.calibrate; give it with --router")  # fmt: skip
