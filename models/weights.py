@@ -62,7 +62,8 @@ class LlamaWeights:
         """The rows [n, C] of some tokens [n], in the dtype of activations."""
         if isinstance(self.embedding, Blocks):
             return widen_rows(self.embedding, token_ids)
-        return self.embedding[token_ids].to(self.dtype)
+        rows = self.embedding[token_ids]
+        return rows if rows.dtype == self.dtype else rows.to(self.dtype)
 
     @cached_property
     def layer_table(self) -> np.ndarray:

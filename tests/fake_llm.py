@@ -17,10 +17,13 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
+import torch
+
 import engine.chat.__main__
 from engine.command import progress_bar
 from engine.params import SamplingParams, Speculative
 from engine.types import CompletionOutput, RequestOutput, RequestStats, TokenEvent
+from kernels.weight import Dense, Weight
 from router.route import Router
 
 Messages = Sequence[Mapping[str, str]]
@@ -53,6 +56,10 @@ class FakeStream(Iterator[TokenEvent]):
         self.events.close()
 
 
+HEAD = Weight(Dense(torch.zeros(1, 1)))
+WEIGHTS = SimpleNamespace(layers=(), lm_head=HEAD)
+
+
 class FakeLLM:
     """Answers like the real one, of words instead of tokens.
 
@@ -73,7 +80,7 @@ class FakeLLM:
         self.int8_bytes = 0
         self.router: Router | None = None
         # What resolve_plans looks at.
-        self.model = SimpleNamespace(config=SimpleNamespace(num_layers=2))
+        self.model = SimpleNamespace(config=SimpleNamespace(num_layers=2), weights=WEIGHTS)
         self.asked: list[list[dict[str, str]]] = []
         self.params: SamplingParams | None = None
         self.num_closed = 0
