@@ -41,7 +41,7 @@ class LLM:
         "float" converts them to `dtype`, of which "auto" is float32 on a CPU. "auto" is "stored" on
         a CPU where no dtype is named, else "float".
     activations: "int8" rounds them to 8 bits in products with quantised weights, "float" does not
-        and gives the tokens of the same weights in float32; "auto" is "int8". Others are floats.
+        and gives the tokens of the same weights in float32; "auto" is "float". Others are floats.
     max_sequences: how many requests can hold a slot of the cache at once.
     max_length: tokens of context of each; None is the model's own, at most 8192.
     seed: makes the seeds of requests that name none reproducible.

@@ -92,7 +92,7 @@ def choose_forms(
     converted = DTYPES.get(dtype, own)
     is_kept = weights != "float" and dtype == "auto" and not is_cuda
     return Forms(
-        converted if is_cuda else own, None if is_kept else converted, activations != "float"
+        converted if is_cuda else own, None if is_kept else converted, activations == "int8"
     )
 
 

@@ -115,7 +115,7 @@ def test_the_command_refuses_in_one_line(arguments, message):
 
 def test_activations_in_8_bits_seldom_change_the_next_token(llm):
     """Teacher-forced on the float32 model's own answers: 2,000 positions, 97 of 100 alike."""
-    stored = LLM(device="cpu", max_length=1024, speculative="off", router="none")
+    stored = LLM(activations="int8", device="cpu", max_length=1024, router="none")
     right = total = 0
     for path in sorted((Path(bench.__file__).parent / "prompts").glob("*.jsonl")):
         text = json.loads(path.read_text().splitlines()[0])["prompt"]

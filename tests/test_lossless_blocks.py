@@ -91,7 +91,7 @@ def test_float_activations_give_the_tokens_of_float32(path):
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_8_bit_activations_draft_losslessly(path, params, monkeypatch):
-    llm = LLM(path, **OPTIONS)
+    llm = LLM(path, activations="int8", **OPTIONS)
     assert "int8 activations" in llm.dtype
     expected = [tokens(llm.generate(prompt, params)[0]) for prompt in PROMPTS]
     assert answers(llm, replace(params, speculative="auto")) == expected
