@@ -176,7 +176,6 @@ def _large() -> dict[str, BlockType]:
 
 
 BLOCK_TYPES = _small() | _large()
-TYPE_NUMBERS = {name: number for number, name in enumerate(BLOCK_TYPES)}
 
 
 class BlockPart(NamedTuple):

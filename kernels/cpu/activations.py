@@ -12,8 +12,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.blocks import CHUNK, LEVELS, PANEL
-from kernels.cpu.block_tiles import I8, INTS, at, i64, make_function, splat
-from kernels.cpu.tiles import F32, I32, VECTOR, load, loop, store
+from kernels.cpu.block_tiles import I8, INTS, at, i64, splat
+from kernels.cpu.tiles import F32, I32, VECTOR, load, loop, make_function, store
 
 
 def _halves_of(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:

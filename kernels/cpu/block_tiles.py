@@ -30,7 +30,9 @@ from kernels.cpu.tiles import (
     load,
     load_weights,
     loop,
+    make_function,
     store,
+    switch,
 )
 
 I8 = ir.IntType(8)
@@ -259,32 +261,6 @@ def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
     loop(builder, [], num_tiles, 1, tile_body)
 
 
-def make_function(module: Any, name: str, num_args: int, emit: Callable[[Any, Any], None]) -> Any:
-    """A function of so many numbers, which is compiled once however often it is used."""
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * num_args), name)
-    function.linkage = "linkonce_odr"
-    function.attributes.add("noinline")
-    builder = ir.IRBuilder(function.append_basic_block())
-    emit(builder, function.args)
-    builder.ret_void()
-    return function
-
-
-def _switch(builder: Any, number: Any, functions: list[Any], args: Any) -> None:
-    """Call functions[number], if there is one."""
-    done = builder.append_basic_block("done")
-    choice = builder.switch(number, done)
-    for n, function in enumerate(functions):
-        block = builder.append_basic_block(f"case{n}")
-        choice.add_case(i64(n), block)
-        builder.position_at_end(block)
-        builder.call(function, args)
-        builder.branch(done)
-    builder.position_at_end(done)
-
-
 def make_int8_panel(kind: BlockType) -> Any:
     """out[r, 0:16] = x[r] W^T of 1 to 8 rows of x in 8 bits and the 16 rows of `num_tiles` tiles.
 
@@ -302,7 +278,7 @@ def make_int8_panel(kind: BlockType) -> Any:
                 )
                 for n in range(1, MAX_ROWS + 1)
             ]  # fmt: skip
-            _switch(builder, builder.sub(rows, i64(1)), functions, args)
+            switch(builder, builder.sub(rows, i64(1)), functions, args)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 8), codegen

@@ -28,7 +28,7 @@ from kernels.cpu.block_tiles import (
     make_widen,
 )
 from kernels.cpu.compile import callback, device, kernel
-from kernels.cpu.scalars import addresses_at, floats_at
+from kernels.cpu.scalars import F, addresses_at, floats_at, keep_alive
 from kernels.cpu.tiles import LANES, call
 
 # A matrix as kernels find it: whether x is in 8 bits, how many parts, and these of each part.
@@ -65,16 +65,18 @@ def _int8_panel(product, tiles, num_tiles, x, x_stride, rows, num_k, out, out_st
 
 
 @device
-def _float_panel(widening, tiles, tile_bytes, size, x, x_stride, rows, num_k, out, out_stride):
-    """16 columns of x W^T for rows of floats."""
-    widened = np.empty(WIDENED * PANEL, np.float32)
-    sums = np.zeros(rows * LANES * PANEL, np.float32)
-    w, acc = np.int64(widened.ctypes.data), np.int64(sums.ctypes.data)
+def _float_panel(part, tiles, x, x_stride, rows, num_k, room, out, out_stride):
+    """16 columns of x W^T for rows of floats; room: floats for sums, then for widened weights."""
+    size, num_sums = part[PART_SIZE], rows * LANES * PANEL
+    tile_bytes, w = part[PART_PANEL_BYTES] // (num_k // size), room + num_sums * 4
+    sums = floats_at(room, num_sums)
+    for i in range(num_sums):
+        sums[i] = F(0.0)
     for first in range(0, num_k, WIDENED):
         count = min(WIDENED, num_k - first)
-        call(widening, (tiles + first // size * tile_bytes, count // size, w))
+        call(part[PART_WIDEN], (tiles + first // size * tile_bytes, count // size, w))
         for r in range(rows):
-            add_widened(x + r * x_stride + first * 4, w, count, acc + r * LANES * PANEL * 4)
+            add_widened(x + r * x_stride + first * 4, w, count, room + r * LANES * PANEL * 4)
     for r in range(rows):
         ys, start = floats_at(out + r * out_stride, PANEL), r * LANES * PANEL
         half = LANES // 2
@@ -104,7 +106,10 @@ def block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stri
     """A product of cpu/product.py: x comes from `operand`."""
     matrix, last = addresses_at(form, 1)[0], first + num_cols
     header = addresses_at(matrix, HEADER_FIELDS)
-    spare = np.empty(rows * PANEL, np.float32)
+    # 16 columns of which some are not asked for; what `_float_panel` needs.
+    spare, room = np.empty(rows * PANEL, np.float32), np.empty(0, np.float32)
+    if header[0] == 0:
+        room = np.empty((rows * LANES + WIDENED) * PANEL, np.float32)
     for p in range(header[1]):
         part = addresses_at(matrix + (HEADER_FIELDS + p * PART_FIELDS) * 8, PART_FIELDS)
         begin, num_tiles = part[PART_FIRST], num_k // part[PART_SIZE]
@@ -122,15 +127,16 @@ def block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stri
                 )
             else:
                 _float_panel(
-                    part[PART_WIDEN], tiles, part[PART_PANEL_BYTES] // num_tiles, part[PART_SIZE],
-                    x, x_stride, rows, num_k, y, y_stride,
-                )  # fmt: skip
+                    part, tiles, x, x_stride, rows, num_k, np.int64(room.ctypes.data), y, y_stride
+                )
             if not is_whole:
                 for r in range(rows):
                     ys = floats_at(out + r * out_stride, last - first)
                     for c in range(max(low, column), min(high, column + PANEL)):
                         ys[c - first] = spare[r * PANEL + c - column]
             column += PANEL
+    keep_alive(spare)
+    keep_alive(room)
 
 
 BLOCK_PRODUCT = callback("product_blocks", block_product)
@@ -161,6 +167,7 @@ def _widen_rows(matrix, ids, num_k, out):
         call(part[PART_WIDEN], (tiles, num_k // part[PART_SIZE], np.int64(values.ctypes.data)))
         for k in range(num_k):
             out[i, k] = values[k, row % PANEL]
+        keep_alive(values)
 
 
 def widen_rows(form: Blocks, ids: torch.Tensor) -> torch.Tensor:

@@ -155,21 +155,9 @@ def linear_residual(x, weight, residual, precisions, stride_p, batch, rows, num_
 
 @device
 def gated_mlp_block(
-    block,
-    cols,
-    x,
-    x_stride,
-    gate_up,
-    precision,
-    precisions,
-    stride_p,
-    batch,
-    rows,
-    hidden,
-    ffn,
-    up,
-    h,
-):
+    block, cols, x, x_stride, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn,
+    up, h,
+):  # fmt: skip
     """h = silu(gate) * up in one block of columns; up is scratch."""
     first, last = block * cols, min(ffn, (block + 1) * cols)
     for half in range(2):

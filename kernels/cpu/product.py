@@ -20,7 +20,15 @@ from llvmlite.binding import get_host_cpu_features
 
 from kernels.cpu.compile import callback, device
 from kernels.cpu.scalars import F, addresses_at, bytes_at, dot_tail, floats_at, keep_alive
-from kernels.cpu.tiles import ELEMENTS, LANES, call, fma, make_dot_panel, make_widen
+from kernels.cpu.tiles import (
+    ELEMENTS,
+    LANES,
+    call,
+    fma,
+    make_dot_panel,
+    make_dot_panels,
+    make_widen,
+)
 from kernels.weight import INT8
 
 # Weight rows of a tile, by the rows of x that share it: as many sums as there are registers for.
@@ -48,28 +56,7 @@ def piece_of(rows, largest):
 def _make_stream_product(element: str, streams: dict[int, int]) -> Any:
     """The product of a few rows with weights [num_cols, num_k] of a type, contiguous."""
     largest, item, widen_one = max(streams), ELEMENTS[element][1], make_widen(element, 1)
-    # The largest panel in the place of those that are never called.
-    sizes = [min(rows, largest) for rows in range(1, 9)]
-    p1, p2, p3, p4, p5, p6, p7, p8 = (make_dot_panel(n, streams[n], element) for n in sizes)
-
-    @device
-    def panel(n, x, x_stride, w, w_stride, num_k, num_cols, out, out_stride):
-        if n == 1:
-            p1(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-        elif n == 2:
-            p2(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-        elif n == 3:
-            p3(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-        elif n == 4:
-            p4(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-        elif n == 5:
-            p5(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-        elif n == 6:
-            p6(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-        elif n == 7:
-            p7(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
-        else:
-            p8(x, x_stride, w, w_stride, num_k, num_cols, out, out_stride)
+    panels = make_dot_panels(streams, element)
 
     @device
     def product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
@@ -77,7 +64,7 @@ def _make_stream_product(element: str, streams: dict[int, int]) -> Any:
         while r < rows:
             n = piece_of(rows - r, largest)
             x_row, y_row = x + r * x_stride, out + r * out_stride
-            panel(n, x_row, x_stride, w, w_stride, whole, num_cols, y_row, out_stride)
+            panels(n, x_row, x_stride, w, w_stride, whole, num_cols, y_row, out_stride)
             r += n
         if whole < num_k:
             one = np.empty(1, np.float32)

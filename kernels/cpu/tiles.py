@@ -10,7 +10,8 @@ Pointers are plain addresses, strides are in bytes.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -199,17 +200,42 @@ def _emit_tile(builder: Any, shape: PanelShape, args: Sequence[Any]) -> None:
             store(builder, value, _offset(builder, out_row, col_stride, c))
 
 
+def make_function(module: Any, name: str, num_args: int, emit: Callable[[Any, Any], None]) -> Any:
+    """A function of so many numbers, which is compiled once however often it is used."""
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * num_args), name)
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block())
+    emit(builder, function.args)
+    builder.ret_void()
+    return function
+
+
+def switch(builder: Any, number: Any, functions: list[Any], args: Any) -> None:
+    """Call functions[number], if there is one."""
+    done = builder.append_basic_block("done")
+    choice = builder.switch(number, done)
+    for n, function in enumerate(functions):
+        block = builder.append_basic_block(f"case{n}")
+        choice.add_case(ir.Constant(I64, n), block)
+        builder.position_at_end(block)
+        builder.call(function, args)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
 def _panel(module: Any, shape: PanelShape) -> Any:
     """The panel as a function of its own: inlined wherever it is used, it compiles for ages."""
     rows, cols, element, is_adjacent = shape
     name = f"dot_panel_{rows}x{cols}_{element}_{int(is_adjacent)}"
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 8), name)
-    function.linkage = "linkonce_odr"
-    function.attributes.add("noinline")
-    x, x_stride, w, w_stride, num_k, num_cols, out, out_stride = function.args
-    builder = ir.IRBuilder(function.append_basic_block())
+    return make_function(module, name, 8, partial(_emit_panel, shape=shape))
+
+
+def _emit_panel(builder: Any, args: Any, shape: PanelShape) -> None:
+    rows, cols, element, is_adjacent = shape
+    x, x_stride, w, w_stride, num_k, num_cols, out, out_stride = args
     num_tiles = builder.sdiv(num_cols, ir.Constant(I64, cols))
     done = builder.mul(num_tiles, ir.Constant(I64, cols))
     apart = ir.Constant(I64, 1) if is_adjacent else num_tiles
@@ -225,13 +251,11 @@ def _panel(module: Any, shape: PanelShape) -> Any:
 
     loop(builder, [], *((done, cols) if is_adjacent else (num_tiles, 1)), column)
     if cols > 1:
-        builder.call(_panel(module, PanelShape(rows, 1, element)), (
+        builder.call(_panel(builder.module, PanelShape(rows, 1, element)), (
             x, x_stride, builder.add(w, builder.mul(done, w_stride)), w_stride, num_k,
             builder.sub(num_cols, done), builder.add(out, builder.mul(done, ir.Constant(I64, 4))),
             out_stride,
         ))  # fmt: skip
-    builder.ret_void()
-    return function
 
 
 def make_dot_panel(
@@ -255,6 +279,26 @@ def make_dot_panel(
         return signature, codegen
 
     return dot_panel
+
+
+def make_dot_panels(streams: Mapping[int, int], element: str) -> Any:
+    """Panels of 1 row, 2 rows and so on, as one whose first argument says how many.
+
+    streams: rows of w at a time, by the rows of x.
+    """
+    shapes = [PanelShape(rows, streams[rows], element) for rows in range(1, len(streams) + 1)]
+
+    @intrinsic
+    def dot_panels(_, rows, x, x_stride, w, w_stride, num_k, num_cols, out, out_stride):
+        def codegen(context, builder, _signature, arguments):
+            rows, *args = arguments
+            functions = [_panel(builder.module, shape) for shape in shapes]
+            switch(builder, builder.sub(rows, ir.Constant(I64, 1)), functions, args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 9), codegen
+
+    return dot_panels
 
 
 def make_widen(element: str, lanes: int = LANES) -> Any:
