@@ -3,7 +3,8 @@
     python -m bench.busy [--model M] [--new-tokens N] [--repeats N]
 
 The neighbours are processes that are stopped (SIGSTOP) but while it is their turn, so the three
-conditions alternate in one run. Tokens must be the same in all of them. The last line is JSON.
+conditions alternate in one run. Weights are float32. Tokens must be the same in all conditions.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LOOP = "print('ready', flush=True)\nwhile True: pass"
 ENGINE = """
 import sys
 from bench.peers import engine_run
-run = engine_run(sys.argv[1] or None, sys.argv[2], 32)[1]
+run = engine_run(sys.argv[1] or None, sys.argv[2], 32, weights="float")[1]
 run()
 print("ready", flush=True)
 while True:
@@ -76,7 +77,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     )
     device = str(args.device)
     with stopped(ENGINE, 1, args.model or "", device) as second, stopped(LOOP, cores) as loops:
-        llm, run = engine_run(args.model, device, args.new_tokens)
+        llm, run = engine_run(args.model, device, args.new_tokens, weights="float")
         result = report.print_ceiling(llm.model)
         runs: dict[str, Run] = {"idle": run, "busy loops": partial(beside, loops, run)}
         runs["second engine"] = partial(beside, second, run)

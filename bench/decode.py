@@ -161,15 +161,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--peer", choices=["transformers", "llama.cpp"])
-    add("--weights", default="auto", help="as for LLM; a peer has its own")
-    add("--activations", default="auto", help="as for LLM")
+    add("--weights", help="as for LLM")
+    add("--activations", help="as for LLM")
     add("--widen", choices=WIDENINGS, help="measure on a larger model that computes the same")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
     domains = report.Default(",".join(DOMAINS), ",".join(DOMAINS[:2]))
     add("--domains", default=domains, help="default: %(default)s")
     args = parser.parse_args(argv)
+    if args.widen or args.peer == "transformers":  # in float32, or in a GPU's dtype
+        mode = "--widen" if args.widen else "--peer transformers"
+        report.refuse(parser, args, ["weights", "activations"], mode)
     if args.peer:
-        report.refuse(parser, args, ("widen", "prompts", "domains", "per_domain"), "--peer")
+        names = ["widen", "prompts", "domains", "per_domain"]
+        report.refuse(parser, args, names, "--peer")
         if args.device == "cuda":
             parser.error("--peer is for --device cpu, got cuda; see bench.passes for a GPU")
         args.device = "cpu"
@@ -179,11 +183,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    given = {"weights": args.weights, "activations": args.activations}
+    forms = {name: value for name, value in given.items() if value is not None}
     if args.peer:
         print(f"method: batch 1, greedy, {args.new_tokens} new tokens, one warm-up then "
               f"{args.repeats} runs of each engine in turn, median [20%, 80%]")  # fmt: skip
-        compare = compare_llama if args.peer == "llama.cpp" else compare_model
-        return compare(args.model, args.new_tokens, args.repeats, args.device)
+        request = (args.model, args.new_tokens, args.repeats, args.device)
+        is_llama = args.peer == "llama.cpp"
+        return compare_llama(*request, **forms) if is_llama else compare_model(*request)
     found = read_prompts(args.prompts or OWN_PROMPTS, args.domains.split(","))
     prompts = {domain: texts[: args.per_domain] for domain, texts in found.items()}
     print(f"method: batch 1, greedy, up to {args.new_tokens} new tokens, {args.repeats} runs of "
@@ -192,7 +199,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         llm = widened_llm(args.model, args.widen, args.device)
     else:
         llm = LLM(args.model, device=str(args.device), max_length=MAX_LENGTH,
-                  weights=args.weights, activations=args.activations)  # fmt: skip
+                  **forms)  # fmt: skip
     print(f"{llm.model_name}: {llm.dtype}")
     result = report.print_ceiling(llm.model)
     result |= measure(llm, prompts, args.new_tokens, args.repeats)

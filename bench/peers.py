@@ -62,11 +62,9 @@ print(json.dumps({"import_seconds": round(imported - started, 3),
 Request = Callable[[list[int]], Sequence[int]]  # a prompt -> the tokens of its answer
 
 
-def engine_run(
-    model: str | None, device: str, new_tokens: int, weights: str = "auto"
-) -> tuple[LLM, Run]:
-    """An engine, and its plain decoding of an answer to MESSAGES."""
-    llm = LLM(model, device=device, weights=weights, max_length=MAX_LENGTH, speculative="off")
+def engine_run(model: str | None, device: str, new_tokens: int, **forms: Any) -> tuple[LLM, Run]:
+    """An engine, and its plain decoding of an answer to MESSAGES. forms: as `LLM` takes them."""
+    llm = LLM(model, device=device, max_length=MAX_LENGTH, speculative="off", **forms)
     return llm, arm_run(llm, Arm("off"), new_tokens)
 
 
@@ -112,7 +110,7 @@ def prompt_rate(read: Callable[[list[int]], object], prompt: Sequence[int]) -> R
 
 
 def compare_llama(
-    model: str | None, new_tokens: int, repeats: int, device: torch.device
+    model: str | None, new_tokens: int, repeats: int, device: torch.device, **forms: Any
 ) -> dict[str, Any]:
     """Print and return rates of this engine and of llama.cpp on one GGUF file, threads and prompt.
 
@@ -124,7 +122,7 @@ def compare_llama(
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
     except ImportError as error:
         raise ValueError("peer: llama-cpp-python is missing; pip install '.[peers]'") from error
-    llm, plain = engine_run(model, str(device), new_tokens)
+    llm, plain = engine_run(model, str(device), new_tokens, **forms)
     list(llm.stream("warm up", SamplingParams(max_tokens=8, speculative="auto")))
     path, threads = resolve_model(model, None), numba.get_num_threads()
     options = {"n_ctx": MAX_LENGTH, "n_threads": threads, "n_threads_batch": threads}
@@ -214,7 +212,7 @@ def compare_model(
 ) -> dict[str, Any]:
     """Print and return rates of both engines on one prompt, and their ratio if tokens agree."""
     result = measure_load(model, device)
-    llm, own_run = engine_run(model, str(device), new_tokens, "float")
+    llm, own_run = engine_run(model, str(device), new_tokens, weights="float")
     started = time.perf_counter()
     peer_run = transformers_run(resolve_model(model, None), llm.encode_chat(MESSAGES), new_tokens)
     result["peer_load_seconds"] = round(time.perf_counter() - started, 3)
