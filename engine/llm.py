@@ -40,8 +40,9 @@ class LLM:
         ones are widened as they are read, so the tokens are those of "float" from half the bytes.
         "float" converts them to `dtype`, of which "auto" is float32 on a CPU. "auto" is "stored" on
         a CPU where no dtype is named, else "float".
-    activations: "int8" rounds them to 8 bits in products with quantised weights, "float" does not
-        and gives the tokens of the same weights in float32; "auto" is "float". Others are floats.
+    activations: in products with quantised weights "int16" rounds them to 16 bits, 32 to a scale,
+        "int8" to 8 bits, as llama.cpp does, and "float" not at all, which gives the tokens of the
+        same weights in float32. "auto" is "int16". With other weights they stay floats.
     max_sequences: how many requests can hold a slot of the cache at once.
     max_length: tokens of context of each; None is the model's own, at most 8192.
     seed: makes the seeds of requests that name none reproducible.

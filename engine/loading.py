@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -29,7 +31,7 @@ from router.route import Router
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHTS = ("auto", "stored", "float")
-ACTIVATIONS = ("auto", "int8", "float")
+ACTIVATION_BITS = {"auto": 16, "int8": 8, "int16": 16, "float": 0}
 DEFAULT_MAX_LENGTH = 8192
 
 
@@ -64,7 +66,7 @@ class Forms(NamedTuple):
 
     dtype: torch.dtype
     matrix_dtype: torch.dtype | None = None
-    int8_activations: bool = False
+    activation_bits: int = 0
 
 
 def choose_forms(
@@ -76,7 +78,7 @@ def choose_forms(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
-    names = {"weights": (weights, WEIGHTS), "activations": (activations, ACTIVATIONS)}
+    names = {"weights": (weights, WEIGHTS), "activations": (activations, ACTIVATION_BITS)}
     for name, (value, known) in names.items():
         if value not in known:
             raise ValueError(
@@ -92,7 +94,9 @@ def choose_forms(
     converted = DTYPES.get(dtype, own)
     is_kept = weights != "float" and dtype == "auto" and not is_cuda
     return Forms(
-        converted if is_cuda else own, None if is_kept else converted, activations == "int8"
+        converted if is_cuda else own,
+        None if is_kept else converted,
+        ACTIVATION_BITS[activations],
     )
 
 
@@ -115,6 +119,18 @@ def choose_max_length(max_length: int | None, config: LlamaConfig) -> int:
     return max_length
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Garbage is not looked for: the strings of a vocabulary stay, and looking takes as long."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def load(
     model: str | os.PathLike[str] | None,
     revision: str | None,
@@ -125,10 +141,11 @@ def load(
 ) -> Loaded:
     """Find, check and read a model. Raises ValueError in one line for whatever is wrong with it."""
     path = resolve_model(model, revision)
-    checkpoint = open_checkpoint(path)
-    num_positions = choose_max_length(max_length, checkpoint.config)
-    tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)
-    chat_template = load_chat_template(path, checkpoint.gguf_metadata)
+    with _without_collection():
+        checkpoint = open_checkpoint(path)
+        num_positions = choose_max_length(max_length, checkpoint.config)
+        tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)
+        chat_template = load_chat_template(path, checkpoint.gguf_metadata)
     ends = end_token_ids(checkpoint.config, tokenizer, chat_template)
     weights = load_weights(checkpoint, **forms._asdict(), device=device, on_progress=on_progress)
     config = replace(checkpoint.config, eos_token_ids=ends, tie_embeddings=weights.is_tied)

@@ -29,9 +29,11 @@ import torch.nn.functional as F
 from kernels.checks import assert_plain
 
 PANEL = 16  # rows of a tile
-CHUNK = 32  # weights of a row that share a scale of 8-bit activations
+CHUNK = 32  # activations of a row that share a scale where they are rounded
 HALF = 2  # bytes of a float16
 LEVELS = 127  # of 8 bits: symmetric, -128 stays unused
+# Of activations by their bits. 16 are 256 * high + low, both of 8 bits with a sign.
+ACTIVATION_LEVELS = {8: LEVELS, 16: 257 * LEVELS}
 _KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -199,7 +201,7 @@ class Blocks(NamedTuple):
 
     parts: tuple[BlockPart, ...]
     numbers: torch.Tensor  # [n] int64: what kernels read, see cpu/blocks.py
-    is_int8: bool  # whether activations are rounded to 8 bits
+    activation_bits: int  # that activations are rounded to, 8 or 16; 0 if they stay floats
 
     @property
     def shape(self) -> torch.Size:
@@ -210,9 +212,8 @@ class Blocks(NamedTuple):
     @property
     def names(self) -> set[str]:
         """The types of the parts, and the arithmetic if it is not that of floats."""
-        return {part.name for part in self.parts} | (
-            {"int8 activations"} if self.is_int8 else set()
-        )
+        bits = self.activation_bits
+        return {part.name for part in self.parts} | ({f"int{bits} activations"} if bits else set())
 
     @property
     def nbytes(self) -> int:
@@ -244,11 +245,11 @@ class Blocks(NamedTuple):
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [R, K] -> x @ W^T [R, N], in the arithmetic of the form."""
-        if not self.is_int8:
+        bits = self.activation_bits
+        if not bits:
             return F.linear(x, self.rows())
-        return torch.cat(
-            [int8_product(x, p.kind, p.tiles)[:, : p.num_rows] for p in self.parts], dim=1
-        )
+        products = [int_product(x, p.kind, p.tiles, bits)[:, : p.num_rows] for p in self.parts]
+        return torch.cat(products, dim=1)
 
 
 def unpacked(
@@ -304,21 +305,23 @@ def widened(kind: BlockType, tiles: torch.Tensor) -> torch.Tensor:
     return values if offsets is None else values + offsets.repeat_interleave(kind.group, dim=1)
 
 
-def int8_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def int_activations(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x [R, K] -> codes [R, K] int32 and their scales [R, K / 32] float32."""
+    levels = ACTIVATION_LEVELS[bits]
     chunks = x.float().unflatten(1, (-1, CHUNK))
     largest = chunks.abs().amax(2)
-    factor = torch.where(largest > 0, LEVELS / largest, 0.0)
-    return (chunks * factor.unsqueeze(2)).round().int().flatten(1), largest / LEVELS
+    inverse = torch.full_like(largest, levels) / largest  # levels / largest would round twice
+    factor = torch.where(largest > 0, inverse, 0.0)
+    return (chunks * factor.unsqueeze(2)).round().int().flatten(1), largest / levels
 
 
-def int8_product(x: torch.Tensor, kind: BlockType, tiles: torch.Tensor) -> torch.Tensor:
-    """x [R, K] -> [R, 16 P] float32: the reference of products with 8-bit activations.
+def int_product(x: torch.Tensor, kind: BlockType, tiles: torch.Tensor, bits: int) -> torch.Tensor:
+    """x [R, K] -> [R, 16 P] float32: the reference of products with rounded activations.
 
     The sum over groups in order, of (scale * s) * dot and then of offset * (s * total), where s is
     the scale of the 32 activations, dot = sum (code - zero) q and total = sum q; all rounded.
     """
-    (codes, scales, offsets), (q, s) = unpacked(kind, tiles), int8_activations(x)
+    (codes, scales, offsets), (q, s) = unpacked(kind, tiles), int_activations(x, bits)
     out = torch.zeros(len(x), len(codes))
     for g in range(scales.shape[1]):
         part = slice(g * kind.group, (g + 1) * kind.group)

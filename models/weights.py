@@ -83,13 +83,13 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     matrix_dtype: torch.dtype | None = None,
-    int8_activations: bool = False,
+    activation_bits: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LlamaWeights:
     """Reads a checkpoint onto `device`, one tensor at a time: norms and biases into `dtype`,
     matrices into `matrix_dtype`, or None to keep them as they are stored (see `kept_kind`).
 
-    int8_activations: whether quantised matrices are multiplied with activations in 8 bits.
+    activation_bits: that activations are rounded to beside quantised matrices, 8 or 16; 0: not.
 
     All names and shapes are compared with the configuration before anything is allocated. The
     peak is the model itself plus its largest tensor. `on_progress(done, total)` counts bytes of
@@ -109,7 +109,7 @@ def load_weights(
     parts = stored_parts(config)
     kinds = {part.name: matrix_dtype or kept_kind(checkpoint, part.name) for part in parts}
     weights = empty_weights(
-        config, device=device, dtype=dtype, matrix_kinds=kinds, int8_activations=int8_activations
+        config, device=device, dtype=dtype, matrix_kinds=kinds, activation_bits=activation_bits
     )
     total, done = sum(part_of(weights, part).nbytes for part in parts), 0
     for part in parts:
@@ -178,7 +178,7 @@ def empty_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     matrix_kinds: Mapping[str, torch.dtype | str] | None = None,
-    int8_activations: bool = False,
+    activation_bits: int = 0,
 ) -> LlamaWeights:
     """Memory for a model in one piece; its values are undefined.
 
@@ -203,7 +203,7 @@ def empty_weights(
             for (shape, kind), tiles in zip(pieces, taken, strict=True)
             if isinstance(kind, str)
         ]
-        return make_blocks(parts, int8_activations) if parts else taken[0] if taken else None
+        return make_blocks(parts, activation_bits) if parts else taken[0] if taken else None
 
     def take_layer(layer: int) -> LayerWeights:
         values: dict[str, Any] = {name: take(layer, name) for name in LayerWeights._fields}

@@ -18,7 +18,8 @@ NUM_ELEMENTS = 16384  # of each tensor
 
 
 def fingerprint(model: Llama) -> str:
-    """A hash of a model's shape and of a few of its tensors, the same for every dtype."""
+    """A hash of a model's shape and of a few of its tensors, the same for every dtype, but another
+    for quantised blocks."""
     config, weights = model.config, model.weights
     shape = (
         config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,
@@ -30,8 +31,8 @@ def fingerprint(model: Llama) -> str:
     forms = [embedding if isinstance(embedding, Blocks) else Dense(embedding)]
     forms += [weight.own for weight in (first.qkv, first.down, last.gate_up)]
     for form in forms:
-        if isinstance(form, Blocks):  # its plans and their rates are others
-            digest.update(f"blocks, {form.is_int8}".encode())
+        if isinstance(form, Blocks):  # has no plans of 8 bits, and other costs
+            digest.update(b"blocks")
         tensor = form.rows(slice(-(-NUM_ELEMENTS // form.shape[1])))
         signs = torch.signbit(tensor.flatten()[:NUM_ELEMENTS]).cpu()
         digest.update(signs.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Prints a hash of products with quantised weights, in both arithmetics.
+"""Prints a hash of products with quantised weights, in each arithmetic.
 
     NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma,+f16c python tests/block_bits.py
 
@@ -17,7 +17,7 @@ import numba
 import torch
 from blocks_for_tests import packed, random_blocks
 
-from kernels.cpu.activations import quantise_row
+from kernels.cpu.activations import make_quantise
 from kernels.cpu.block_tiles import HAS_VNNI
 from kernels.cpu.blocks import block_product, make_blocks
 
@@ -28,10 +28,17 @@ ROWS, COLUMNS, K = 9, 32, 512
 multiply = numba.njit(error_model="numpy")(block_product)
 
 
-@numba.njit(error_model="numpy")
-def quantise(x, out):
-    for r in range(ROWS):
-        quantise_row(x + r * K * 4, K, out + r * 2 * K, out + r * 2 * K + K)
+def quantise(bits, x, out):
+    """Rows of x as the product finds them: codes, then K bytes of sums."""
+    quantise_row = make_quantise(bits)
+
+    @numba.njit(error_model="numpy")
+    def quantise_rows(x, out, stride):
+        for r in range(ROWS):
+            codes = out + r * stride
+            quantise_row(x + r * K * 4, K, codes, codes + stride - K)
+
+    quantise_rows(x.data_ptr(), out.data_ptr(), out.shape[1])
 
 
 def main() -> None:
@@ -39,12 +46,14 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     for name in NAMES:
         part = packed(name, random_blocks(name, COLUMNS, K))
-        for is_int8 in (True, False):
-            matrix, x = make_blocks([part], is_int8), torch.randn(ROWS, K, generator=generator)
-            codes, out = torch.zeros(ROWS, 2 * K, dtype=torch.uint8), torch.zeros(ROWS, COLUMNS)
-            quantise(x.data_ptr(), codes.data_ptr())
+        for bits in (8, 16, 0):
+            matrix, x = make_blocks([part], bits), torch.randn(ROWS, K, generator=generator)
+            operand, out = x, torch.zeros(ROWS, COLUMNS)
+            if bits:
+                operand = torch.zeros(ROWS, K + K * bits // 8, dtype=torch.uint8)
+                quantise(bits, x, operand)
             form = torch.tensor([matrix.numbers.data_ptr()])
-            rows = (codes.data_ptr(), 2 * K) if is_int8 else (x.data_ptr(), 4 * K)
+            rows = (operand.data_ptr(), operand.stride(0) * operand.itemsize)
             args = (form.data_ptr(), 0, *rows, ROWS, K, COLUMNS, out.data_ptr(), COLUMNS * 4)
             multiply(*args)
             digest.update(out.numpy().tobytes())

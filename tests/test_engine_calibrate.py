@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import write_hf_checkpoint
+from test_lossless_blocks import stored as stored_blocks
 from tiny import family_config
 from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 
@@ -177,6 +178,16 @@ def test_a_run_writes_a_library(model, prompts, out, capsys):
     assert {"chat: answers", "costs of passes", "mix: by the clock"} <= {
         *captured.err.splitlines()
     }  # fmt: skip
+
+
+def test_a_quantised_model_has_no_plans_of_8_bits(tmp_path, prompts, out):
+    stored = stored_blocks(tmp_path, "Q8_0", num_layers=LAYERS)
+    assert calibrate(stored, prompts, out, "--trace-tokens", 8) == 0
+    library = RouterLibrary.load(out)
+    assert library.plans[:2] == (OFF, NGRAM) and "mix-skip" in names_of(library)
+    assert not any(plan.uses_int8 for plan in library.plans)
+    llm = LLM(stored, device="cpu", router=out)
+    assert llm.generate("hi", SamplingParams(max_tokens=4))[0].route.domain in PROMPTS
 
 
 def test_the_library_routes_the_prompts_that_it_was_made_of(model, prompts, out):

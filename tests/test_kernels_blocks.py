@@ -12,13 +12,14 @@ import pytest
 import torch
 from blocks_for_tests import dequantised, packed, random_blocks
 
-from kernels.blocks import BLOCK_TYPES, CHUNK, int8_activations, int8_product, widened
+from kernels.blocks import BLOCK_TYPES, CHUNK, int_activations, int_product, widened
 from kernels.cpu.blocks import make_blocks, widen_rows
 from kernels.cpu.repack import repack
 from kernels.ops_cpu import NUMBA
 from kernels.weight import FULL, Dense, Weight
 
 NAMES = pytest.mark.parametrize("name", BLOCK_TYPES)
+BITS = pytest.mark.parametrize("bits", [8, 16])
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -69,24 +70,27 @@ def test_factors_that_are_no_numbers_are_told(name, half):
 def test_activations_are_rounded_to_even_codes():
     x = torch.zeros(1, 2 * CHUNK)
     x[0, :5] = torch.tensor([127.0, 0.5, 1.5, -2.5, 126.5])
-    codes, scales = int8_activations(x)
+    codes, scales = int_activations(x, 8)
     assert codes[0, :5].tolist() == [127, 0, 2, -2, 126] and scales.tolist() == [[1.0, 0.0]]
+    codes, scales = int_activations(257 * x, 16)
+    assert codes[0, :5].tolist() == [32639, 128, 386, -642, 32510] and scales.tolist() == [[1, 0]]
 
 
 @NAMES
-def test_8_bit_activations_cost_half_a_per_cent(name):
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.01), (16, 4e-5)])
+def test_what_rounded_activations_cost(name, bits, most):
     blocks, x = random_blocks(name, 32, 1024), torch.randn(3, 1024)
     part, exact = packed(name, blocks), x.double() @ dequantised(name, blocks).double().T
-    error = (int8_product(x, part.kind, part.tiles).double() - exact).norm() / exact.norm()
-    assert error < 0.01
+    error = (int_product(x, part.kind, part.tiles, bits).double() - exact).norm() / exact.norm()
+    assert error < most
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
-def test_a_matrix_of_several_types_is_read_by_rows(is_int8):
+@BITS
+def test_a_matrix_of_several_types_is_read_by_rows(bits):
     names = ("Q4_K", "Q6_K", "Q5_0")
     blocks = [random_blocks(name, rows, 256) for name, rows in zip(names, (40, 16, 7), strict=True)]
     parts = [packed(name, part) for name, part in zip(names, blocks, strict=True)]
-    form = make_blocks(parts, is_int8)
+    form = make_blocks(parts, bits)
     values = torch.cat([dequantised(name, part) for name, part in zip(names, blocks, strict=True)])
     assert form.shape == values.shape and same_bits(form.rows(), values)
     for part in (slice(3, 5), slice(38, 42), slice(40, 56), slice(50, None), slice(7, 7)):
@@ -113,8 +117,8 @@ def test_every_processor_makes_the_same_bits(tmp_path):
     assert all(has_vnni == "False" for has_vnni, _ in found[1:]), found
 
 
-def matrix_of(name: str, num_rows: int, num_columns: int, is_int8: bool) -> Weight:
-    return Weight(make_blocks([packed(name, random_blocks(name, num_rows, num_columns))], is_int8))
+def matrix_of(name: str, num_rows: int, num_columns: int, bits: int) -> Weight:
+    return Weight(make_blocks([packed(name, random_blocks(name, num_rows, num_columns))], bits))
 
 
 def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -128,23 +132,24 @@ def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
 @NAMES
 @pytest.mark.parametrize("num_rows", [64, 77])
 def test_products_with_float_activations_are_those_of_the_float32_matrix(name, num_rows):
-    weight, x = matrix_of(name, num_rows, 512, False), torch.randn(9, 512)
+    weight, x = matrix_of(name, num_rows, 512, 0), torch.randn(9, 512)
     dense = Weight(Dense(dequantised(name, random_blocks(name, num_rows, 512))))
     assert same_bits(product(x, weight), product(x, dense))
 
 
 @NAMES
+@BITS
 @pytest.mark.parametrize("num_rows", [64, 77])
-def test_products_with_8_bit_activations_are_those_of_the_reference(name, num_rows):
-    weight, x = matrix_of(name, num_rows, 768, True), torch.randn(9, 768)
-    x[2, 32:64], x[3] = 0, 0
+def test_products_with_rounded_activations_are_those_of_the_reference(name, num_rows, bits):
+    weight, x = matrix_of(name, num_rows, 768, bits), torch.randn(9, 768)
+    x[2, 32:64], x[3], x[4] = 0, 0, x[4].sign()  # no scale, codes as large as they can be
     assert torch.equal(product(x, weight), weight.own.linear(x))
 
 
 @NAMES
-@pytest.mark.parametrize("is_int8", [False, True])
-def test_a_row_has_the_same_bits_whatever_the_number_of_rows(name, is_int8):
-    weight, x = matrix_of(name, 48, 512, is_int8), torch.randn(70, 512)
+@pytest.mark.parametrize("bits", [0, 8, 16])
+def test_a_row_has_the_same_bits_whatever_the_number_of_rows(name, bits):
+    weight, x = matrix_of(name, 48, 512, bits), torch.randn(70, 512)
     whole = product(x, weight)
     for count in range(1, 17):
         assert same_bits(product(x[:count].contiguous(), weight), whole[:count]), count

@@ -45,11 +45,11 @@ def blocks_of(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return blocks
 
 
-def stored(folder, mix: str):
+def stored(folder, mix: str, **sizes: int):
     """A GGUF file whose matrices have those types in turn."""
     family = "qwen2-group1" if mix == "mixed" else "smollm2-group3"
     config = family_config(family, hidden_size=256, ffn_size=256, head_dim=64, num_heads=4,
-                           num_kv_heads=2, vocab_size=VOCAB)  # fmt: skip
+                           num_kv_heads=2, vocab_size=VOCAB, **sizes)  # fmt: skip
     weights, matrices, kinds = random_weights(config, seed=1), {}, itertools.cycle(MIXES[mix])
     for seed, (name, tensor) in enumerate(to_hf_state_dict(config, weights).items()):
         if tensor.ndim == 2:
@@ -65,6 +65,7 @@ def stored(folder, mix: str):
         "token_type": [1] * 257 + [3],
     }
     metadata = {f"tokenizer.ggml.{key}": value for key, value in alphabet.items()}
+    metadata["tokenizer.chat_template"] = "{{ messages[0].content }}"
     path = folder / "model.gguf"
     return write_gguf(path, config, weights, metadata=metadata, stored=matrices)
 
@@ -80,7 +81,7 @@ def path(request, tmp_path_factory):
 def test_float_activations_give_the_tokens_of_float32(path):
     blocks = LLM(path, activations="float", **OPTIONS)
     wide = LLM(path, weights="float", **OPTIONS)
-    assert "int8 activations" not in blocks.dtype and wide.dtype == "float32"
+    assert "activations" not in blocks.dtype and wide.dtype == "float32"
     for params in (GREEDY, SAMPLED):
         expected = [tokens(wide.generate(prompt, params)[0]) for prompt in PROMPTS]
         assert [tokens(blocks.generate(prompt, params)[0]) for prompt in PROMPTS] == expected
@@ -89,10 +90,12 @@ def test_float_activations_give_the_tokens_of_float32(path):
             assert answers(blocks, drafts) == expected, plan
 
 
+@pytest.mark.parametrize("activations", ["auto", "int8"])
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_8_bit_activations_draft_losslessly(path, params, monkeypatch):
-    llm = LLM(path, activations="int8", **OPTIONS)
-    assert "int8 activations" in llm.dtype
+def test_rounded_activations_draft_losslessly(path, params, activations, monkeypatch):
+    llm = LLM(path, activations=activations, **OPTIONS)
+    expected_name = "int16" if activations == "auto" else activations
+    assert f"{expected_name} activations" in llm.dtype
     expected = [tokens(llm.generate(prompt, params)[0]) for prompt in PROMPTS]
     assert answers(llm, replace(params, speculative="auto")) == expected
     for plan, length in itertools.product([*SKIPS, NGRAM], (1, 3, 8)):
@@ -123,4 +126,4 @@ def test_scales_that_are_not_finite_are_refused(tmp_path):
 
 def test_an_unknown_arithmetic_is_refused(tmp_path):
     message = refusal(LLM, stored(tmp_path, "Q4_0"), activations="int4")
-    check_words(message, "activations: got 'int4', expected 'auto', 'int8', 'float'")
+    check_words(message, "activations: got 'int4', expected 'auto', 'int8', 'int16', 'float'")

@@ -67,7 +67,6 @@ def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLi
     from engine import LLM
     from engine.calibrate.calibration import Calibration, Settings
     from engine.calibrate.state import CalibrationState
-    from models.quantise import is_int8_cheaper
     from router.fingerprint import fingerprint
 
     prompts = read_prompts(args.prompts, args.domains.split(",") if args.domains else None)
@@ -84,10 +83,6 @@ def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLi
         args.model, device=args.device, weights=args.weights, activations=args.activations,
         speculative="auto", router="none", on_progress=check,
     )  # fmt: skip
-    if not is_int8_cheaper(llm.model.weights):
-        raise ValueError(
-            f"weights: got {llm.dtype}, expected weights with 8-bit drafts; use --weights float"
-        )
     fixed = {
         "fingerprint": fingerprint(llm.model),
         "prompts": sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -153,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="directory, .gguf file or hub id; default: the default model")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--weights", default="auto", help="auto, stored (as in the file) or float")
-    add("--activations", default="auto", help="for quantised weights: auto, int8 or float")
+    add("--activations", default="auto", help="for quantised weights: auto, int8, int16 or float")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl files")
     add("--import-knn-ssd", type=Path, metavar="DIR",
         help="convert the KNN-SSD authors' *vector*.npy, *label*.npy, *.json")  # fmt: skip

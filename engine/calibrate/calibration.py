@@ -3,8 +3,9 @@
 1. Traces: the model's own greedy answers (decoded with drafts, which changes no token), and the
    feature of each prompt.
 2. Costs: R of a plan as a sum over its parts, measured once.
-3. Search: for each domain, and for a mixture of all, skip sets at full precision and in int8,
-   scored by matchness; one domain is searched twice, to see how much of a skip set is noise.
+3. Search: for each domain, and for a mixture of all, skip sets at full precision and, where that is
+   cheaper, in int8, scored by matchness; one domain is searched twice, to see how much of a skip
+   set is noise.
 4. Choice: every candidate is replayed through the engine's controller on the domain's answers; the
    best three run by the clock. The default plan is the best on the mixture.
 5. Anchors: K-means centres of each domain's features.
@@ -35,6 +36,7 @@ from engine.sources.ngram import NGRAM_PRIORS
 from engine.sources.plan import SELF_PRIOR
 from engine.types import RequestOutput
 from models.plan import FULL, INT8, NGRAM, OFF, SKIP, DraftPlan
+from models.quantise import is_int8_cheaper
 from router.anchors import cluster, fit_min_ratio
 from router.fingerprint import fingerprint
 from router.library import PlanRates, Rates, RouterLibrary
@@ -66,7 +68,7 @@ Flags = dict[DraftPlan, list[list[bool]]]  # the same, by plan
 class Calibration:
     """One run. `state` remembers what was measured; `report` hears what goes on.
 
-    llm: of speculative "auto", which has made the int8 form of the weights.
+    llm: of speculative "auto", which has made the int8 form of the weights where it is cheaper.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Calibration:
         self._llm, self._prompts, self._settings = llm, prompts, settings
         self._state, self._report = state, report
         self._num_layers = llm.model.config.num_layers
-        self._int8 = DraftPlan.int8(self._num_layers)
+        has_int8 = is_int8_cheaper(llm.model.weights)
+        self._bases = ((FULL, "skip"), (INT8, "int8-skip")) if has_int8 else ((FULL, "skip"),)
+        self._int8 = (DraftPlan.int8(self._num_layers),) if has_int8 else ()
         self._where = f"{llm.device} {llm.dtype}"  # to which times belong
         self._started = time.monotonic()
 
@@ -119,7 +123,7 @@ class Calibration:
         return traces, torch.tensor(features, dtype=torch.float32)
 
     def _answer(self, prompt: Sequence[int]) -> dict[str, object]:
-        token_ids = self._decode(prompt, self._int8).outputs[0].token_ids
+        token_ids = self._decode(prompt, (*self._int8, NGRAM)[0]).outputs[0].token_ids
         return {"token_ids": token_ids, "feature": self._llm.feature(prompt).tolist()}
 
     def _decode(self, prompt: Sequence[int], plan: DraftPlan) -> RequestOutput:
@@ -138,7 +142,8 @@ class Calibration:
 
         passes = self._state.get(f"passes {self._where}", lambda: self._llm.costs.verify)
         parts = self._state.get(
-            f"parts {self._where}", lambda: measure_parts(measure, self._num_layers)
+            f"parts {self._where}",
+            lambda: measure_parts(measure, self._num_layers, [base for base, _ in self._bases]),
         )
         verify = tuple((int(rows), float(cost)) for rows, cost in passes)
         return PassCosts(verify), from_parts(parts, self._num_layers)
@@ -146,8 +151,8 @@ class Calibration:
     def _search(self, domain: str, traces: Sequence[Trace], speed: Speed) -> Flags:
         """The domain's candidates that run the model."""
         judge = self._judge(f"flags {domain}", traces)
-        candidates = {self._int8: judge(self._int8)}
-        for base, suffix in ((FULL, "skip"), (INT8, "int8-skip")):
+        candidates = {plan: judge(plan) for plan in self._int8}
+        for base, suffix in self._bases:
             best = self._best_skip_set(f"{domain}-{suffix}", base, judge, speed)
             if best is not None:
                 candidates[best] = judge(best)
@@ -259,7 +264,7 @@ class Calibration:
     ) -> RouterLibrary:
         domains = tuple(traces)
         found = (plan for some in flags.values() for plan in some)
-        plans = tuple(dict.fromkeys((OFF, NGRAM, self._int8, *found)))
+        plans = tuple(dict.fromkeys((OFF, NGRAM, *self._int8, *found)))
         plan_of = {domain: plans.index(chosen[domain]) for domain in domains}
         everything = [trace for some in traces.values() for trace in some]
         general = ngram_rates(everything, NGRAM_PRIORS)

@@ -1,16 +1,16 @@
 """R of any plan as a sum over its parts: head, attention blocks, MLP blocks, each in its precision.
 
-Six passes are measured: everything, attention alone and MLP alone, at full precision and in int8.
+Three passes are measured at each precision: everything, attention alone and MLP alone.
 head = attention alone + MLP alone - everything, and a block is its share of what the rest leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from engine.costs import PassCosts
-from models.plan import FULL, INT8, SKIP, DraftPlan
+from models.plan import SKIP, DraftPlan
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CostsByPart:
 
 
 def measure_parts(
-    measure: Callable[[DraftPlan], float], num_layers: int
+    measure: Callable[[DraftPlan], float], num_layers: int, bases: Iterable[int]
 ) -> dict[str, tuple[float, float, float]]:
     """R of everything, of attention alone and of MLP alone, by precision as text."""
     layers = range(num_layers)
@@ -46,15 +46,14 @@ def measure_parts(
             measure(DraftPlan.skipping("attention", num_layers, (), layers, precision=base)),
             measure(DraftPlan.skipping("mlp", num_layers, layers, (), precision=base)),
         )
-        for base in (FULL, INT8)
+        for base in bases
     }
 
 
 def from_parts(parts: Mapping[str, tuple[float, float, float]], num_layers: int) -> CostsByPart:
     """The table from what `measure_parts` found. Noise may not make a part cheaper than nothing."""
     head, block = {}, {SKIP: (0.0, 0.0)}
-    for base in (FULL, INT8):
-        everything, attention, mlp = parts[str(base)]
+    for base, (everything, attention, mlp) in ((int(key), part) for key, part in parts.items()):
         head[base] = max(0.0, attention + mlp - everything)
         block[base] = (
             max(0.0, everything - mlp) / num_layers,

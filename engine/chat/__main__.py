@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", default="auto", metavar="HOW",
         help="auto, stored (as in the file) or float (default: auto)")  # fmt: skip
     add("--activations", default="auto", metavar="HOW",
-        help="for quantised weights: auto, int8 or float (default: auto)")  # fmt: skip
+        help="for quantised weights: auto, int8, int16 or float (default: auto)")  # fmt: skip
     add("--speculative", default="auto", metavar="HOW",
         help="drafts: auto, off, ngram, int8 or a plan file (default: auto)")  # fmt: skip
     picks = "library that picks drafts by prompt, or none (default: the model's own, if any)"

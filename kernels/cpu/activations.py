@@ -1,9 +1,10 @@
-"""Activations rounded to 8 bits, 32 of them to a scale, for products with quantised weights."""
+"""Activations rounded to 8 or 16 bits, 32 to a scale, for products with quantised weights."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -11,8 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.blocks import CHUNK, LEVELS, PANEL
-from kernels.cpu.block_tiles import I8, INTS, at, i64, splat
+from kernels.blocks import ACTIVATION_LEVELS, CHUNK, PANEL
+from kernels.cpu.block_tiles import I8, INTS, at, i64, ints, splat
 from kernels.cpu.tiles import F32, I32, VECTOR, load, loop, make_function, store
 
 
@@ -33,9 +34,14 @@ def _call_on_vector(builder: Any, name: str, value: Any) -> Any:
     return builder.call(function, (value,))
 
 
-def _emit_quantise(builder: Any, args: Any) -> None:
+def _emit_quantise(builder: Any, args: Any, bits: int) -> None:
     """See `quantise_row`."""
     x, num_k, codes, sums = args
+    levels, zero = ir.Constant(F32, float(ACTIVATION_LEVELS[bits])), ir.Constant(F32, 0.0)
+
+    def store_bytes(values: Any, address: Any) -> None:
+        stored = builder.trunc(values, ir.VectorType(I8, PANEL))
+        builder.store(stored, builder.inttoptr(address, stored.type.as_pointer()), align=1)
 
     def larger(a: Any, b: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", a, b), a, b)
@@ -45,16 +51,18 @@ def _emit_quantise(builder: Any, args: Any) -> None:
         halves = [load(builder, at(builder, x_at, 64 * i), VECTOR) for i in range(2)]
         sizes = [_call_on_vector(builder, "fabs", half) for half in halves]
         largest = _halves_of(builder, larger(*sizes), larger)
-        levels, zero = ir.Constant(F32, float(LEVELS)), ir.Constant(F32, 0.0)
         is_some = builder.fcmp_ordered(">", largest, zero)
         factor = builder.select(is_some, builder.fdiv(levels, largest), zero)
         known, totals = builder.add(sums, k), []
         for i, half in enumerate(halves):
             scaled = builder.fmul(half, splat(builder, factor))
             whole = builder.fptosi(_call_on_vector(builder, "rint", scaled), INTS)
-            stored = builder.trunc(whole, ir.VectorType(I8, PANEL))
-            address = at(builder, builder.add(codes, k), PANEL * i)
-            builder.store(stored, builder.inttoptr(address, stored.type.as_pointer()), align=1)
+            here = at(builder, builder.add(codes, builder.mul(k, i64(bits // 8))), PANEL * i)
+            if bits == 16:
+                high = builder.ashr(builder.add(whole, ints(128)), ints(8))
+                store_bytes(high, here)
+                here = at(builder, here, CHUNK)
+            store_bytes(whole, here)  # the lowest 8 bits: whole - 256 * high
             totals.append(_halves_of(builder, whole, builder.add))
         scale = builder.fdiv(largest, levels)
         store(builder, scale, known)
@@ -67,16 +75,21 @@ def _emit_quantise(builder: Any, args: Any) -> None:
     loop(builder, [], num_k, CHUNK, body)
 
 
-@intrinsic
-def quantise_row(_, x, num_k, codes, sums):
-    """8-bit codes of K numbers, and for every 32 of them 8 numbers of 4 bytes at `sums`: the scale,
-    three sums * scale in float32, three sums in int32, a gap.
+def make_quantise(bits: int) -> Any:
+    """Codes of K numbers in 8 or 16 bits, and for every 32 of them 8 numbers of 4 bytes at `sums`:
+    the scale, three sums * scale in float32, three sums in int32, a gap.
 
-    The sums are those of all 32 codes, of the first 16, of the last 16.
+    In 16 bits 32 high bytes come before 32 low ones, a code being 256 * high + low. The sums are
+    those of all 32 codes, of the first 16, of the last 16.
     """
 
-    def codegen(context, builder, _signature, arguments):
-        builder.call(make_function(builder.module, "quantise_row", 4, _emit_quantise), arguments)
-        return context.get_dummy_value()
+    @intrinsic
+    def quantise(_, x, num_k, codes, sums):
+        def codegen(context, builder, _signature, arguments):
+            emit = partial(_emit_quantise, bits=bits)
+            builder.call(make_function(builder.module, f"quantise_{bits}", 4, emit), arguments)
+            return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4), codegen
+        return types.void(*[types.intp] * 4), codegen
+
+    return quantise

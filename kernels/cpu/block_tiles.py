@@ -1,6 +1,6 @@
 """Vector code over tiles of quantised weights (kernels/blocks.py), a row of weights in each lane.
 
-With 8-bit activations the products of 32 weights are whole numbers, summed without an error, and
+With rounded activations the products of 32 weights are whole numbers, summed without an error, and
 what is done with them in float32 is a multiplication and an addition at a time, none of them fused:
 every processor makes the same bits, whatever instructions it has for the whole numbers.
 """
@@ -75,7 +75,7 @@ def _prefetch(builder: Any, address: Any) -> None:
     builder.call(function, args)
 
 
-def _ints(value: int) -> Any:
+def ints(value: int) -> Any:
     return ir.Constant(INTS, [value] * PANEL)
 
 
@@ -96,22 +96,22 @@ def _operands(builder: Any, kind: BlockType, chunk: Any) -> list[Any]:
     vectors = [_load_as(builder, at(builder, chunk, 64 * v), INTS) for v in range(count)]
     if kind.width == 8:
         return vectors
-    low = _ints(0x0F0F0F0F)
+    low = ints(0x0F0F0F0F)
     found = []
     for vector in vectors:
         found.append(builder.and_(vector, low))
-        found.append(builder.and_(builder.lshr(vector, _ints(4)), low))
+        found.append(builder.and_(builder.lshr(vector, ints(4)), low))
     extra = kind.width - 4
     if not extra:
         return found
     per_vector = 8 // extra
-    mask = _ints(0x01010101 * (((1 << extra) - 1) << 4))
+    mask = ints(0x01010101 * (((1 << extra) - 1) << 4))
     for j in range(OPERANDS):
         if j % per_vector == 0:
             plane = _load_as(builder, at(builder, chunk, 64 * (count + j // per_vector)), INTS)
         shift = 4 - extra * (j % per_vector)
-        moved = builder.shl(plane, _ints(shift)) if shift > 0 else plane
-        moved = builder.lshr(plane, _ints(-shift)) if shift < 0 else moved
+        moved = builder.shl(plane, ints(shift)) if shift > 0 else plane
+        moved = builder.lshr(plane, ints(-shift)) if shift < 0 else moved
         found[j] = builder.or_(found[j], builder.and_(moved, mask))
     return found
 
@@ -130,7 +130,7 @@ def _dot_bytes(builder: Any, acc: Any, codes: Any, xs: Any) -> Any:
         return builder.call(function, (acc, *parts))
     for b in range(4):
         value = builder.sext(_load_as(builder, at(builder, xs, b), I8), I32)
-        code = builder.and_(builder.lshr(codes, _ints(8 * b)), _ints(0xFF))
+        code = builder.and_(builder.lshr(codes, ints(8 * b)), ints(0xFF))
         acc = builder.add(acc, builder.mul(code, splat(builder, value)))
     return acc
 
@@ -184,8 +184,8 @@ def _for_chunks(
     return loop(builder, start, i64(kind.size // CHUNK), 1, body)
 
 
-def _emit_int8_panel(builder: Any, args: Any, kind: BlockType, rows: int) -> None:
-    """See `make_int8_panel`."""
+def _emit_int_panel(builder: Any, args: Any, kind: BlockType, bits: int, rows: int) -> None:
+    """See `make_int_panel`."""
     w, x, sums, x_stride, num_tiles, out, out_stride = args
     xs = [builder.add(x, builder.mul(x_stride, i64(r))) for r in range(rows)]
     ss = [builder.add(sums, builder.mul(x_stride, i64(r))) for r in range(rows)]
@@ -196,7 +196,7 @@ def _emit_int8_panel(builder: Any, args: Any, kind: BlockType, rows: int) -> Non
 
         def chunk_body(c: Any, acc: list[Any]) -> list[Any]:
             number = builder.add(builder.mul(t, i64(per_tile)), c)
-            x_at, sums_at = (builder.mul(number, i64(n)) for n in (CHUNK, SUMS_BYTES))
+            x_at, sums_at = (builder.mul(number, i64(n)) for n in (CHUNK * bits // 8, SUMS_BYTES))
             # One row leaves the processor's own prefetching ahead of it, several do not.
             operands, parts = tile.operands(c, is_prefetching=rows > 1), CHUNK // kind.group
             scales = [tile.scale(c, part) for part in range(parts)]
@@ -208,13 +208,20 @@ def _emit_int8_panel(builder: Any, args: Any, kind: BlockType, rows: int) -> Non
                 x_scale = splat(builder, load(builder, known, F32))
                 for part in range(parts):
                     which = part + (parts > 1)  # sums of 32, of the first 16, of the last 16
+                    step = OPERANDS // parts
+                    run = range(part * step, (part + 1) * step)
                     dot = ir.Constant(INTS, [0] * PANEL)
+                    if bits == 16:
+                        for j in run:
+                            dot = _dot_bytes(builder, dot, operands[j], at(builder, here, 4 * j))
+                        dot = builder.shl(dot, ints(8))
                     if kind.zero:
                         count = load(builder, at(builder, known, 16 + 4 * which), I32)
-                        dot = splat(builder, builder.mul(count, ir.Constant(I32, -kind.zero)))
-                    step = OPERANDS // parts
-                    for j in range(part * step, (part + 1) * step):
-                        dot = _dot_bytes(builder, dot, operands[j], at(builder, here, 4 * j))
+                        lift = builder.mul(count, ir.Constant(I32, -kind.zero))
+                        dot = builder.add(dot, splat(builder, lift))
+                    for j in run:
+                        x_bytes = at(builder, here, (bits // 8 - 1) * CHUNK + 4 * j)
+                        dot = _dot_bytes(builder, dot, operands[j], x_bytes)
                     factor = builder.fmul(scales[part], x_scale)
                     total = builder.fadd(total, builder.fmul(builder.sitofp(dot, VECTOR), factor))
                     if kind.has_offset:
@@ -246,9 +253,9 @@ def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
             first = builder.add(target, builder.mul(c, i64(CHUNK * LANES * 4)))
             for k in range(CHUNK):
                 part = k // kind.group if parts > 1 else 0
-                code = builder.lshr(operands[k // 4], _ints(8 * (k % 4)))
-                code = builder.and_(code, _ints(0xFF))
-                value = builder.sitofp(builder.sub(code, _ints(kind.zero)), VECTOR)
+                code = builder.lshr(operands[k // 4], ints(8 * (k % 4)))
+                code = builder.and_(code, ints(0xFF))
+                value = builder.sitofp(builder.sub(code, ints(kind.zero)), VECTOR)
                 if kind.has_offset:  # the product has no rounding error, in any type
                     value = emit_fma(builder, scales[part], value, offsets[part])
                 else:
@@ -261,20 +268,21 @@ def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
     loop(builder, [], num_tiles, 1, tile_body)
 
 
-def make_int8_panel(kind: BlockType) -> Any:
-    """out[r, 0:16] = x[r] W^T of 1 to 8 rows of x in 8 bits and the 16 rows of `num_tiles` tiles.
+def make_int_panel(kind: BlockType, bits: int) -> Any:
+    """out[r, 0:16] = x[r] W^T of 1 to 8 rows of x in 8 or 16 bits and the 16 rows of `num_tiles`
+    tiles.
 
     x, sums: where the codes of x begin, and what `quantise_row` has put beside them.
     """
 
     @intrinsic
-    def int8_panel(_, rows, w, x, sums, x_stride, num_tiles, out, out_stride):
+    def int_panel(_, rows, w, x, sums, x_stride, num_tiles, out, out_stride):
         def codegen(context, builder, _signature, arguments):
             rows, *args = arguments
             functions = [
                 make_function(
-                    builder.module, f"int8_panel_{kind.name}_{n}", 7,
-                    partial(_emit_int8_panel, kind=kind, rows=n),
+                    builder.module, f"int{bits}_panel_{kind.name}_{n}", 7,
+                    partial(_emit_int_panel, kind=kind, bits=bits, rows=n),
                 )
                 for n in range(1, MAX_ROWS + 1)
             ]  # fmt: skip
@@ -283,7 +291,7 @@ def make_int8_panel(kind: BlockType) -> Any:
 
         return types.void(*[types.intp] * 8), codegen
 
-    return int8_panel
+    return int_panel
 
 
 def make_widen(kind: BlockType) -> Any:

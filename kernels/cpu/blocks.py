@@ -1,6 +1,7 @@
-"""Products of quantised weights on a CPU, in two arithmetics.
+"""Products of quantised weights on a CPU, in three arithmetics.
 
 int8    32 activations share a scale: s = max |x| / 127, q = round(x * (127 / max |x|)), to even.
+int16   The same with 32,639 levels in place of 127, so that q is two numbers of 8 bits.
         A product is the sum over the 32s in order, each step rounded: dot * (scale * s), where
         dot = sum (code - zero) q is a whole number, then offset * (s * sum q) if there are offsets.
 float   the weights are widened, exactly, and multiplied in the order of cpu/tiles.py: the bits of
@@ -20,48 +21,54 @@ import torch
 from numba import prange
 
 from kernels.blocks import BLOCK_TYPES, PANEL, BlockPart, Blocks
-from kernels.cpu.activations import quantise_row
+from kernels.cpu.activations import make_quantise
 from kernels.cpu.block_tiles import (
     MAX_ROWS,
     add_widened,
-    make_int8_panel,
+    make_int_panel,
     make_widen,
 )
 from kernels.cpu.compile import callback, device, kernel
 from kernels.cpu.scalars import F, addresses_at, floats_at, keep_alive
 from kernels.cpu.tiles import LANES, call
 
-# A matrix as kernels find it: whether x is in 8 bits, how many parts, and these of each part.
-PART_FIRST, PART_ROWS, PART_TILES, PART_PANEL_BYTES, PART_SIZE, PART_INT8, PART_WIDEN = range(7)
+# A matrix as kernels find it: the bits of x or 0, how many parts, and these of each part.
+PART_FIRST, PART_ROWS, PART_TILES, PART_PANEL_BYTES, PART_SIZE, PART_PRODUCT, PART_WIDEN = range(7)
 HEADER_FIELDS, PART_FIELDS = 2, 7
 WIDENED = 256  # weights of a row that are widened at a time: those of 16 rows stay in the cache
 
+_quantise_8, _quantise_16 = make_quantise(8), make_quantise(16)
+
 
 @cache
-def type_functions(name: str) -> tuple[int, int]:
-    """Addresses of a type's products with 8-bit activations and of its widening."""
-    kind = BLOCK_TYPES[name]
-    int8_panel, widen = make_int8_panel(kind), make_widen(kind)
+def product_address(name: str, bits: int) -> int:
+    """Of a type's code for products with activations of so many bits."""
+    int_panel = make_int_panel(BLOCK_TYPES[name], bits)
 
-    def int8_product(rows, w, x, sums, x_stride, num_tiles, out, out_stride):
-        int8_panel(rows, w, x, sums, x_stride, num_tiles, out, out_stride)
+    def product(rows, w, x, sums, x_stride, num_tiles, out, out_stride):
+        int_panel(rows, w, x, sums, x_stride, num_tiles, out, out_stride)
+
+    return int(callback(f"int{bits}_{name}", product, 8)().address)
+
+
+@cache
+def widen_address(name: str) -> int:
+    """Of a type's code that widens tiles."""
+    widen = make_widen(BLOCK_TYPES[name])
 
     def widening(w, num_tiles, out):
         widen(w, num_tiles, out)
 
-    functions = (
-        callback(f"int8_{name}", int8_product, 8), callback(f"widen_{name}", widening, 3)
-    )  # fmt: skip
-    return functions[0]().address, functions[1]().address
+    return int(callback(f"widen_{name}", widening, 3)().address)
 
 
 @device
-def _int8_panel(product, tiles, num_tiles, x, x_stride, rows, num_k, out, out_stride):
-    """16 columns of x W^T for rows of x in 8 bits."""
+def _int_panel(product, tiles, num_tiles, x, x_stride, rows, num_k, out, out_stride):
+    """16 columns of x W^T for rows of x as `operand` has rounded them."""
     for r in range(0, rows, MAX_ROWS):
         codes, count = x + r * x_stride, min(MAX_ROWS, rows - r)
-        y = out + r * out_stride
-        call(product, (count, tiles, codes, codes + num_k, x_stride, num_tiles, y, out_stride))
+        sums, y = codes + x_stride - num_k, out + r * out_stride
+        call(product, (count, tiles, codes, sums, x_stride, num_tiles, y, out_stride))
 
 
 @device
@@ -92,14 +99,25 @@ def _float_panel(part, tiles, x, x_stride, rows, num_k, room, out, out_stride):
 def operand(weight, x, num_k, rows, room):
     """Rows of x [rows, K] as a weight's own product reads them: their address and row stride.
 
-    In 8 bits they are in `room`, of 2 K bytes per row: codes, then what `quantise_row` has of them.
+    Rounded ones are put into `room`, of `operand_floats`: codes, then K bytes of sums of them.
     """
-    if addresses_at(weight, 3)[2] == 0:
+    bits = addresses_at(weight, 3)[2]
+    if bits == 0:
         return x, num_k * 4
+    stride = num_k * (bits // 8 + 1)
     for r in range(rows):
-        codes = room + r * 2 * num_k
-        quantise_row(x + r * num_k * 4, num_k, codes, codes + num_k)
-    return room, num_k * 2
+        row, codes = x + r * num_k * 4, room + r * stride
+        if bits == 8:
+            _quantise_8(row, num_k, codes, codes + num_k)
+        else:
+            _quantise_16(row, num_k, codes, codes + 2 * num_k)
+    return room, stride
+
+
+@device
+def operand_floats(rows, num_k):
+    """How many floats the room of `operand` takes."""
+    return (rows * num_k * 3 + 3) // 4
 
 
 def block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
@@ -122,8 +140,8 @@ def block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stri
             if not is_whole:
                 y, y_stride = np.int64(spare.ctypes.data), np.int64(PANEL * 4)
             if header[0] != 0:
-                _int8_panel(
-                    part[PART_INT8], tiles, num_tiles, x, x_stride, rows, num_k, y, y_stride
+                _int_panel(
+                    part[PART_PRODUCT], tiles, num_tiles, x, x_stride, rows, num_k, y, y_stride
                 )
             else:
                 _float_panel(
@@ -142,15 +160,16 @@ def block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stri
 BLOCK_PRODUCT = callback("product_blocks", block_product)
 
 
-def make_blocks(parts: Sequence[BlockPart], is_int8: bool) -> Blocks:
+def make_blocks(parts: Sequence[BlockPart], activation_bits: int) -> Blocks:
     """The form of a matrix; code for its types is compiled where there is none yet."""
-    numbers, first = [int(is_int8), len(parts)], 0
+    numbers, first = [activation_bits, len(parts)], 0
     for part in parts:
         tiles, size = part.tiles, part.kind.size
         numbers += [first, part.num_rows, tiles.data_ptr(), tiles.shape[1], size]
-        numbers += type_functions(part.name)
+        product = product_address(part.name, activation_bits) if activation_bits else 0
+        numbers += [product, widen_address(part.name)]
         first += part.num_rows
-    return Blocks(tuple(parts), torch.tensor(numbers), is_int8)
+    return Blocks(tuple(parts), torch.tensor(numbers), activation_bits)
 
 
 @kernel

@@ -11,7 +11,7 @@ import numpy as np
 from numba import prange
 
 from kernels.cpu.attention import TILE_ROWS, attend_item
-from kernels.cpu.blocks import operand
+from kernels.cpu.blocks import operand, operand_floats
 from kernels.cpu.compile import kernel
 from kernels.cpu.matmul import (
     block_cols,
@@ -36,9 +36,9 @@ def run_layers(
     if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
         return False
     rows, num_qkv, num_o = batch * width, (heads + 2 * kv_heads) * head_dim, heads * head_dim
-    longest = max(hidden, num_o, ffn)  # rows of half so many floats hold it in 8 bits
+    longest = max(hidden, num_o, ffn)
     room = rows * (2 * hidden + num_qkv + num_o + 2 * ffn)
-    scratch = np.empty(room + rows * longest // 2, np.float32)
+    scratch = np.empty(room + operand_floats(rows, longest), np.float32)
     normed = np.int64(scratch.ctypes.data)
     y = normed + rows * hidden * 4  # of a projection onto the residual stream
     qkv = y + rows * hidden * 4

@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from kernels.blocks import PANEL
-from kernels.cpu.blocks import operand
+from kernels.cpu.blocks import operand, operand_floats
 from kernels.cpu.compile import device, kernel
 from kernels.cpu.product import STREAM_ROWS, planned_matmul, precision_of
 from kernels.cpu.scalars import (
@@ -93,7 +93,7 @@ def norm_qkv_rope_append(
     if precision == 0:
         return True
     rows, num_out = batch * width, (heads + 2 * kv_heads) * head_dim
-    scratch = np.empty(rows * hidden + rows * hidden // 2, np.float32)
+    scratch = np.empty(rows * hidden + operand_floats(rows, hidden), np.float32)
     normed = np.int64(scratch.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
     a, step = operand(qkv, normed, hidden, rows, normed + rows * hidden * 4)
@@ -141,7 +141,7 @@ def linear_residual(x, weight, residual, precisions, stride_p, batch, rows, num_
     precision = precision_of(precisions, stride_p, batch)
     if precision == 0:
         return
-    scratch = np.empty(rows * num_out + rows * num_k // 2, np.float32)
+    scratch = np.empty(rows * num_out + operand_floats(rows, num_k), np.float32)
     y, cols = np.int64(scratch.ctypes.data), block_cols(rows, num_out)
     a, step = operand(weight, x, num_k, rows, y + rows * num_out * 4)
     for block in prange((num_out + cols - 1) // cols):
@@ -177,7 +177,7 @@ def norm_gated_mlp(x, norm_weight, eps, gate_up, precisions, stride_p, batch, ro
     precision = precision_of(precisions, stride_p, batch)
     if precision == 0:
         return
-    scratch = np.empty(rows * hidden + rows * hidden // 2, np.float32)
+    scratch = np.empty(rows * hidden + operand_floats(rows, hidden), np.float32)
     scratch_up = np.empty((rows, ffn), np.float32)
     normed, up = np.int64(scratch.ctypes.data), np.int64(scratch_up.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
@@ -198,7 +198,7 @@ def norm_lm_head(
     x, norm_weight, eps, lm_head, precisions, stride_p, batch, rows, hidden, vocab, logits
 ):
     precision = precision_of(precisions, stride_p, batch)
-    scratch = np.empty(rows * hidden + rows * hidden // 2, np.float32)
+    scratch = np.empty(rows * hidden + operand_floats(rows, hidden), np.float32)
     normed = np.int64(scratch.ctypes.data)
     norm_rows(x, norm_weight, eps, hidden, rows, normed)
     a, step = operand(lm_head, normed, hidden, rows, normed + rows * hidden * 4)

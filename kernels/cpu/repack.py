@@ -6,12 +6,17 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import prange
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
 
 from kernels.blocks import BLOCK_TYPES, CHUNK, HALF, PANEL
 from kernels.cpu.compile import device, kernel
 
 RUN = 8  # weights whose bits follow each other in a block, in all types
+# Bytes of eight weights side by side, and of four.
+ONES, SEVENS = np.uint64(0x0101010101010101), np.uint64(0x7F7F7F7F7F7F7F7F)
+DIAGONAL, NIBBLES = np.uint64(0x8040201008040201), np.uint32(0x0F0F0F0F)
 _NO_FIELD = np.zeros((0, 4), np.int32)
 
 
@@ -44,6 +49,17 @@ def repack(name: str, blocks: np.ndarray, order: np.ndarray, tiles: np.ndarray) 
     return bool(_repack(blocks, order, tiles, *_tables(name)))
 
 
+@intrinsic
+def _eight_bytes(_, address):
+    """The uint64 at an address, which need not be a multiple of 8."""
+
+    def codegen(_context, builder, _signature, arguments):
+        kind = ir.IntType(64)
+        return builder.load(builder.inttoptr(arguments[0], kind.as_pointer()), align=1)
+
+    return types.uint64(types.intp), codegen
+
+
 @device
 def _read(block, at, table, i, masks):
     """A field's number i of the block that begins at `at`."""
@@ -53,53 +69,53 @@ def _read(block, at, table, i, masks):
 
 
 @device
-def _read_run(block, first, shift, is_bytes, mask, out, left):
-    """Bits of 8 weights, from a byte each or from one byte, added to `out` so far to the left."""
-    for j in range(RUN):
-        if is_bytes:
-            out[j] |= ((block[first + j] >> shift) & mask) << left
-        else:
-            out[j] |= ((block[first] >> (shift + np.uint8(j))) & mask) << left
+def _read_run(block, at, offset, shift, is_bytes, mask):
+    """The bits of 8 weights, in the 8 bytes of a number: from a byte each, or all from one byte."""
+    if is_bytes:
+        return (_eight_bytes(block.ctypes.data + at + offset) >> shift) & (mask * ONES)
+    bits = (np.uint64(block[at + offset]) * ONES) & DIAGONAL  # bit j in byte j
+    return ((bits + SEVENS) >> np.uint64(7)) & ONES
 
 
 @device
 def _read_codes(block, at, table, masks, stored, has_codebook, codes):
-    """The codes of a block as tiles have them."""
-    codes[:] = 0
-    low, high, left = np.uint8(masks[0]), np.uint8(masks[1]), np.uint8(masks[2])
-    for i in range(0, len(codes), RUN):
-        out, shift = codes[i : i + RUN], np.uint8(table[i, 1])
+    """The codes of a block as tiles have them, 8 to a number."""
+    low, high, left = np.uint64(masks[0]), np.uint64(masks[1]), np.uint64(masks[2])
+    for run in range(len(codes)):
+        i = run * RUN
         is_bytes = table[i + 1, 0] != table[i, 0]
-        _read_run(block, at + table[i, 0], shift, is_bytes, low, out, np.uint8(0))
+        code = _read_run(block, at, table[i, 0], np.uint64(table[i, 1]), is_bytes, low)
         if high != 0:
-            shift, is_bytes = np.uint8(table[i, 3]), table[i + 1, 2] != table[i, 2]
-            _read_run(block, at + table[i, 2], shift, is_bytes, high, out, left)
+            is_bytes = table[i + 1, 2] != table[i, 2]
+            bits = _read_run(block, at, table[i, 2], np.uint64(table[i, 3]), is_bytes, high)
+            code |= bits << left
         if has_codebook:
-            for j in range(RUN):
-                out[j] = stored[out[j]]
+            found = np.uint64(0)
+            for j in range(0, 64, 8):
+                byte = (code >> np.uint64(j)) & np.uint64(255)
+                found |= np.uint64(stored[byte]) << np.uint64(j)
+            code = found
+        codes[run] = code
 
 
 @device
 def _put_codes(codes, width, tile, lane):
-    """The codes of 32 weights in one lane of a tile that holds zeros."""
-    place = 4 * lane
-    for operand in range(0, CHUNK // 4, 2):
-        for b in range(4):
-            one, two = codes[4 * operand + b], codes[4 * operand + 4 + b]
-            if width == 8:
-                tile[place + 64 * operand + b] = one
-                tile[place + 64 * operand + 64 + b] = two
-            else:
-                tile[place + 32 * operand + b] = (one & 15) | (two << np.uint8(4))
+    """The codes of 32 weights, 8 to a number, in one lane of a tile: words of 4 bytes."""
+    for i in range(CHUNK // RUN):
+        one, two = np.uint32(codes[i]), np.uint32(codes[i] >> np.uint64(32))
+        if width == 8:
+            tile[32 * i + lane], tile[32 * i + 16 + lane] = one, two
+        else:
+            tile[16 * i + lane] = (one & NIBBLES) | ((two & NIBBLES) << np.uint32(4))
     if width == 5 or width == 6:
         extra, per_plane = width - 4, 8 // (width - 4)
         for plane in range(extra):
-            for b in range(4):
-                bits = np.uint8(0)
-                for j in range(per_plane):
-                    high = codes[4 * (plane * per_plane + j) + b] >> np.uint8(4)
-                    bits |= high << np.uint8(extra * j)
-                tile[place + 256 + 64 * plane + b] = bits
+            bits = np.uint32(0)
+            for j in range(per_plane):
+                operand = plane * per_plane + j
+                word = np.uint32(codes[operand // 2] >> np.uint64(32 * (operand % 2)))
+                bits |= ((word >> np.uint32(4)) & NIBBLES) << np.uint32(extra * j)
+            tile[64 + 16 * plane + lane] = bits
 
 
 @kernel
@@ -109,15 +125,16 @@ def _repack(blocks, order, tiles, codes, scales, offsets, masks, stored, numbers
     num_tiles, groups = blocks.shape[1] // num_bytes, size // group
     is_finite = np.ones(tiles.shape[0], np.uint8)
     for panel in prange(tiles.shape[0]):
-        tile, found = tiles[panel], np.empty(size, np.uint8)
+        tile, found = tiles[panel], np.empty(size // RUN, np.uint64)
+        words = tile.view(np.uint32)
         tile[:] = 0
         for lane in range(min(PANEL, len(order) - panel * PANEL)):
             block = blocks[order[panel * PANEL + lane]]
             for t in range(num_tiles):
                 at, start = t * num_bytes, t * tile_bytes
                 _read_codes(block, at, codes, masks[0], stored, has_codebook, found)
-                for c in range(0, size, CHUNK):
-                    _put_codes(found[c : c + CHUNK], width, tile[start:], lane)
+                for c in range(0, size // RUN, CHUNK // RUN):
+                    _put_codes(found[c:], width, words[start // 4 :], lane)
                     start += chunk_bytes
                 if len(scales) > 0:
                     for g in range(groups):

@@ -16,14 +16,14 @@ from kernels.weight import FLOATS, LayerWeights, Weight, addresses
 
 
 def weight_numbers(weight: Weight) -> list[int]:
-    """Six: the product of the own form, what it reads, whether it wants activations in 8 bits; the
-    product of the draft form, codes and scale.
+    """Six: the product of the own form, what it reads, the bits that it wants activations
+    rounded to, or 0; the product of the draft form, codes and scale.
 
     The products are addresses of code, compiled here where they are not yet.
     """
     own = weight.own
     if isinstance(own, Blocks):
-        numbers = [BLOCK_PRODUCT().address, own.numbers.data_ptr(), int(own.is_int8)]
+        numbers = [BLOCK_PRODUCT().address, own.numbers.data_ptr(), own.activation_bits]
     else:
         numbers = [PRODUCTS[own.kind]().address, own.address, 0]
     if weight.draft is None:
