@@ -21,7 +21,8 @@ from kernels.cpu.activations import make_quantise
 from kernels.cpu.block_tiles import HAS_VNNI
 from kernels.cpu.blocks import block_product, make_blocks
 
-NAMES = ("Q4_K", "Q5_0", "Q6_K", "Q8_0")  # every kind of tile
+# Every kind of tile; the bits of activations.
+CASES = (("Q4_K", 16), ("Q4_K", 0), ("Q5_0", 8), ("Q6_K", 16), ("Q8_0", 8))
 ROWS, COLUMNS, K = 9, 32, 512
 
 
@@ -44,19 +45,17 @@ def quantise(bits, x, out):
 def main() -> None:
     digest = hashlib.sha256()
     generator = torch.Generator().manual_seed(0)
-    for name in NAMES:
+    for name, bits in CASES:
         part = packed(name, random_blocks(name, COLUMNS, K))
-        for bits in (8, 16, 0):
-            matrix, x = make_blocks([part], bits), torch.randn(ROWS, K, generator=generator)
-            operand, out = x, torch.zeros(ROWS, COLUMNS)
-            if bits:
-                operand = torch.zeros(ROWS, K + K * bits // 8, dtype=torch.uint8)
-                quantise(bits, x, operand)
-            form = torch.tensor([matrix.numbers.data_ptr()])
-            rows = (operand.data_ptr(), operand.stride(0) * operand.itemsize)
-            args = (form.data_ptr(), 0, *rows, ROWS, K, COLUMNS, out.data_ptr(), COLUMNS * 4)
-            multiply(*args)
-            digest.update(out.numpy().tobytes())
+        matrix, x = make_blocks([part], bits), torch.randn(ROWS, K, generator=generator)
+        operand, out = x, torch.zeros(ROWS, COLUMNS)
+        if bits:
+            operand = torch.zeros(ROWS, K + K * bits // 8, dtype=torch.uint8)
+            quantise(bits, x, operand)
+        form = torch.tensor([matrix.numbers.data_ptr()])
+        rows = (operand.data_ptr(), operand.stride(0) * operand.itemsize)
+        multiply(form.data_ptr(), 0, *rows, ROWS, K, COLUMNS, out.data_ptr(), COLUMNS * 4)
+        digest.update(out.numpy().tobytes())
     sys.stdout.write(f"{HAS_VNNI} {digest.hexdigest()}\n")
 
 

@@ -1,4 +1,4 @@
-"""The library that comes with the engine: made for the default model, and used by it."""
+"""The libraries that come with the engine: for the default model in float32 and as it is stored."""
 
 from __future__ import annotations
 
@@ -36,20 +36,27 @@ def llm():
     return LLM(device="cpu", dtype="float32", max_length=2048)
 
 
+@pytest.fixture(scope="module")
+def stored():
+    return LLM(device="cpu", max_length=2048)
+
+
 def ask(llm, text, **values):
     prompt = llm.encode_chat([{"role": "user", "content": text}])
     return llm.generate([prompt], SamplingParams(temperature=0, **values))[0]
 
 
-def test_there_is_one_small_library_and_it_fits_the_default_model(llm):
-    (path,) = LIBRARIES.glob("*.safetensors")
-    assert path.stat().st_size < 1_000_000
-    library = RouterLibrary.load(path)
-    assert library.fingerprint == fingerprint(llm.model)
-    assert {*library.domains} == DOMAINS
-    assert {plan.kind for plan in library.plans} == {"off", "ngram", "self"}
-    assert torch.equal(llm.router.library.anchors, library.anchors)
-    assert library.rates.keys() == DOMAINS | {""}
+def test_there_is_a_small_library_for_either_form_of_the_default_model(llm, stored):
+    paths = list(LIBRARIES.glob("*.safetensors"))
+    assert all(path.stat().st_size < 1_000_000 for path in paths)
+    known = {library.fingerprint: library for library in map(RouterLibrary.load, paths)}
+    assert known.keys() == {fingerprint(llm.model), fingerprint(stored.model)} and len(paths) == 2
+    for engine, kinds in ((llm, {"off", "ngram", "self"}), (stored, {"off", "ngram"})):
+        library = known[fingerprint(engine.model)]
+        assert {*library.domains} == DOMAINS
+        assert {plan.kind for plan in library.plans} == kinds
+        assert torch.equal(engine.router.library.anchors, library.anchors)
+        assert library.rates.keys() == DOMAINS | {""}
 
 
 def test_every_plan_and_rate_of_it_is_of_use(llm):
@@ -79,11 +86,13 @@ def test_prompts_that_it_has_not_seen_go_to_their_domain(llm):
     assert len(wrong) <= 1, wrong
 
 
-@pytest.mark.parametrize("other", OTHERS[::2], ids=[o["domain"] for o in OTHERS[::2]])
-def test_a_routed_answer_is_that_of_plain_decoding(llm, other):
-    routed = ask(llm, other["prompt"], max_tokens=48)
-    assert routed.stats.domain and routed.stats.drafted > 0
-    plain = ask(llm, other["prompt"], max_tokens=48, speculative="off")
+@pytest.mark.parametrize("form", ["llm", "stored"])
+@pytest.mark.parametrize("other", OTHERS[::4], ids=[o["domain"] for o in OTHERS[::4]])
+def test_a_routed_answer_is_that_of_plain_decoding(request, form, other):
+    engine = request.getfixturevalue(form)
+    routed = ask(engine, other["prompt"], max_tokens=48)
+    assert routed.stats.domain and (routed.stats.drafted > 0 or form == "stored")
+    plain = ask(engine, other["prompt"], max_tokens=48, speculative="off")
     assert plain.stats.domain == "" and plain.stats.drafted == 0
     assert plain.outputs[0].token_ids == routed.outputs[0].token_ids
 

@@ -90,7 +90,11 @@ def test_float_activations_give_the_tokens_of_float32(path):
             assert answers(blocks, drafts) == expected, plan
 
 
-@pytest.mark.parametrize("activations", ["auto", "int8"])
+@pytest.mark.parametrize(
+    ("path", "activations"),
+    [(mix, "auto") for mix in MIXES] + [("Q4_1", "int8"), ("mixed", "int8")],
+    indirect=["path"],
+)
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_rounded_activations_draft_losslessly(path, params, activations, monkeypatch):
     llm = LLM(path, activations=activations, **OPTIONS)

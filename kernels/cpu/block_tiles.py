@@ -198,7 +198,8 @@ def _emit_int_panel(builder: Any, args: Any, kind: BlockType, bits: int, rows: i
             number = builder.add(builder.mul(t, i64(per_tile)), c)
             x_at, sums_at = (builder.mul(number, i64(n)) for n in (CHUNK * bits // 8, SUMS_BYTES))
             # One row of 8 bits leaves the processor's own prefetching ahead, more work does not.
-            operands, parts = tile.operands(c, is_prefetching=rows > 1 or bits == 16), CHUNK // kind.group
+            operands = tile.operands(c, is_prefetching=rows > 1 or bits == 16)
+            parts = CHUNK // kind.group
             scales = [tile.scale(c, part) for part in range(parts)]
             offsets = [tile.offset(c, part) for part in range(parts)] if kind.has_offset else []
             new = []
