@@ -135,6 +135,21 @@ def _dot_bytes(builder: Any, acc: Any, codes: Any, xs: Any) -> Any:
     return acc
 
 
+def _dot(builder: Any, operands: Any, xs: Any, bits: int, zero: int, x_sum: Any) -> Any:
+    """The sum of (code - zero) x in every lane. x_sum: the address of the sum of the xs."""
+    dot = ir.Constant(INTS, [0] * PANEL)
+    if bits == 16:  # the high bytes, whose sum counts 256 times
+        for j, operand in enumerate(operands):
+            dot = _dot_bytes(builder, dot, operand, at(builder, xs, 4 * j))
+        dot, xs = builder.shl(dot, ints(8)), at(builder, xs, CHUNK)
+    if zero:
+        lift = builder.mul(load(builder, x_sum, I32), ir.Constant(I32, -zero))
+        dot = builder.add(dot, splat(builder, lift))
+    for j, operand in enumerate(operands):
+        dot = _dot_bytes(builder, dot, operand, at(builder, xs, 4 * j))
+    return dot
+
+
 class _Tile:
     """The parts of one tile at an address."""
 
@@ -210,19 +225,10 @@ def _emit_int_panel(builder: Any, args: Any, kind: BlockType, bits: int, rows: i
                 for part in range(parts):
                     which = part + (parts > 1)  # sums of 32, of the first 16, of the last 16
                     step = OPERANDS // parts
-                    run = range(part * step, (part + 1) * step)
-                    dot = ir.Constant(INTS, [0] * PANEL)
-                    if bits == 16:
-                        for j in run:
-                            dot = _dot_bytes(builder, dot, operands[j], at(builder, here, 4 * j))
-                        dot = builder.shl(dot, ints(8))
-                    if kind.zero:
-                        count = load(builder, at(builder, known, 16 + 4 * which), I32)
-                        lift = builder.mul(count, ir.Constant(I32, -kind.zero))
-                        dot = builder.add(dot, splat(builder, lift))
-                    for j in run:
-                        x_bytes = at(builder, here, (bits // 8 - 1) * CHUNK + 4 * j)
-                        dot = _dot_bytes(builder, dot, operands[j], x_bytes)
+                    run = operands[part * step : (part + 1) * step]
+                    x_sum = at(builder, known, 16 + 4 * which)
+                    x_part = at(builder, here, 4 * part * step)
+                    dot = _dot(builder, run, x_part, bits, kind.zero, x_sum)
                     factor = builder.fmul(scales[part], x_scale)
                     total = builder.fadd(total, builder.fmul(builder.sitofp(dot, VECTOR), factor))
                     if kind.has_offset:
