@@ -170,10 +170,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.widen or args.peer == "transformers":  # in float32, or in a GPU's dtype
         mode = "--widen" if args.widen else "--peer transformers"
-        report.refuse(parser, args, ["weights", "activations"], mode)
+        report.refuse(parser, args, ("weights", "activations"), mode)
     if args.peer:
-        names = ["widen", "prompts", "domains", "per_domain"]
-        report.refuse(parser, args, names, "--peer")
+        report.refuse(parser, args, ("widen", "prompts", "domains", "per_domain"), "--peer")
         if args.device == "cuda":
             parser.error("--peer is for --device cpu, got cuda; see bench.passes for a GPU")
         args.device = "cpu"

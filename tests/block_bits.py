@@ -8,6 +8,7 @@ The same on every processor.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -21,8 +22,7 @@ from kernels.cpu.activations import make_quantise
 from kernels.cpu.block_tiles import HAS_VNNI
 from kernels.cpu.blocks import block_product, make_blocks
 
-# Every kind of tile; the bits of activations.
-CASES = (("Q4_K", 16), ("Q4_K", 0), ("Q5_0", 8), ("Q6_K", 16), ("Q8_0", 8))
+NAMES = ("Q4_K", "Q5_0", "Q6_K", "Q8_0")  # every kind of tile
 ROWS, COLUMNS, K = 9, 32, 512
 
 
@@ -45,7 +45,7 @@ def quantise(bits, x, out):
 def main() -> None:
     digest = hashlib.sha256()
     generator = torch.Generator().manual_seed(0)
-    for name, bits in CASES:
+    for name, bits in itertools.product(NAMES, (8, 16, 0)):
         part = packed(name, random_blocks(name, COLUMNS, K))
         matrix, x = make_blocks([part], bits), torch.randn(ROWS, K, generator=generator)
         operand, out = x, torch.zeros(ROWS, COLUMNS)

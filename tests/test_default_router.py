@@ -87,7 +87,7 @@ def test_prompts_that_it_has_not_seen_go_to_their_domain(llm):
 
 
 @pytest.mark.parametrize("form", ["llm", "stored"])
-@pytest.mark.parametrize("other", OTHERS[::4], ids=[o["domain"] for o in OTHERS[::4]])
+@pytest.mark.parametrize("other", OTHERS[::2], ids=[o["domain"] for o in OTHERS[::2]])
 def test_a_routed_answer_is_that_of_plain_decoding(request, form, other):
     engine = request.getfixturevalue(form)
     routed = ask(engine, other["prompt"], max_tokens=48)

@@ -35,7 +35,7 @@ def _call_on_vector(builder: Any, name: str, value: Any) -> Any:
 
 
 def _emit_quantise(builder: Any, args: Any, bits: int) -> None:
-    """See `quantise_row`."""
+    """See `make_quantise`."""
     x, num_k, codes, sums = args
     levels, zero = ir.Constant(F32, float(ACTIVATION_LEVELS[bits])), ir.Constant(F32, 0.0)
 

@@ -38,7 +38,7 @@ from kernels.cpu.tiles import (
 I8 = ir.IntType(8)
 INTS, BYTES = ir.VectorType(I32, PANEL), ir.VectorType(I8, 4 * PANEL)
 MAX_ROWS = 8  # of x that share the unpacking of a tile
-SUMS_BYTES = 32  # of what a row of x has for 32 elements beside their codes: see `quantise_row`
+SUMS_BYTES = 32  # of what a row of x has for 32 elements beside their codes: see `make_quantise`
 OPERANDS = CHUNK // 4
 PREFETCHED = 8192  # bytes ahead of what is read
 
@@ -276,10 +276,9 @@ def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
 
 
 def make_int_panel(kind: BlockType, bits: int) -> Any:
-    """out[r, 0:16] = x[r] W^T of 1 to 8 rows of x in 8 or 16 bits and the 16 rows of `num_tiles`
-    tiles.
+    """out[r, 0:16] = x[r] W^T of 1 to 8 rows of x in so many bits and the 16 rows of some tiles.
 
-    x, sums: where the codes of x begin, and what `quantise_row` has put beside them.
+    x, sums: where the codes of x begin, and what `make_quantise` has put beside them.
     """
 
     @intrinsic

@@ -1,9 +1,9 @@
 """Products of quantised weights on a CPU, in three arithmetics.
 
 int8    32 activations share a scale: s = max |x| / 127, q = round(x * (127 / max |x|)), to even.
-int16   The same with 32,639 levels in place of 127, so that q is two numbers of 8 bits.
         A product is the sum over the 32s in order, each step rounded: dot * (scale * s), where
         dot = sum (code - zero) q is a whole number, then offset * (s * sum q) if there are offsets.
+int16   the same with 32,639 in place of 127: q is 256 * high + low, two numbers of 8 bits.
 float   the weights are widened, exactly, and multiplied in the order of cpu/tiles.py: the bits of
         the same matrix in float32.
 
@@ -107,10 +107,11 @@ def operand(weight, x, num_k, rows, room):
     stride = num_k * (bits // 8 + 1)
     for r in range(rows):
         row, codes = x + r * num_k * 4, room + r * stride
+        sums = codes + stride - num_k
         if bits == 8:
-            _quantise_8(row, num_k, codes, codes + num_k)
+            _quantise_8(row, num_k, codes, sums)
         else:
-            _quantise_16(row, num_k, codes, codes + 2 * num_k)
+            _quantise_16(row, num_k, codes, sums)
     return room, stride
 
 

@@ -126,9 +126,10 @@ def _repack(blocks, order, tiles, codes, scales, offsets, masks, stored, numbers
     is_finite = np.ones(tiles.shape[0], np.uint8)
     for panel in prange(tiles.shape[0]):
         tile, found = tiles[panel], np.empty(size // RUN, np.uint64)
-        words = tile.view(np.uint32)
-        tile[:] = 0
-        for lane in range(min(PANEL, len(order) - panel * PANEL)):
+        words, num_rows = tile.view(np.uint32), min(PANEL, len(order) - panel * PANEL)
+        if num_rows < PANEL:
+            tile[:] = 0
+        for lane in range(num_rows):
             block = blocks[order[panel * PANEL + lane]]
             for t in range(num_tiles):
                 at, start = t * num_bytes, t * tile_bytes
