@@ -250,7 +250,7 @@ def additive(plan):
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_parts_give_every_mixture_of_precisions_its_cost(num_layers):
-    parts = measure_parts(additive, num_layers)
+    parts = measure_parts(additive, num_layers, (FULL, INT8))
     for table in (parts, json.loads(json.dumps(parts))):  # as a calibration keeps them
         costs = from_parts(table, num_layers)
         for sublayers in itertools.product((SKIP, INT8, FULL), repeat=2 * num_layers):
@@ -266,11 +266,15 @@ def test_six_passes_are_measured():
         measured.append(plan.sublayers)
         return 1.0
 
-    measure_parts(measure, 2)
+    measure_parts(measure, 2, (FULL, INT8))
     assert measured == [
         (16, 16, 16, 16), (16, 0, 16, 0), (0, 16, 0, 16),
         (8, 8, 8, 8), (8, 0, 8, 0), (0, 8, 0, 8),
     ]  # fmt: skip
+    both = list(measured)
+    measured.clear()
+    assert measure_parts(measure, 2, (FULL,)).keys() == {"16"}  # where 8 bits are no cheaper
+    assert measured == both[:3]
 
 
 @given(st.lists(st.floats(0.0, 2.0), min_size=6, max_size=6), st.integers(1, 40))
@@ -284,7 +288,7 @@ def test_noise_makes_no_part_negative(values, num_layers):
 
 
 def test_fill_adds_r_of_every_plan_and_changes_nothing_else():
-    costs = from_parts(measure_parts(additive, 2), 2)
+    costs = from_parts(measure_parts(additive, 2, (FULL, INT8)), 2)
     int8, skip = DraftPlan.int8(2), DraftPlan.skipping("skip", 2, (1,), ())
     known = PassCosts(VERIFY, {skip: 9.0, EVERYTHING: 1.0})
     filled = costs.fill(known, {int8: [], skip: [], NGRAM: []})
