@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 
 from bench import report
@@ -124,7 +123,9 @@ def compare_llama(
         raise ValueError("peer: llama-cpp-python is missing; pip install '.[peers]'") from error
     llm, plain = engine_run(model, str(device), new_tokens, **forms)
     list(llm.stream("warm up", SamplingParams(max_tokens=8, speculative="auto")))
-    path, threads = resolve_model(model, None), numba.get_num_threads()
+    path, pool = resolve_model(model, None), llm.model.decode_ops.pool
+    assert pool is not None, llm.device  # as llama.cpp here has no GPU
+    threads = pool.num_threads
     options = {"n_ctx": MAX_LENGTH, "n_threads": threads, "n_threads_batch": threads}
     peer = Llama(str(path), verbose=False, **options)
     lookup = Llama(str(path), verbose=False, draft_model=LlamaPromptLookupDecoding(), **options)

@@ -11,7 +11,7 @@ import torch
 
 from engine.costs import PassCosts
 from engine.generate import generate, prompt_feature
-from engine.loading import Loaded, assemble, choose_device, choose_forms, load
+from engine.loading import Loaded, assemble, choose_device, choose_forms, choose_pool, load
 from engine.params import SamplingParams, Speculative
 from engine.prepare import check_speculative, kept
 from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
@@ -45,6 +45,8 @@ class LLM:
         same weights in float32. "auto" is "int16". With other weights they stay floats.
     max_sequences: how many requests can hold a slot of the cache at once.
     max_length: tokens of context of each; None is the model's own, at most 8192.
+    threads: on a CPU, the caller's one among them; None is one for each core that this process may
+        use, by its affinity and its container's quota. No token depends on it.
     seed: makes the seeds of requests that name none reproducible.
     speculative: how to draft: "auto" (what the router picks for the prompt; without a router, int8
         copies of the weights and n-grams of the text, whichever pays at the moment), "off",
@@ -60,7 +62,8 @@ class LLM:
         later step of the start, with all done. What it raises ends the start.
 
     Raises ValueError, in one line, for whatever is wrong with an argument or the model. Threads may
-    share one LLM; a request that finds every slot held by others raises RuntimeError.
+    share one LLM; a request that finds every slot held by others raises RuntimeError. `close()`, or
+    leaving a `with` block, ends its threads.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class LLM:
         activations: str = "auto",
         max_sequences: int = 1,
         max_length: int | None = None,
+        threads: int | None = None,
         seed: int | None = None,
         speculative: Speculative = "auto",
         router: str | os.PathLike[str] | None = None,
@@ -84,6 +88,7 @@ class LLM:
         check_router(router)
         torch_device = choose_device(device)
         forms = choose_forms(dtype, torch_device, weights, activations)
+        pool = choose_pool(threads)
         num_bytes = 0
 
         def on_bytes(done: int, total: int) -> None:
@@ -92,7 +97,7 @@ class LLM:
             if on_progress is not None:
                 on_progress(done, total)
 
-        loaded = load(model, revision, torch_device, forms, max_length, on_bytes)
+        loaded = load(model, revision, torch_device, forms, max_length, pool, on_bytes)
         self._start(
             loaded, max_sequences, seed, speculative, router, profile,
             after_step=lambda: on_bytes(num_bytes, num_bytes),
@@ -211,6 +216,22 @@ class LLM:
         """
         self._router = None if library is None else make_router(library, self.model)
 
+    def close(self) -> None:
+        """End the engine's threads, after the pass under way. Requests raise RuntimeError then."""
+        self._passes.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    @property
+    def threads(self) -> int:
+        """That compute: on a CPU as `LLM(threads=...)` says, on CUDA 0."""
+        pool = self.model.decode_ops.pool
+        return 0 if pool is None else pool.num_threads
+
     @property
     def model(self) -> Llama:
         """The model; with its int8 form from the moment that a plan needs one."""
@@ -238,6 +259,7 @@ class LLM:
 
     def _sequence(self, prompt: Prompt, params: SamplingParams | None) -> RunningSequence:
         """A request that was found to be in order; see `LLM` for what is raised else."""
+        self._passes.check_open()
         config, tokenizer = self.model.config, self._tokenizer
         token_ids = encode_prompt(prompt, tokenizer, config.vocab_size, self.max_length)
         params = (params or SamplingParams()).with_defaults(self.generation)

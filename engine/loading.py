@@ -16,8 +16,9 @@ from engine.passes import Passes
 from engine.prefill import prefill
 from engine.prepare import PlanPreparer
 from engine.routing import open_router
+from kernels.cpu.threads import ThreadPool, usable_cores
 from kernels.ops import Ops
-from kernels.ops_cpu import NUMBA
+from kernels.ops_cpu import numba_ops
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
 from models.chat_template import ChatTemplate, load_chat_template
 from models.checkpoint import open_checkpoint
@@ -100,9 +101,25 @@ def choose_forms(
     )
 
 
-def choose_ops(device: torch.device) -> tuple[Ops, Ops]:
+def choose_ops(device: torch.device, pool: ThreadPool) -> tuple[Ops, Ops]:
     """The operations of prefill and of decode passes: Triton on CUDA, numba on a CPU."""
-    return (TRITON_PREFILL, TRITON) if device.type == "cuda" else (NUMBA, NUMBA)
+    if device.type == "cuda":
+        return TRITON_PREFILL, TRITON
+    ops = numba_ops(pool)
+    return ops, ops
+
+
+def choose_pool(threads: int | None) -> ThreadPool:
+    """The threads of an engine; None is one for each core that may be used."""
+    cores = usable_cores()
+    if threads is None:
+        return ThreadPool(cores)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 < threads <= cores:
+        raise ValueError(
+            f"threads: got {threads!r}, expected an integer from 1 to {cores}, the cores that this "
+            "process may use"
+        )
+    return ThreadPool(threads)
 
 
 def choose_max_length(max_length: int | None, config: LlamaConfig) -> int:
@@ -137,6 +154,7 @@ def load(
     device: torch.device,
     forms: Forms,
     max_length: int | None,
+    pool: ThreadPool,
     on_progress: Callable[[int, int], None] | None,
 ) -> Loaded:
     """Find, check and read a model. Raises ValueError in one line for whatever is wrong with it."""
@@ -147,11 +165,13 @@ def load(
         tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)
         chat_template = load_chat_template(path, checkpoint.gguf_metadata)
     ends = end_token_ids(checkpoint.config, tokenizer, chat_template)
-    weights = load_weights(checkpoint, **forms._asdict(), device=device, on_progress=on_progress)
+    weights = load_weights(
+        checkpoint, **forms._asdict(), device=device, pool=pool, on_progress=on_progress
+    )
     config = replace(checkpoint.config, eos_token_ids=ends, tie_embeddings=weights.is_tied)
     return Loaded(
         name=path.name if model is None else os.fspath(model),
-        model=make_llama(config, weights, num_positions, *choose_ops(device)),
+        model=make_llama(config, weights, num_positions, *choose_ops(device, pool)),
         tokenizer=tokenizer,
         chat_template=chat_template,
         generation=checkpoint.generation,

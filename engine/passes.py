@@ -122,14 +122,31 @@ class Passes:
         self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_precisions holds
         self._rows: dict[int, RoundBuffers] = {}  # views, which take a while to make
         self._counts = TokenCounts(max_sequences, model.config.vocab_size, model.device)
+        self._is_closed = False
         self._seen: SeenTokens | None = None  # what the passes over the staged rows read of it
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """With the buffers to oneself, and the model's GPU as the one that kernels start on."""
+        """With the buffers to oneself, and the model's GPU as the one that kernels start on.
+
+        Raises RuntimeError where the passes are closed.
+        """
         device = self.target.device
         with self.lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.check_open()
             yield
+
+    def check_open(self) -> None:
+        """Raises RuntimeError where the passes are closed."""
+        if self._is_closed:
+            raise RuntimeError("the engine is closed; make a new one")
+
+    def close(self) -> None:
+        """Run no pass any more, and end the threads of the operations, where they have their own."""
+        with self.lock:
+            self._is_closed = True
+            if self.target.decode_ops.pool is not None:
+                self.target.decode_ops.pool.close()
 
     def plan_row(self, slot: int) -> torch.Tensor:
         """[1, 2L + 1]: the precisions of the slot, for the router to write."""

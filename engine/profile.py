@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numba
 import torch
 import triton
 from llvmlite.binding import get_host_cpu_name
@@ -138,7 +137,7 @@ def profile_path(model: Llama) -> Path:
     kinds = [sorted(weight.own.names) for weight in matrices(model.weights)]
     parts = (
         model.config, where, code_digest(), model.dtype, kinds, model.decode_ops.name,
-        numba.get_num_threads(), torch.__version__, triton.__version__,
+        model.decode_ops.pool and model.decode_ops.pool.num_threads, torch.__version__, triton.__version__,
     )  # fmt: skip
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return cache_path() / f"profile-{digest}.json"

@@ -6,11 +6,7 @@ forward pass as a value. `TORCH` is the oracle and runs everywhere.
 
 from __future__ import annotations
 
-from kernels.cpu.spinning import load_torch
-
-load_torch()
-
-from kernels.ops import TORCH, Ops  # noqa: E402 - they import torch themselves
-from kernels.weight import Weight  # noqa: E402
+from kernels.ops import TORCH, Ops
+from kernels.weight import Weight
 
 __all__ = ["TORCH", "Ops", "Weight"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +23,9 @@ from kernels.round.sample import SampleParams, sample_ref
 from kernels.route.nearest_anchor import nearest_anchor_ref
 from kernels.route.pool_states import pool_states_ref
 from kernels.weight import LayerWeights, Weight
+
+if TYPE_CHECKING:
+    from kernels.cpu.threads import ThreadPool
 
 
 class RunLayers(Protocol):
@@ -45,7 +48,8 @@ class Ops:
     `attention` and `linear_residual` take `counters` last: int32 in the memory of the device, zero
     between launches. Where several programs share a tile's sum they count themselves there, and the
     last one adds it up; every kernel leaves zeros behind. The other implementations do not look.
-    `run_layers` is all layers of a pass in one launch, where an implementation has that.
+    `run_layers` is all layers of a pass in one launch, where an implementation has that. `pool` are
+    the threads that it runs on, where it has its own.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Ops:
     pool_states: Callable[[Tensor, Tensor, float], Tensor]
     nearest_anchor: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor], Tensor]
     run_layers: RunLayers | None = None
+    pool: ThreadPool | None = None
 
 
 TORCH = Ops(

@@ -1,4 +1,4 @@
-"""Launchers of the CPU kernels, and their `NUMBA` record: float32 tensors in, addresses down.
+"""Launchers of the CPU kernels, and the records of them: float32 tensors in, addresses down.
 
 Only the values of matrices may have 16 bits. Addresses and sizes are passed instead of arrays:
 unpacking an array costs about a microsecond. The engine calls `run_layers` and `norm_lm_head`; the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from kernels.cpu import layers as cpu_layers
 from kernels.cpu import matmul
 from kernels.cpu.sample import sample, top_probability
 from kernels.cpu.table import weight_numbers
+from kernels.cpu.threads import SHARED, ThreadPool
 from kernels.operands import LayerCache, RotaryTable, Rows
-from kernels.ops import TORCH
+from kernels.ops import TORCH, Ops
 from kernels.weight import FLOATS, INT8, LayerWeights, Weight, addresses
 
 OUTSIDE = "slots or positions outside the cache, or tokens that are not in a row"
@@ -46,6 +48,7 @@ def _forms(x: torch.Tensor, weight: Weight, precisions: torch.Tensor) -> np.ndar
 
 
 def norm_qkv_rope_append(
+    pool: ThreadPool,
     x: torch.Tensor,
     layer: LayerWeights,
     eps: float,
@@ -62,7 +65,8 @@ def norm_qkv_rope_append(
     num_slots, kv_heads, cache_len, head_dim = cache.k.shape
     heads = num_out // head_dim - 2 * kv_heads
     y = x.new_empty(num_rows, num_out)
-    fits = matmul.norm_qkv_rope_append(
+    fits = pool.launch(
+        matmul.norm_qkv_rope_append,
         *addresses(x, layer.attn_norm), eps, forms.ctypes.data,
         *addresses(layer.qkv_bias, layer.q_norm, layer.k_norm, *rotary),
         *addresses(rows.positions, rows.num_tokens, rows.slots, *cache),
@@ -74,6 +78,7 @@ def norm_qkv_rope_append(
 
 
 def attention(
+    pool: ThreadPool,
     q: torch.Tensor,
     cache: LayerCache,
     rows: Rows,
@@ -87,7 +92,8 @@ def attention(
     (batch, width), (num_rows, heads, head_dim) = rows.positions.shape, q.shape
     num_slots, kv_heads, cache_len, _ = cache.k.shape
     out = q.new_empty(num_rows, heads * head_dim)
-    fits = cpu_attention.attention(
+    fits = pool.launch(
+        cpu_attention.attention,
         q.data_ptr(), q.stride(0) * 4,
         *addresses(*cache, rows.positions, rows.num_tokens, rows.slots),
         precisions.data_ptr() + sublayer, precisions.shape[1], batch, width, heads, kv_heads,
@@ -98,6 +104,7 @@ def attention(
 
 
 def linear_residual(
+    pool: ThreadPool,
     x: torch.Tensor,
     weight: Weight,
     residual: torch.Tensor,
@@ -110,13 +117,15 @@ def linear_residual(
     forms = _forms(x, weight, precisions[:, sublayer])
     assert residual.shape == (len(x), weight.shape[0]), (residual.shape, x.shape, weight.shape)
     assert_plain(torch.float32, residual)
-    matmul.linear_residual(
+    pool.launch(
+        matmul.linear_residual,
         x.data_ptr(), forms.ctypes.data, residual.data_ptr(), precisions.data_ptr() + sublayer,
         precisions.shape[1], len(precisions), len(x), x.shape[1], weight.shape[0],
     )  # fmt: skip
 
 
 def norm_gated_mlp(
+    pool: ThreadPool,
     x: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
@@ -131,7 +140,8 @@ def norm_gated_mlp(
     assert gate_up.shape[0] == 2 * ffn, gate_up.shape
     assert_vectors(torch.float32, hidden, norm_weight)
     h = x.new_empty(num_rows, ffn)
-    matmul.norm_gated_mlp(
+    pool.launch(
+        matmul.norm_gated_mlp,
         *addresses(x, norm_weight), eps, forms.ctypes.data, precisions.data_ptr() + sublayer,
         precisions.shape[1], len(precisions), num_rows, hidden, ffn, h.data_ptr(),
     )  # fmt: skip
@@ -139,6 +149,7 @@ def norm_gated_mlp(
 
 
 def norm_lm_head(
+    pool: ThreadPool,
     x: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
@@ -152,7 +163,8 @@ def norm_lm_head(
     forms = _forms(x, lm_head, precisions[:, sublayer])
     assert_vectors(torch.float32, hidden, norm_weight)
     logits = x.new_empty(num_rows, vocab)
-    matmul.norm_lm_head(
+    pool.launch(
+        matmul.norm_lm_head,
         *addresses(x, norm_weight), eps, forms.ctypes.data, precisions.data_ptr() + sublayer,
         precisions.shape[1], len(precisions), num_rows, hidden, vocab, logits.data_ptr(),
     )  # fmt: skip
@@ -174,6 +186,7 @@ def accept(
 
 
 def keep_drafted(
+    pool: ThreadPool,
     logits: torch.Tensor,
     drawn: torch.Tensor,
     token_ids: torch.Tensor,
@@ -184,7 +197,7 @@ def keep_drafted(
 ) -> None:
     """See keep_drafted.py; likewise."""
     limits = stop_probability.tolist()
-    sure = top_probability(logits).tolist() if any(limits) else [1.0] * len(limits)
+    sure = top_probability(pool, logits).tolist() if any(limits) else [1.0] * len(limits)
     rows = zip(drawn.tolist(), num_drafted.tolist(), num_wanted.tolist(), sure, limits, strict=True)
     for b, (token, drafted, wanted, probability, limit) in enumerate(rows):
         if drafted < wanted:
@@ -195,6 +208,7 @@ def keep_drafted(
 
 
 def run_layers(
+    pool: ThreadPool,
     x: torch.Tensor,  # [R, C], updated in place
     layers: Sequence[LayerWeights],
     table: np.ndarray,  # layer_table(layers): making it takes as long as a layer
@@ -218,7 +232,8 @@ def run_layers(
     assert precisions.shape[1] == 2 * num_layers + 1, (precisions.shape, num_layers)
     assert_plain(torch.float32, x, k_cache, v_cache)
     _check_draft(first.qkv, precisions[:, :-1])
-    fits = cpu_layers.run_layers(
+    fits = pool.launch(
+        cpu_layers.run_layers,
         table.ctypes.data, num_layers, x.data_ptr(), eps,
         *addresses(*rotary, rows.positions, rows.num_tokens, rows.slots, k_cache, v_cache),
         k_cache.stride(0) * 4, precisions.data_ptr(), precisions.shape[1], batch, width, hidden,
@@ -227,16 +242,22 @@ def run_layers(
     assert fits, OUTSIDE
 
 
-NUMBA = replace(
-    TORCH,
-    name="numba",
-    norm_qkv_rope_append=norm_qkv_rope_append,
-    attention=attention,
-    linear_residual=linear_residual,
-    norm_gated_mlp=norm_gated_mlp,
-    norm_lm_head=norm_lm_head,
-    sample=sample,
-    keep_drafted=keep_drafted,
-    accept=accept,
-    run_layers=run_layers,
-)
+def numba_ops(pool: ThreadPool) -> Ops:
+    """The operations on the threads of a pool."""
+    return replace(
+        TORCH,
+        name="numba",
+        norm_qkv_rope_append=partial(norm_qkv_rope_append, pool),
+        attention=partial(attention, pool),
+        linear_residual=partial(linear_residual, pool),
+        norm_gated_mlp=partial(norm_gated_mlp, pool),
+        norm_lm_head=partial(norm_lm_head, pool),
+        sample=partial(sample, pool),
+        keep_drafted=partial(keep_drafted, pool),
+        accept=accept,
+        run_layers=partial(run_layers, pool),
+        pool=pool,
+    )
+
+
+NUMBA = numba_ops(SHARED)

@@ -24,6 +24,7 @@ from kernels.blocks import BLOCK_TYPES, PANEL, BlockPart, Blocks
 from kernels.cpu.blocks import make_blocks, widen_rows
 from kernels.cpu.repack import repack
 from kernels.cpu.table import layer_table
+from kernels.cpu.threads import SHARED, ThreadPool
 from kernels.weight import FLOATS, Dense, LayerWeights, Weight
 from models.arena import Arena
 from models.checkpoint import Checkpoint
@@ -84,12 +85,14 @@ def load_weights(
     dtype: torch.dtype,
     matrix_dtype: torch.dtype | None = None,
     activation_bits: int = 0,
+    pool: ThreadPool = SHARED,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LlamaWeights:
     """Reads a checkpoint onto `device`, one tensor at a time: norms and biases into `dtype`,
     matrices into `matrix_dtype`, or None to keep them as they are stored (see `kept_kind`).
 
     activation_bits: that activations are rounded to beside quantised matrices, 8 or 16; 0: not.
+    pool: whose threads rearrange blocks.
 
     All names and shapes are compared with the configuration before anything is allocated. The
     peak is the model itself plus its largest tensor. `on_progress(done, total)` counts bytes of
@@ -118,21 +121,27 @@ def load_weights(
         pairs = (2, config.head_dim // 2)
         if not part.is_rotary or checkpoint.rope_order != "half":
             pairs = (1, 1)
-        _fill(checkpoint, part, pairs, target)
+        _fill(pool, checkpoint, part, pairs, target)
         done += target.nbytes
         if on_progress is not None:
             on_progress(done, total)
     return weights
 
 
-def _fill(checkpoint: Checkpoint, part: StoredPart, pairs: tuple[int, int], target: Any) -> None:
+def _fill(
+    pool: ThreadPool,
+    checkpoint: Checkpoint,
+    part: StoredPart,
+    pairs: tuple[int, int],
+    target: Any,
+) -> None:
     """Read a stored tensor into its place, which is a tensor or a `BlockPart`.
 
     pairs: how its rows are paired in a head, where they change places; (1, 1) where they do not.
     """
     if isinstance(target, BlockPart):
         rows = rotary_heads(torch.arange(target.num_rows), *pairs).transpose(1, 2)
-        _repack(checkpoint, part.name, rows.flatten(), target)
+        _repack(pool, checkpoint, part.name, rows.flatten(), target)
     else:
         source = _read_finite(checkpoint, part.name, target.dtype)
         swapped = rotary_heads(source, *pairs).transpose(1, 2)
@@ -322,12 +331,14 @@ def _named(checkpoint: Checkpoint, name: str) -> Iterator[None]:
         ) from error
 
 
-def _repack(checkpoint: Checkpoint, name: str, order: torch.Tensor, target: BlockPart) -> None:
+def _repack(
+    pool: ThreadPool, checkpoint: Checkpoint, name: str, order: torch.Tensor, target: BlockPart
+) -> None:
     """Stored blocks as tiles, the rows in another order; nothing is dequantised."""
     assert checkpoint.read_blocks is not None, name
     with _named(checkpoint, name):
         blocks = checkpoint.read_blocks(name)
-        is_finite = repack(target.name, blocks, order.numpy(), target.tiles.numpy())
+        is_finite = repack(pool, target.name, blocks, order.numpy(), target.tiles.numpy())
     if not is_finite:
         raise ValueError(
             f"{checkpoint.path}: tensor {name} has scales that are not finite; the file is "

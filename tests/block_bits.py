@@ -19,7 +19,7 @@ import torch
 from blocks_for_tests import packed, random_blocks
 
 from kernels.cpu.activations import make_quantise
-from kernels.cpu.block_tiles import HAS_VNNI
+from kernels.cpu.block_tiles import CODE_BYTES, HAS_VNNI
 from kernels.cpu.blocks import block_product, make_blocks
 
 NAMES = ("Q4_K", "Q5_0", "Q6_K", "Q8_0")  # every kind of tile
@@ -50,7 +50,7 @@ def main() -> None:
         matrix, x = make_blocks([part], bits), torch.randn(ROWS, K, generator=generator)
         operand, out = x, torch.zeros(ROWS, COLUMNS)
         if bits:
-            operand = torch.zeros(ROWS, K + K * bits // 8, dtype=torch.uint8)
+            operand = torch.zeros(ROWS, K + K * CODE_BYTES[bits], dtype=torch.uint8)
             quantise(bits, x, operand)
         form = torch.tensor([matrix.numbers.data_ptr()])
         rows = (operand.data_ptr(), operand.stride(0) * operand.itemsize)

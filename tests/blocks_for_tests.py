@@ -8,6 +8,7 @@ import torch
 
 from kernels.blocks import BLOCK_TYPES, PANEL, BlockPart
 from kernels.cpu.repack import repack
+from kernels.cpu.threads import SHARED
 
 
 def random_blocks(name: str, num_rows: int, num_columns: int, seed: int = 0) -> np.ndarray:
@@ -33,5 +34,5 @@ def packed(name: str, blocks: np.ndarray, order: np.ndarray | None = None) -> Bl
     order = np.arange(len(blocks)) if order is None else order
     num_tiles = blocks.shape[1] // kind.num_bytes
     tiles = torch.full((-(-len(order) // PANEL), num_tiles * kind.tile_bytes), 99).byte()
-    assert repack(name, blocks, order, tiles.numpy())
+    assert repack(SHARED, name, blocks, order, tiles.numpy())
     return BlockPart(name, len(order), tiles)

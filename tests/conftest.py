@@ -18,10 +18,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As a script's job in the background has it. Children would inherit that, but no handler: they
@@ -109,13 +107,3 @@ def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     It is numpy's product, and some kernels of OpenBLAS round the last columns differently.
     """
     monkeypatch.setattr(np, "matmul", product_in_order)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """On a machine that is busy two threads wait for each other longer than they compute."""
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    numba.set_num_threads(threads)

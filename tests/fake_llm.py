@@ -78,6 +78,7 @@ class FakeLLM:
         self.generation = generation or {}
         self.speculative = speculative
         self.int8_bytes = 0
+        self.threads = 2
         self.router: Router | None = None
         # What resolve_plans looks at.
         self.model = SimpleNamespace(config=SimpleNamespace(num_layers=2), weights=WEIGHTS)

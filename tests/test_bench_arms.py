@@ -27,7 +27,6 @@ from models.chat_template import ChatTemplate
 from models.plan import NGRAM, OFF, DraftPlan
 from router.fingerprint import fingerprint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 # They begin alike, as chat templates let all prompts do.
 PROMPTS = [Prompt("math", (5, 6, 7, 5, 6)), Prompt("qa", (5, 6, 7, 9)), Prompt("math", (5, 6, 1))]
 

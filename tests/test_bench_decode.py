@@ -19,7 +19,6 @@ from engine.loading import Loaded
 from models.chat_template import ChatTemplate
 from models.widen import WIDENINGS, Widening
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 
 

@@ -44,7 +44,6 @@ from models.plan import FULL, SKIP, DraftPlan
 from models.quantise import int8_bytes, with_int8
 from models.weights import sublayer_bytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CEILINGS = Ceilings(*(Spread(rate, rate, rate) for rate in (2e9, 1e9, 1e12)))
 CONTEXT = 64
 

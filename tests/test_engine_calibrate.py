@@ -27,7 +27,6 @@ from models.weights import random_weights
 from router.library import RouterLibrary
 from router.matchness import Matchness
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 4  # the growth keeps the first and the last, so it has two to skip
 PROMPTS = {
     "chat": ["hi", "How are you today?", "Tell me a joke"],

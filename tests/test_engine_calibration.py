@@ -19,7 +19,6 @@ from router.library import Rates
 from router.matchness import Matchness, Trace
 from router.search import greedy_growth
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 4  # the growth keeps the first and the last, so it has two to skip
 INT8 = DraftPlan.int8(LAYERS)
 PROMPTS = {

@@ -26,7 +26,6 @@ from router.fingerprint import fingerprint
 from router.library import Rates, RouterLibrary
 from router.matchness import Matchness, Trace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 VERIFY = ((1, 1.0), (2, 1.1), (3, 1.2), (4, 1.3), (16, 2.5))
 SURE = Rates(1.0, 1.0)
 EVERYTHING = DraftPlan("all-16", "self", (FULL,) * 4)

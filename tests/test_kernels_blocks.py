@@ -15,6 +15,7 @@ from blocks_for_tests import dequantised, packed, random_blocks
 from kernels.blocks import BLOCK_TYPES, CHUNK, int_activations, int_product, widened
 from kernels.cpu.blocks import make_blocks, widen_rows
 from kernels.cpu.repack import repack
+from kernels.cpu.threads import SHARED
 from kernels.ops_cpu import NUMBA
 from kernels.weight import FULL, Dense, Weight
 
@@ -64,7 +65,7 @@ def test_factors_that_are_no_numbers_are_told(name, half):
             blocks = random_blocks(name, 20, 256)
             blocks[19, at : at + 2] = np.array([half], "<u2").view(np.uint8)
             tiles = np.zeros((2, 256 // kind.size * kind.tile_bytes), np.uint8)
-            assert not repack(name, blocks, np.arange(20), tiles)
+            assert not repack(SHARED, name, blocks, np.arange(20), tiles)
 
 
 def test_activations_are_rounded_to_even_codes():

@@ -17,7 +17,7 @@ from kernels.cpu.table import layer_table
 from kernels.layer.planned_linear import quantise
 from kernels.operands import RotaryTable
 from kernels.ops import TORCH
-from kernels.ops_cpu import NUMBA, run_layers
+from kernels.ops_cpu import NUMBA
 from kernels.weight import FLOATS, Dense, LayerWeights, Weight
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,7 +161,7 @@ def test_one_model_may_mix_types():
             given[name] for name in names.split()
         )
         rows = rows_at(positions, num_tokens, slots)
-        run_layers(x, some, table, eps, RotaryTable(cos, sin), rows, k, v, precisions)
+        NUMBA.run_layers(x, some, table, eps, RotaryTable(cos, sin), rows, k, v, precisions)
         streams.append((x, k, v))
     assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import closing
+from functools import partial
 
 import numba
 import numpy as np
@@ -12,10 +14,14 @@ from scipy.stats import chisquare
 from test_kernels_sample import rows_of, with_seed
 
 from kernels.cpu import sample as cpu_sample
-from kernels.cpu.sample import CHUNK, sample, top_probability
+from kernels.cpu.sample import CHUNK
 from kernels.cpu.scalars import floats_at, ints_at
+from kernels.cpu.threads import SHARED, ThreadPool
+from kernels.ops_cpu import NUMBA
 from kernels.round.noise import gumbel_ref, philox_ref
 from kernels.round.sample import filter_threshold_ref, sample_ref
+
+sample, top_probability = NUMBA.sample, partial(cpu_sample.top_probability, SHARED)
 
 TEMPERATURES = (0.0, 0.3, 1.0, 2.0)
 TOP_K = (0, 1, 5, 50, 10**6)
@@ -207,14 +213,11 @@ def test_a_row_does_not_depend_on_the_batch(vocab_size):
 
 def test_nothing_depends_on_the_number_of_threads():
     args = random_arguments(COMBINATIONS[60::11], 4099, 2.0)
-    threads = numba.get_num_threads()
     tokens, probabilities = sample(*args), top_probability(args[0])
-    numba.set_num_threads(1)
-    try:
-        assert torch.equal(sample(*args), tokens)
-        assert torch.equal(top_probability(args[0]), probabilities)
-    finally:
-        numba.set_num_threads(threads)
+    for num_threads in (1, 2, 3, 4):
+        with closing(ThreadPool(num_threads)) as pool:
+            assert torch.equal(cpu_sample.sample(pool, *args), tokens)
+            assert torch.equal(cpu_sample.top_probability(pool, args[0]), probabilities)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)

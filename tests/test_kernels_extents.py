@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from operands import qkv_layer, rows_at
 
-from kernels.cpu.sample import sample, top_probability
+from kernels.cpu.sample import top_probability
 from kernels.cpu.table import layer_table
+from kernels.cpu.threads import SHARED
 from kernels.operands import LayerCache, RotaryTable
-from kernels.ops_cpu import NUMBA, run_layers
+from kernels.ops_cpu import NUMBA
 from kernels.round.sample import SampleParams
 from kernels.weight import Dense, Int8, LayerWeights, Weight
 
@@ -124,9 +126,9 @@ LAUNCHERS = {
     "residual": (NUMBA.linear_residual, residual_operands),
     "mlp": (NUMBA.norm_gated_mlp, mlp_operands),
     "head": (NUMBA.norm_lm_head, head_operands),
-    "layers": (run_layers, layers_operands),
-    "sample": (sample, sample_operands),
-    "top": (top_probability, lambda: {"logits": torch.randn(B, V)}),
+    "layers": (NUMBA.run_layers, layers_operands),
+    "sample": (NUMBA.sample, sample_operands),
+    "top": (partial(top_probability, SHARED), lambda: {"logits": torch.randn(B, V)}),
 }
 HALF = torch.float16
 OUTSIDE_THE_CACHE = [

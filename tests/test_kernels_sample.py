@@ -12,7 +12,7 @@ import triton.language as tl
 from scipy.stats import chisquare
 
 import kernels.round.sample as sample_module
-from kernels.cpu.sample import sample as sample_on_a_cpu
+from kernels.ops_cpu import NUMBA
 from kernels.round.noise import gumbel, gumbel_ref, philox, philox_ref
 from kernels.round.sample import (
     SampleParams,
@@ -23,7 +23,7 @@ from kernels.round.sample import (
     sample_ref,
 )
 
-OPS = (sample_ref, sample, sample_on_a_cpu)
+OPS = (sample_ref, sample, NUMBA.sample)
 
 # Random123 1.14, kat_vectors: philox4x32 with 10 rounds. counter, key, result.
 KNOWN_ANSWERS = [

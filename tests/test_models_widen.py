@@ -154,7 +154,6 @@ def test_query_and_key_norms_beside_biases() -> None:
     assert error(model, widen(model)) <= budget(model)
 
 
-@pytest.mark.usefixtures("one_thread")
 @torch.inference_mode()
 def test_greedy_tokens_in_float32(family: str) -> None:
     model = tiny_llama(family_config(family))

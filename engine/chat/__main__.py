@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from engine.llm import LLM
 
 _OPTIONS = (
-    "revision", "device", "dtype", "weights", "activations", "max_length", "speculative", "router",
-    "profile",
+    "revision", "device", "dtype", "weights", "activations", "max_length", "threads", "speculative",
+    "router", "profile",
 )  # fmt: skip
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
@@ -73,7 +73,7 @@ def _main(argv: Sequence[str] | None) -> int:
     conversation.add("user", prompt)
     stats = (answer_json if args.json else answer_text)(llm, params, conversation)
     if args.stats:
-        print_stats(stats, llm.int8_bytes)
+        print_stats(stats, llm.int8_bytes, llm.threads)
     return EXIT_OK
 
 
@@ -141,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         help="auto, stored (as in the file) or float (default: auto)")  # fmt: skip
     add("--activations", default="auto", metavar="HOW",
         help="for quantised weights: auto, int8, int16 or float (default: auto)")  # fmt: skip
+    add("--threads", type=int, metavar="N",
+        help="on a CPU (default: one for each core that may be used)")  # fmt: skip
     add("--speculative", default="auto", metavar="HOW",
         help="drafts: auto, off, ngram, int8 or a plan file (default: auto)")  # fmt: skip
     picks = "library that picks drafts by prompt, or none (default: the model's own, if any)"

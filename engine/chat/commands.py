@@ -68,7 +68,7 @@ class Repl:
 
     def print_stats(self) -> None:
         """What the last answer cost."""
-        print_stats(self.last_stats, self.llm.int8_bytes)
+        print_stats(self.last_stats, self.llm.int8_bytes, self.llm.threads)
 
 
 def answer_question(repl: Repl, question: str, *, is_again: bool = False) -> None:

@@ -35,13 +35,13 @@ class AnswerWriter:
         self._stream.flush()
 
 
-def print_stats(stats: RequestStats | None, int8_bytes: int = 0) -> None:
+def print_stats(stats: RequestStats | None, int8_bytes: int = 0, threads: int = 0) -> None:
     """Print what an answer cost on stderr: a line, and one each for its drafts and its route."""
     from rich.text import Text
 
     text = "no statistics yet"
     if stats is not None:
-        text = stats_line(stats)
+        text = stats_line(stats) + (f", {threads} threads" if threads else "")
         if stats.rounds and stats.drafted:
             text += "\n" + drafts_line(stats, int8_bytes)
         if stats.domain:

@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.blocks import ACTIVATION_LEVELS, CHUNK, PANEL
-from kernels.cpu.block_tiles import I8, INTS, at, i64, ints, splat
+from kernels.cpu.block_tiles import CODE_BYTES, HAS_VNNI, I8, I16, INTS, at, i64, ints, splat
 from kernels.cpu.tiles import F32, I32, VECTOR, load, loop, make_function, store
 
 
@@ -46,6 +46,22 @@ def _emit_quantise(builder: Any, args: Any, bits: int) -> None:
     def larger(a: Any, b: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
+    def store_codes(whole: Any, k: Any, first: int) -> None:
+        here = builder.add(codes, builder.mul(k, i64(CODE_BYTES[bits])))
+        if not HAS_VNNI:
+            stored = builder.trunc(whole, ir.VectorType(I16, PANEL))
+            order = [four + i for four in range(0, PANEL, 4) for i in (0, 2, 1, 3)]
+            lanes = ir.Constant(ir.VectorType(I32, PANEL), order)
+            stored = builder.shuffle_vector(stored, stored, lanes)
+            address = builder.inttoptr(at(builder, here, 2 * first), stored.type.as_pointer())
+            builder.store(stored, address, align=1)
+            return
+        here = at(builder, here, first)
+        if bits == 16:
+            store_bytes(builder.ashr(builder.add(whole, ints(128)), ints(8)), here)
+            here = at(builder, here, CHUNK)
+        store_bytes(whole, here)  # the lowest 8 bits: whole - 256 * high
+
     def body(k: Any, _values: list[Any]) -> list[Any]:
         x_at = builder.add(x, builder.mul(k, i64(4)))
         halves = [load(builder, at(builder, x_at, 64 * i), VECTOR) for i in range(2)]
@@ -57,12 +73,7 @@ def _emit_quantise(builder: Any, args: Any, bits: int) -> None:
         for i, half in enumerate(halves):
             scaled = builder.fmul(half, splat(builder, factor))
             whole = builder.fptosi(_call_on_vector(builder, "rint", scaled), INTS)
-            here = at(builder, builder.add(codes, builder.mul(k, i64(bits // 8))), PANEL * i)
-            if bits == 16:
-                high = builder.ashr(builder.add(whole, ints(128)), ints(8))
-                store_bytes(high, here)
-                here = at(builder, here, CHUNK)
-            store_bytes(whole, here)  # the lowest 8 bits: whole - 256 * high
+            store_codes(whole, k, PANEL * i)
             totals.append(_halves_of(builder, whole, builder.add))
         scale = builder.fdiv(largest, levels)
         store(builder, scale, known)
@@ -79,7 +90,8 @@ def make_quantise(bits: int) -> Any:
     """Codes of K numbers in 8 or 16 bits, and for every 32 of them 8 numbers of 4 bytes at `sums`:
     the scale, three sums * scale in float32, three sums in int32, a gap.
 
-    In 16 bits 32 high bytes come before 32 low ones, a code being 256 * high + low. The sums are
+    In 16 bits 32 high bytes come before 32 low ones, a code being 256 * high + low. Where products
+    are of pairs of 16 bits, codes have these, and four stand in the order 0, 2, 1, 3. The sums are
     those of all 32 codes, of the first 16, of the last 16.
     """
 

@@ -9,11 +9,11 @@ decode and verification of a token give the same bits.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from kernels.cpu.compile import device, kernel
+from kernels.cpu.parallel import over_blocks
 from kernels.cpu.product import tiled_product
-from kernels.cpu.scalars import F, bytes_at, exp, floats_at, ints_at, keep_alive, rows_fit
+from kernels.cpu.scalars import F, bytes_at, exp, floats_at, ints_at, keep_alive, num_blocks, rows_fit
 from kernels.cpu.tiles import LANES, fma, make_weighted_sum_tile
 
 TILE_ROWS = 4
@@ -111,12 +111,12 @@ def _attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
 
 
 @device
-def attend_item(
+def _attend_item(
     item, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
     batch, width, heads, kv_heads, head_dim, cache_len, out,
 ):  # fmt: skip
     """One head of one tile of one sequence, by its number among batch * heads * tiles."""
-    tiles = (width + TILE_ROWS - 1) // TILE_ROWS
+    tiles = num_blocks(width, TILE_ROWS)
     # A core gets neighbouring items: all tiles of a head, so that none has only the wide ones.
     # Later tiles attend to more positions: early and late by turns.
     turn, h, b = item % tiles, item // tiles % heads, item // (tiles * heads)
@@ -143,17 +143,28 @@ def attend_item(
         t += rows
 
 
+@device
+def attend(
+    pool, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
+    batch, width, heads, kv_heads, head_dim, cache_len, out,
+):  # fmt: skip
+    """out [B*T, H * D] of all rows of a pass."""
+    over_blocks(
+        pool, batch * num_blocks(width, TILE_ROWS) * heads, _attend_item,
+        (q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
+         batch, width, heads, kv_heads, head_dim, cache_len, out),
+    )  # fmt: skip
+
+
 @kernel
 def attention(
-    q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
+    pool, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
     batch, width, heads, kv_heads, head_dim, cache_len, num_slots, out,
 ):  # fmt: skip
     if not rows_fit(positions, num_tokens, slots, batch, width, cache_len, num_slots):
         return False
-    for item in prange(batch * ((width + TILE_ROWS - 1) // TILE_ROWS) * heads):
-        attend_item(
-            np.int64(item),
-            q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
-            batch, width, heads, kv_heads, head_dim, cache_len, out,
-        )  # fmt: skip
+    attend(
+        pool, q, q_stride, k_cache, v_cache, positions, num_tokens, slots, precisions, stride_p,
+        batch, width, heads, kv_heads, head_dim, cache_len, out,
+    )  # fmt: skip
     return True

@@ -35,8 +35,9 @@ from kernels.cpu.tiles import (
     switch,
 )
 
-I8 = ir.IntType(8)
+I8, I16 = ir.IntType(8), ir.IntType(16)
 INTS, BYTES = ir.VectorType(I32, PANEL), ir.VectorType(I8, 4 * PANEL)
+PAIRS = ir.VectorType(I16, 2 * PANEL)
 MAX_ROWS = 8  # of x that share the unpacking of a tile
 SUMS_BYTES = 32  # of what a row of x has for 32 elements beside their codes: see `make_quantise`
 OPERANDS = CHUNK // 4
@@ -44,6 +45,9 @@ PREFETCHED = 8192  # bytes ahead of what is read
 
 
 HAS_VNNI = {"+avx512vnni", "+avx512bw"} <= FEATURES
+# Of an activation's code, by its bits: without instructions for products of bytes all have 16.
+CODE_BYTES = {8: 1, 16: 2} if HAS_VNNI else {8: 2, 16: 2}
+FOUR_BYTES = 4 if HAS_VNNI else 8  # of four of them, as one product takes them
 
 
 def i64(value: int) -> Any:
@@ -117,36 +121,60 @@ def _operands(builder: Any, kind: BlockType, chunk: Any) -> list[Any]:
 
 
 def _dot_bytes(builder: Any, acc: Any, codes: Any, xs: Any) -> Any:
-    """acc + the sum of four products of unsigned codes and signed xs, in every lane.
+    """acc + the sum of four products of unsigned codes and signed bytes at xs, in every lane."""
+    name = "llvm.x86.avx512.vpdpbusd.512"
+    four = splat(builder, _load_as(builder, xs, I32))
+    signature = ir.FunctionType(INTS, [INTS, BYTES, BYTES])
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    parts = (builder.bitcast(vector, BYTES) for vector in (codes, four))
+    return builder.call(function, (acc, *parts))
 
-    codes: INTS. xs: the address of four bytes.
-    """
-    if HAS_VNNI:
-        name = "llvm.x86.avx512.vpdpbusd.512"
-        four = splat(builder, _load_as(builder, xs, I32))
-        signature = ir.FunctionType(INTS, [INTS, BYTES, BYTES])
-        function = cgutils.get_or_insert_function(builder.module, signature, name)
-        parts = (builder.bitcast(vector, BYTES) for vector in (codes, four))
-        return builder.call(function, (acc, *parts))
-    for b in range(4):
-        value = builder.sext(_load_as(builder, at(builder, xs, b), I8), I32)
-        code = builder.and_(builder.lshr(codes, ints(8 * b)), ints(0xFF))
-        acc = builder.add(acc, builder.mul(code, splat(builder, value)))
+
+def _dot_pairs(builder: Any, acc: Any, codes: Any, xs: Any) -> Any:
+    """The same with numbers of 16 bits at xs: the first and third, then the second and fourth."""
+    codes = builder.bitcast(codes, PAIRS)
+    low, eight = (ir.Constant(PAIRS, [n] * 2 * PANEL) for n in (0xFF, 8))
+    for i, pairs in enumerate((builder.and_(codes, low), builder.lshr(codes, eight))):
+        two = splat(builder, _load_as(builder, at(builder, xs, 4 * i), I32))
+        acc = builder.add(acc, _multiply_pairs(builder, pairs, builder.bitcast(two, PAIRS)))
     return acc
+
+
+def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
+    """a[2i] b[2i] + a[2i + 1] b[2i + 1], as 32 bits."""
+
+    def lanes(vector: Any, chosen: range) -> Any:
+        order = ir.Constant(ir.VectorType(I32, len(chosen)), list(chosen))
+        return builder.shuffle_vector(vector, vector, order)
+
+    if "+avx2" in FEATURES:
+        half, result = ir.VectorType(I16, PANEL), ir.VectorType(I32, PANEL // 2)
+        signature = ir.FunctionType(result, [half, half])
+        name = "llvm.x86.avx2.pmadd.wd"
+        function = cgutils.get_or_insert_function(builder.module, signature, name)
+        runs = (range(PANEL), range(PANEL, 2 * PANEL))
+        sums = [builder.call(function, (lanes(a, run), lanes(b, run))) for run in runs]
+        return builder.shuffle_vector(*sums, ir.Constant(INTS, list(range(PANEL))))
+    even, odd = (
+        builder.mul(*(builder.sext(lanes(v, range(first, 2 * PANEL, 2)), INTS) for v in (a, b)))
+        for first in (0, 1)
+    )
+    return builder.add(even, odd)
 
 
 def _dot(builder: Any, operands: Any, xs: Any, bits: int, zero: int, x_sum: Any) -> Any:
     """The sum of (code - zero) x in every lane. x_sum: the address of the sum of the xs."""
     dot = ir.Constant(INTS, [0] * PANEL)
-    if bits == 16:  # the high bytes, whose sum counts 256 times
+    add_product = _dot_bytes if HAS_VNNI else _dot_pairs
+    if bits == 16 and HAS_VNNI:  # the high bytes, whose sum counts 256 times
         for j, operand in enumerate(operands):
-            dot = _dot_bytes(builder, dot, operand, at(builder, xs, 4 * j))
+            dot = _dot_bytes(builder, dot, operand, at(builder, xs, FOUR_BYTES * j))
         dot, xs = builder.shl(dot, ints(8)), at(builder, xs, CHUNK)
     if zero:
         lift = builder.mul(load(builder, x_sum, I32), ir.Constant(I32, -zero))
         dot = builder.add(dot, splat(builder, lift))
     for j, operand in enumerate(operands):
-        dot = _dot_bytes(builder, dot, operand, at(builder, xs, 4 * j))
+        dot = add_product(builder, dot, operand, at(builder, xs, FOUR_BYTES * j))
     return dot
 
 
@@ -211,7 +239,7 @@ def _emit_int_panel(builder: Any, args: Any, kind: BlockType, bits: int, rows: i
 
         def chunk_body(c: Any, acc: list[Any]) -> list[Any]:
             number = builder.add(builder.mul(t, i64(per_tile)), c)
-            x_at, sums_at = (builder.mul(number, i64(n)) for n in (CHUNK * bits // 8, SUMS_BYTES))
+            x_at, sums_at = (builder.mul(number, i64(n)) for n in (CHUNK * CODE_BYTES[bits], SUMS_BYTES))
             # One row of 8 bits leaves the processor's own prefetching ahead, more work does not.
             operands = tile.operands(c, is_prefetching=rows > 1 or bits == 16)
             parts = CHUNK // kind.group
@@ -227,7 +255,7 @@ def _emit_int_panel(builder: Any, args: Any, kind: BlockType, bits: int, rows: i
                     step = OPERANDS // parts
                     run = operands[part * step : (part + 1) * step]
                     x_sum = at(builder, known, 16 + 4 * which)
-                    x_part = at(builder, here, 4 * part * step)
+                    x_part = at(builder, here, FOUR_BYTES * part * step)
                     dot = _dot(builder, run, x_part, bits, kind.zero, x_sum)
                     factor = builder.fmul(scales[part], x_scale)
                     total = builder.fadd(total, builder.fmul(builder.sitofp(dot, VECTOR), factor))

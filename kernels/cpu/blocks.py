@@ -18,18 +18,19 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import prange
 
 from kernels.blocks import BLOCK_TYPES, PANEL, BlockPart, Blocks
 from kernels.cpu.activations import make_quantise
 from kernels.cpu.block_tiles import (
+    CODE_BYTES,
     MAX_ROWS,
     add_widened,
     make_int_panel,
     make_widen,
 )
 from kernels.cpu.compile import callback, device, kernel
-from kernels.cpu.scalars import F, addresses_at, floats_at, keep_alive
+from kernels.cpu.parallel import over_blocks
+from kernels.cpu.scalars import BLOCK_ROWS, F, addresses_at, floats_at, keep_alive, norm_row, num_blocks
 from kernels.cpu.tiles import LANES, call
 
 # A matrix as kernels find it: the bits of x or 0, how many parts, and these of each part.
@@ -37,6 +38,7 @@ PART_FIRST, PART_ROWS, PART_TILES, PART_PANEL_BYTES, PART_SIZE, PART_PRODUCT, PA
 HEADER_FIELDS, PART_FIELDS = 2, 7
 WIDENED = 256  # weights of a row that are widened at a time: those of 16 rows stay in the cache
 
+BYTES_OF_8, BYTES_OF_16 = CODE_BYTES[8], CODE_BYTES[16]
 _quantise_8, _quantise_16 = make_quantise(8), make_quantise(16)
 
 
@@ -96,29 +98,44 @@ def _float_panel(part, tiles, x, x_stride, rows, num_k, room, out, out_stride):
 
 
 @device
-def operand(weight, x, num_k, rows, room):
+def _prepare_rows(block, bits, x, norm_weight, eps, num_k, rows, normed, stride, room):
+    """Normalise rows of a block, if norm_weight is not 0, and round them, if bits is not 0."""
+    for r in range(block * BLOCK_ROWS, min(rows, (block + 1) * BLOCK_ROWS)):
+        row = x + r * num_k * 4
+        if norm_weight != 0:
+            norm_row(row, norm_weight, eps, num_k, normed + r * num_k * 4)
+            row = normed + r * num_k * 4
+        codes = room + r * stride
+        if bits == 8:
+            _quantise_8(row, num_k, codes, codes + stride - num_k)
+        elif bits == 16:
+            _quantise_16(row, num_k, codes, codes + stride - num_k)
+
+
+@device
+def operand(pool, weight, x, norm_weight, eps, num_k, rows, room):
     """Rows of x [rows, K] as a weight's own product reads them: their address and row stride.
 
-    Rounded ones are put into `room`, of `operand_floats`: codes, then K bytes of sums of them.
+    They are normalised before if norm_weight is not 0. `room` is of `operand_floats`: for normed
+    rows, then for rounded ones, which are codes, then K bytes of sums of them.
     """
-    bits = addresses_at(weight, 3)[2]
-    if bits == 0:
+    bits, normed = addresses_at(weight, 3)[2], room
+    if norm_weight != 0:
+        room += rows * num_k * 4
+    elif bits == 0:
         return x, num_k * 4
-    stride = num_k * (bits // 8 + 1)
-    for r in range(rows):
-        row, codes = x + r * num_k * 4, room + r * stride
-        sums = codes + stride - num_k
-        if bits == 8:
-            _quantise_8(row, num_k, codes, sums)
-        else:
-            _quantise_16(row, num_k, codes, sums)
-    return room, stride
+    stride = num_k * (1 + (BYTES_OF_8 if bits == 8 else BYTES_OF_16))
+    over_blocks(
+        pool, num_blocks(rows, BLOCK_ROWS), _prepare_rows,
+        (bits, x, norm_weight, eps, num_k, rows, normed, stride, room),
+    )  # fmt: skip
+    return (normed, num_k * 4) if bits == 0 else (room, stride)
 
 
 @device
 def operand_floats(rows, num_k):
-    """How many floats the room of `operand` takes."""
-    return (rows * num_k * 3 + 3) // 4
+    """How many floats the room of `operand` takes, at most."""
+    return rows * num_k + (rows * num_k * 3 + 3) // 4
 
 
 def block_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
@@ -175,7 +192,7 @@ def make_blocks(parts: Sequence[BlockPart], activation_bits: int) -> Blocks:
 
 @kernel
 def _widen_rows(matrix, ids, num_k, out):
-    for i in prange(len(ids)):
+    for i in range(len(ids)):
         at = matrix + HEADER_FIELDS * 8
         part = addresses_at(at, PART_FIELDS)
         while ids[i] >= part[PART_FIRST] + part[PART_ROWS]:

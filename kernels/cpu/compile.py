@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-import threading
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +20,6 @@ from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
 from kernels.cpu.cache import KernelCache, cache_path
-
-
-def _has_threadsafe_layer() -> bool:
-    """Whether numba's OpenMP or TBB layer can be loaded; the first needs the system's libgomp."""
-    for name in ("omppool", "tbbpool"):
-        try:
-            import_module(f"numba.np.ufunc.{name}")
-        except ImportError:
-            continue
-        return True
-    return False
-
-
-# numba's own layer is there without any library, but it aborts the process when two Python threads
-# launch kernels at once: then launches take turns.
-IS_THREADSAFE = _has_threadsafe_layer()
-if numba.config.THREADING_LAYER == "default":
-    numba.config.THREADING_LAYER = "threadsafe" if IS_THREADSAFE else "workqueue"
-LAUNCH_LOCK = threading.Lock()
 
 # For functions that only kernels call: entry points for Python would take time to compile.
 device = numba.njit(
@@ -72,12 +51,10 @@ def is_compiled() -> bool:
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile for all cores on the first call; keep the machine code on disk where that can be."""
-    dispatcher: Any = numba.njit(parallel=True, boundscheck=False, error_model="numpy", nogil=True)(
-        function
-    )
+    """Compile on the first call; keep the machine code on disk where that can be."""
+    dispatcher: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True)(function)
     dispatcher._cache = KernelCache(function, _folder_name())
-    return dispatcher if IS_THREADSAFE else _by_turns(dispatcher)
+    return dispatcher
 
 
 def callback(name: str, function: Callable[..., None], num_args: int = 9) -> Callable[[], Any]:
@@ -100,12 +77,3 @@ def callback(name: str, function: Callable[..., None], num_args: int = 9) -> Cal
         return code
 
     return compiled
-
-
-def _by_turns(dispatcher: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(dispatcher)
-    def launch(*args: Any) -> Any:
-        with LAUNCH_LOCK:
-            return dispatcher(*args)
-
-    return launch

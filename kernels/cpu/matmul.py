@@ -1,21 +1,22 @@
 """The weight-bound operations on a CPU: every row has the same bits in a pass of any width.
 
 The contracts are those of norm_qkv_rope.py, linear_residual.py, norm_gated_mlp.py and
-norm_lm_head.py; arguments here are addresses and sizes. Each kernel normalises its rows once, then
-deals blocks of output columns to the cores, so that every weight is read from memory once a pass.
+norm_lm_head.py; arguments here are addresses and sizes. Rows are normalised and rounded once; then
+blocks of output columns are shared out, so that every weight is read from memory once a pass.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from kernels.blocks import PANEL
 from kernels.cpu.blocks import operand, operand_floats
 from kernels.cpu.compile import device, kernel
+from kernels.cpu.parallel import over_blocks
 from kernels.cpu.product import STREAM_ROWS, planned_matmul, precision_of
 from kernels.cpu.scalars import (
+    BLOCK_ROWS,
     F,
     bytes_at,
     exp,
@@ -23,7 +24,7 @@ from kernels.cpu.scalars import (
     ints_at,
     keep_alive,
     norm_row,
-    norm_rows,
+    num_blocks,
     rows_fit,
 )
 
@@ -53,77 +54,108 @@ def _rotate(head, weight, eps, head_dim, cos, sin):
 
 
 @device
-def finish_qkv_row(
-    r, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
+def _linear_block(
+    block, cols, a, step, weight, precision, precisions, stride_p, batch, rows, num_k, num_out, y
+):
+    """y = a W^T in one block of columns."""
+    first = block * cols
+    last = min(num_out, first + cols)
+    planned_matmul(
+        precision, precisions, stride_p, batch, a, step, rows, weight, num_k, first, last,
+        y + first * 4, num_out * 4,
+    )  # fmt: skip
+
+
+@device
+def norm_linear(
+    pool, x, norm_weight, eps, weight, precisions, stride_p, batch, rows, num_k, num_out, y, room
+):
+    """y [rows, num_out] = norm(x) W^T; room is of `operand_floats`."""
+    precision = precision_of(precisions, stride_p, batch)
+    a, step = operand(pool, weight, x, norm_weight, eps, num_k, rows, room)
+    cols = block_cols(rows, num_out)
+    over_blocks(
+        pool, num_blocks(num_out, cols), _linear_block,
+        (cols, a, step, weight, precision, precisions, stride_p, batch, rows, num_k, num_out, y),
+    )  # fmt: skip
+
+
+@device
+def _finish_qkv_rows(
+    block, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
     precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
 ):  # fmt: skip
-    """Bias, Q/K norm and RoPE of row r of y; its keys and values go into the cache."""
-    b, position = r // width, ints_at(positions, r + 1)[r]
-    slot = np.int64(ints_at(slots, batch)[b])
+    """Bias, Q/K norm and RoPE of rows of y; their keys and values go into the cache."""
     num_out = (heads + 2 * kv_heads) * head_dim
-    row = y + r * num_out * 4
-    ys = floats_at(row, num_out)
-    if bias != 0:
-        bs = floats_at(bias, num_out)
-        for n in range(num_out):
-            ys[n] += bs[n]
-    angle = position * (head_dim // 2) * 4
-    for h in range(heads + kv_heads):
-        weight = q_norm if h < heads else k_norm
-        _rotate(row + h * head_dim * 4, weight, eps, head_dim, cos + angle, sin + angle)
-    is_valid = r % width < ints_at(num_tokens, batch)[b]
-    if is_valid and bytes_at(precisions, b * stride_p + 1)[b * stride_p] > 0:
-        for h in range(kv_heads):
-            place = ((slot * kv_heads + h) * cache_len + position) * head_dim * 4
-            ks, vs = floats_at(k_cache + place, head_dim), floats_at(v_cache + place, head_dim)
-            for d in range(head_dim):
-                ks[d] = ys[(heads + h) * head_dim + d]
-                vs[d] = ys[(heads + kv_heads + h) * head_dim + d]
+    for r in range(block * BLOCK_ROWS, min(batch * width, (block + 1) * BLOCK_ROWS)):
+        b, position = r // width, ints_at(positions, r + 1)[r]
+        slot = np.int64(ints_at(slots, batch)[b])
+        row = y + r * num_out * 4
+        ys = floats_at(row, num_out)
+        if bias != 0:
+            bs = floats_at(bias, num_out)
+            for n in range(num_out):
+                ys[n] += bs[n]
+        angle = position * (head_dim // 2) * 4
+        for h in range(heads + kv_heads):
+            weight = q_norm if h < heads else k_norm
+            _rotate(row + h * head_dim * 4, weight, eps, head_dim, cos + angle, sin + angle)
+        is_valid = r % width < ints_at(num_tokens, batch)[b]
+        if is_valid and bytes_at(precisions, b * stride_p + 1)[b * stride_p] > 0:
+            for h in range(kv_heads):
+                place = ((slot * kv_heads + h) * cache_len + position) * head_dim * 4
+                ks, vs = floats_at(k_cache + place, head_dim), floats_at(v_cache + place, head_dim)
+                for d in range(head_dim):
+                    ks[d] = ys[(heads + h) * head_dim + d]
+                    vs[d] = ys[(heads + kv_heads + h) * head_dim + d]
+
+
+@device
+def finish_qkv(
+    pool, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
+    precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
+):  # fmt: skip
+    """`_finish_qkv_rows` of all rows of a pass."""
+    over_blocks(
+        pool, num_blocks(batch * width, BLOCK_ROWS), _finish_qkv_rows,
+        (y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
+         precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len),
+    )  # fmt: skip
 
 
 @kernel
 def norm_qkv_rope_append(
-    x, norm_weight, eps, qkv, bias, q_norm, k_norm, cos, sin, positions, num_tokens, slots,
+    pool, x, norm_weight, eps, qkv, bias, q_norm, k_norm, cos, sin, positions, num_tokens, slots,
     k_cache, v_cache, precisions, stride_p, batch, width, hidden, heads, kv_heads, head_dim,
     cache_len, num_positions, num_slots, y,
 ):  # fmt: skip
     if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
         return False
-    precision = precision_of(precisions, stride_p, batch)
-    if precision == 0:
+    if precision_of(precisions, stride_p, batch) == 0:
         return True
     rows, num_out = batch * width, (heads + 2 * kv_heads) * head_dim
-    scratch = np.empty(rows * hidden + operand_floats(rows, hidden), np.float32)
-    normed = np.int64(scratch.ctypes.data)
-    norm_rows(x, norm_weight, eps, hidden, rows, normed)
-    a, step = operand(qkv, normed, hidden, rows, normed + rows * hidden * 4)
-    cols = block_cols(rows, num_out)
-    for block in prange((num_out + cols - 1) // cols):
-        first = np.int64(block) * cols
-        last = min(num_out, first + cols)
-        planned_matmul(
-            precision, precisions, stride_p, batch, a, step, rows, qkv, hidden, first, last,
-            y + first * 4, num_out * 4,
-        )  # fmt: skip
-    keep_alive(scratch)
-    for r in prange(rows):
-        finish_qkv_row(
-            np.int64(r),
-            y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
-            v_cache, precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
-        )  # fmt: skip
+    room = np.empty(operand_floats(rows, hidden), np.float32)
+    norm_linear(
+        pool, x, norm_weight, eps, qkv, precisions, stride_p, batch, rows, hidden, num_out, y,
+        np.int64(room.ctypes.data),
+    )  # fmt: skip
+    keep_alive(room)
+    finish_qkv(
+        pool, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
+        v_cache, precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
+    )  # fmt: skip
     return True
 
 
 @device
-def residual_block(
-    block, cols, x, x_stride, weight, residual, precision, precisions, stride_p, batch, rows, num_k,
+def _residual_block(
+    block, cols, a, step, weight, residual, precision, precisions, stride_p, batch, rows, num_k,
     num_out, y,
 ):  # fmt: skip
-    """residual += x W^T in one block of columns, for the sequences that run the sub-layer."""
+    """residual += a W^T in one block of columns, for the sequences that run the sub-layer."""
     first, last = block * cols, min(num_out, (block + 1) * cols)
     planned_matmul(
-        precision, precisions, stride_p, batch, x, x_stride, rows, weight, num_k, first, last,
+        precision, precisions, stride_p, batch, a, step, rows, weight, num_k, first, last,
         y + first * 4, num_out * 4,
     )  # fmt: skip
     column = bytes_at(precisions, (batch - 1) * stride_p + 1)
@@ -136,33 +168,43 @@ def residual_block(
                 sums[n] += ys[n]
 
 
-@kernel
-def linear_residual(x, weight, residual, precisions, stride_p, batch, rows, num_k, num_out):
+@device
+def add_linear(
+    pool, x, weight, residual, precisions, stride_p, batch, rows, num_k, num_out, y, room
+):
+    """residual += x W^T; y is scratch for the product, room is of `operand_floats`."""
     precision = precision_of(precisions, stride_p, batch)
-    if precision == 0:
+    a, step = operand(pool, weight, x, 0, 0.0, num_k, rows, room)
+    cols = block_cols(rows, num_out)
+    over_blocks(
+        pool, num_blocks(num_out, cols), _residual_block,
+        (cols, a, step, weight, residual, precision, precisions, stride_p, batch, rows, num_k,
+         num_out, y),
+    )  # fmt: skip
+
+
+@kernel
+def linear_residual(pool, x, weight, residual, precisions, stride_p, batch, rows, num_k, num_out):
+    if precision_of(precisions, stride_p, batch) == 0:
         return
     scratch = np.empty(rows * num_out + operand_floats(rows, num_k), np.float32)
-    y, cols = np.int64(scratch.ctypes.data), block_cols(rows, num_out)
-    a, step = operand(weight, x, num_k, rows, y + rows * num_out * 4)
-    for block in prange((num_out + cols - 1) // cols):
-        residual_block(
-            np.int64(block),
-            cols, a, step, weight, residual, precision, precisions, stride_p, batch, rows, num_k,
-            num_out, y,
-        )  # fmt: skip
+    y = np.int64(scratch.ctypes.data)
+    room = y + rows * num_out * 4
+    add_linear(
+        pool, x, weight, residual, precisions, stride_p, batch, rows, num_k, num_out, y, room
+    )
     keep_alive(scratch)
 
 
 @device
-def gated_mlp_block(
-    block, cols, x, x_stride, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn,
-    up, h,
-):  # fmt: skip
+def _gated_mlp_block(
+    block, cols, a, step, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn, up, h
+):
     """h = silu(gate) * up in one block of columns; up is scratch."""
     first, last = block * cols, min(ffn, (block + 1) * cols)
     for half in range(2):
         planned_matmul(
-            precision, precisions, stride_p, batch, x, x_stride, rows, gate_up, hidden,
+            precision, precisions, stride_p, batch, a, step, rows, gate_up, hidden,
             half * ffn + first, half * ffn + last, (h if half == 0 else up) + first * 4, ffn * 4,
         )  # fmt: skip
     for r in range(rows):
@@ -172,42 +214,43 @@ def gated_mlp_block(
             gate[n] = gate[n] / (F(1.0) + exp(-gate[n])) * factor[n]
 
 
-@kernel
-def norm_gated_mlp(x, norm_weight, eps, gate_up, precisions, stride_p, batch, rows, hidden, ffn, h):
+@device
+def gated_mlp(
+    pool, x, norm_weight, eps, gate_up, precisions, stride_p, batch, rows, hidden, ffn, up, h, room
+):
+    """h [rows, ffn] = silu(gate) * up of norm(x); up is scratch, room is of `operand_floats`."""
     precision = precision_of(precisions, stride_p, batch)
-    if precision == 0:
-        return
-    scratch = np.empty(rows * hidden + operand_floats(rows, hidden), np.float32)
-    scratch_up = np.empty((rows, ffn), np.float32)
-    normed, up = np.int64(scratch.ctypes.data), np.int64(scratch_up.ctypes.data)
-    norm_rows(x, norm_weight, eps, hidden, rows, normed)
-    a, step = operand(gate_up, normed, hidden, rows, normed + rows * hidden * 4)
+    a, step = operand(pool, gate_up, x, norm_weight, eps, hidden, rows, room)
     cols = block_cols(rows, ffn)
-    for block in prange((ffn + cols - 1) // cols):
-        gated_mlp_block(
-            np.int64(block),
-            cols, a, step, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn,
-            up, h,
-        )  # fmt: skip
+    over_blocks(
+        pool, num_blocks(ffn, cols), _gated_mlp_block,
+        (cols, a, step, gate_up, precision, precisions, stride_p, batch, rows, hidden, ffn, up, h),
+    )  # fmt: skip
+
+
+@kernel
+def norm_gated_mlp(
+    pool, x, norm_weight, eps, gate_up, precisions, stride_p, batch, rows, hidden, ffn, h
+):
+    if precision_of(precisions, stride_p, batch) == 0:
+        return
+    scratch = np.empty(rows * ffn + operand_floats(rows, hidden), np.float32)
+    up = np.int64(scratch.ctypes.data)
+    room = up + rows * ffn * 4
+    gated_mlp(
+        pool, x, norm_weight, eps, gate_up, precisions, stride_p, batch, rows, hidden, ffn, up, h,
+        room,
+    )  # fmt: skip
     keep_alive(scratch)
-    keep_alive(scratch_up)
 
 
 @kernel
 def norm_lm_head(
-    x, norm_weight, eps, lm_head, precisions, stride_p, batch, rows, hidden, vocab, logits
+    pool, x, norm_weight, eps, lm_head, precisions, stride_p, batch, rows, hidden, vocab, logits
 ):
-    precision = precision_of(precisions, stride_p, batch)
-    scratch = np.empty(rows * hidden + operand_floats(rows, hidden), np.float32)
-    normed = np.int64(scratch.ctypes.data)
-    norm_rows(x, norm_weight, eps, hidden, rows, normed)
-    a, step = operand(lm_head, normed, hidden, rows, normed + rows * hidden * 4)
-    cols = block_cols(rows, vocab)
-    for block in prange((vocab + cols - 1) // cols):
-        first = np.int64(block) * cols
-        last = min(vocab, first + cols)
-        planned_matmul(
-            precision, precisions, stride_p, batch, a, step, rows, lm_head, hidden, first, last,
-            logits + first * 4, vocab * 4,
-        )  # fmt: skip
-    keep_alive(scratch)
+    room = np.empty(operand_floats(rows, hidden), np.float32)
+    norm_linear(
+        pool, x, norm_weight, eps, lm_head, precisions, stride_p, batch, rows, hidden, vocab,
+        logits, np.int64(room.ctypes.data),
+    )  # fmt: skip
+    keep_alive(room)

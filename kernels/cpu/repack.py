@@ -1,4 +1,4 @@
-"""From the blocks of a GGUF tensor to tiles (kernels/blocks.py), on all cores."""
+"""From the blocks of a GGUF tensor to tiles (kernels/blocks.py), by the threads of a pool."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -7,11 +7,13 @@ from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 from numba.extending import intrinsic
 
 from kernels.blocks import BLOCK_TYPES, CHUNK, HALF, PANEL
 from kernels.cpu.compile import device, kernel
+from kernels.cpu.parallel import over_blocks
+from kernels.cpu.threads import ThreadPool
 
 RUN = 8  # weights whose bits follow each other in a block, in all types
 # Bytes of eight weights side by side, and of four.
@@ -38,7 +40,9 @@ def _tables(name: str):
     )
 
 
-def repack(name: str, blocks: np.ndarray, order: np.ndarray, tiles: np.ndarray) -> bool:
+def repack(
+    pool: ThreadPool, name: str, blocks: np.ndarray, order: np.ndarray, tiles: np.ndarray
+) -> bool:
     """Fill tiles [panels, bytes] from blocks [N, bytes of a row], row i from row order[i].
 
     Returns whether all factors are finite.
@@ -46,7 +50,7 @@ def repack(name: str, blocks: np.ndarray, order: np.ndarray, tiles: np.ndarray) 
     kind = BLOCK_TYPES[name]
     num_tiles = blocks.shape[1] // kind.num_bytes
     assert tiles.shape == (-(-len(order) // PANEL), num_tiles * kind.tile_bytes), tiles.shape
-    return bool(_repack(blocks, order, tiles, *_tables(name)))
+    return bool(pool.launch(_repack, blocks, order, tiles, *_tables(name)))
 
 
 @intrinsic
@@ -118,44 +122,55 @@ def _put_codes(codes, width, tile, lane):
             tile[64 + 16 * plane + lane] = bits
 
 
-@kernel
-def _repack(blocks, order, tiles, codes, scales, offsets, masks, stored, numbers):
+@device
+def _repack_panel(
+    panel, blocks, order, tiles, codes, scales, offsets, masks, stored, numbers, is_finite
+):
+    """Fill one of `tiles` from the blocks of its rows."""
     size, num_bytes, width, factor_at, offset_at, offset_sign = numbers[:6]
     scale_zero, group, chunk_bytes, tile_bytes, has_codebook = numbers[6:11]
     num_tiles, groups = blocks.shape[1] // num_bytes, size // group
-    is_finite = np.ones(tiles.shape[0], np.uint8)
-    for panel in prange(tiles.shape[0]):
-        tile, found = tiles[panel], np.empty(size // RUN, np.uint64)
-        words, num_rows = tile.view(np.uint32), min(PANEL, len(order) - panel * PANEL)
-        if num_rows < PANEL:
-            tile[:] = 0
-        for lane in range(num_rows):
-            block = blocks[order[panel * PANEL + lane]]
-            for t in range(num_tiles):
-                at, start = t * num_bytes, t * tile_bytes
-                _read_codes(block, at, codes, masks[0], stored, has_codebook, found)
-                for c in range(0, size // RUN, CHUNK // RUN):
-                    _put_codes(found[c:], width, words[start // 4 :], lane)
-                    start += chunk_bytes
-                if len(scales) > 0:
-                    for g in range(groups):
-                        value = _read(block, at, scales, g, masks[1])
-                        tile[start + g * PANEL + lane] = np.uint8(value - scale_zero)
-                    start += groups * PANEL
-                if len(offsets) > 0:
-                    for g in range(groups):
-                        tile[start + g * PANEL + lane] = np.uint8(
-                            _read(block, at, offsets, g, masks[2])
-                        )
-                    start += groups * PANEL
-                for n in range(2):
-                    source = factor_at if n == 0 else offset_at
-                    if source >= 0:
-                        low, high = block[at + source], block[at + source + 1]
-                        if high & 0x7C == 0x7C:
-                            is_finite[panel] = 0
-                        if n == 1 and offset_sign < 0:
-                            high ^= np.uint8(0x80)
-                        place = start + (n * PANEL + lane) * HALF
-                        tile[place], tile[place + 1] = low, high
+    tile, found = tiles[panel], np.empty(size // RUN, np.uint64)
+    words, num_rows = tile.view(np.uint32), min(PANEL, len(order) - panel * PANEL)
+    is_finite[panel] = 1
+    if num_rows < PANEL:
+        tile[:] = 0
+    for lane in range(num_rows):
+        block = blocks[order[panel * PANEL + lane]]
+        for t in range(num_tiles):
+            at, start = t * num_bytes, t * tile_bytes
+            _read_codes(block, at, codes, masks[0], stored, has_codebook, found)
+            for c in range(0, size // RUN, CHUNK // RUN):
+                _put_codes(found[c:], width, words[start // 4 :], lane)
+                start += chunk_bytes
+            if len(scales) > 0:
+                for g in range(groups):
+                    value = _read(block, at, scales, g, masks[1])
+                    tile[start + g * PANEL + lane] = np.uint8(value - scale_zero)
+                start += groups * PANEL
+            if len(offsets) > 0:
+                for g in range(groups):
+                    tile[start + g * PANEL + lane] = np.uint8(
+                        _read(block, at, offsets, g, masks[2])
+                    )
+                start += groups * PANEL
+            for n in range(2):
+                source = factor_at if n == 0 else offset_at
+                if source >= 0:
+                    low, high = block[at + source], block[at + source + 1]
+                    if high & 0x7C == 0x7C:
+                        is_finite[panel] = 0
+                    if n == 1 and offset_sign < 0:
+                        high ^= np.uint8(0x80)
+                    place = start + (n * PANEL + lane) * HALF
+                    tile[place], tile[place + 1] = low, high
+
+
+@kernel
+def _repack(pool, blocks, order, tiles, codes, scales, offsets, masks, stored, numbers):
+    is_finite = np.empty(len(tiles), np.uint8)
+    over_blocks(
+        pool, len(tiles), _repack_panel,
+        (blocks, order, tiles, codes, scales, offsets, masks, stored, numbers, is_finite),
+    )  # fmt: skip
     return is_finite.all()

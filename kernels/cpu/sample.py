@@ -2,8 +2,8 @@
 
     token = argmax over kept of logits / temperature + gumbel(seed, position, index)
 
-A row is one core's, and its sums of probabilities are integers, exact in any order: nothing depends
-on the other rows or on the number of cores. It is fast by what it leaves out:
+A row is one thread's, and its sums of probabilities are integers, exact in any order: nothing depends
+on the other rows or on the number of threads. It is fast by what it leaves out:
 
     the noise lies below MAX_NOISE, so a chunk of logits whose maximum / temperature + MAX_NOISE is
     below the best score so far can be skipped without drawing its noise;
@@ -22,11 +22,12 @@ import math
 
 import numpy as np
 import torch
-from numba import prange
 
 from kernels.checks import assert_plain
 from kernels.cpu.compile import device, kernel
+from kernels.cpu.parallel import over_blocks
 from kernels.cpu.scalars import F, addresses_at, exp, floats_at, ints_at
+from kernels.cpu.threads import ThreadPool
 from kernels.round.noise import MASK32, PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1
 from kernels.round.sample import SampleParams, assert_params, without_early_ends
 
@@ -296,19 +297,12 @@ def _sample_row(
 
 @kernel
 def _sample(
-    logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed, position, tokens
+    pool, logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed, position, tokens
 ):
-    if num_rows == 1:  # not worth waking the other cores
-        _sample_row(
-            np.int64(0), logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed,
-            position, tokens,
-        )  # fmt: skip
-        return
-    for r in prange(num_rows):  # numba's r is unsigned, for which all would be compiled once more
-        _sample_row(
-            np.int64(r), logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed,
-            position, tokens,
-        )  # fmt: skip
+    over_blocks(
+        pool, num_rows, _sample_row,
+        (logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed, position, tokens),
+    )  # fmt: skip
 
 
 @device
@@ -330,15 +324,13 @@ def _top_row(r, logits, num_rows, num_v, out):
 
 
 @kernel
-def _top_probability(logits, num_rows, num_v, out):
-    if num_rows == 1:
-        _top_row(np.int64(0), logits, num_rows, num_v, out)
-        return
-    for r in prange(num_rows):
-        _top_row(np.int64(r), logits, num_rows, num_v, out)
+def _top_probability(pool, logits, num_rows, num_v, out):
+    over_blocks(pool, num_rows, _top_row, (logits, num_rows, num_v, out))
 
 
-def sample(logits: torch.Tensor, position: torch.Tensor, params: SampleParams) -> torch.Tensor:
+def sample(
+    pool: ThreadPool, logits: torch.Tensor, position: torch.Tensor, params: SampleParams
+) -> torch.Tensor:
     """Return the drawn token ids [R] int64; a row's token does not depend on the other rows."""
     num_rows, vocab_size = logits.shape
     assert 0 < vocab_size <= MAX_VOCAB, vocab_size
@@ -346,14 +338,14 @@ def sample(logits: torch.Tensor, position: torch.Tensor, params: SampleParams) -
     assert logits.device.type == "cpu", logits.device
     logits = without_early_ends(logits, position, params)
     tokens = torch.empty(num_rows, dtype=torch.int64)
-    _sample(
-        logits.data_ptr(), num_rows, vocab_size, num_rows // params.seed.shape[0],
+    pool.launch(
+        _sample, logits.data_ptr(), num_rows, vocab_size, num_rows // params.seed.shape[0],
         *(values.data_ptr() for values in params[:5]), position.data_ptr(), tokens.data_ptr(),
     )  # fmt: skip
     return tokens
 
 
-def top_probability(logits: torch.Tensor) -> torch.Tensor:
+def top_probability(pool: ThreadPool, logits: torch.Tensor) -> torch.Tensor:
     """Each row's largest softmax probability, 1 / sum_v exp(logits[r, v] - max).
 
     logits [R, V] float32, with a finite maximum in each row -> [R] float32.
@@ -363,5 +355,5 @@ def top_probability(logits: torch.Tensor) -> torch.Tensor:
     assert_plain(torch.float32, logits)
     assert logits.device.type == "cpu", logits.device
     out = torch.empty(num_rows)
-    _top_probability(logits.data_ptr(), num_rows, vocab_size, out.data_ptr())
+    pool.launch(_top_probability, logits.data_ptr(), num_rows, vocab_size, out.data_ptr())
     return out

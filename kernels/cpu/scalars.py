@@ -10,6 +10,7 @@ from kernels.cpu.compile import device
 from kernels.cpu.tiles import LANES, as_pointer, float_from_bits, fma, make_dot_panel
 
 F = np.float32
+BLOCK_ROWS = 4  # of a block where rows are shared out
 dot = make_dot_panel(1, 1)
 
 
@@ -40,6 +41,12 @@ def keep_alive(_array):
 def bytes_at(address, size):
     """A uint8 array over `size` elements at an address."""
     return numba.carray(as_pointer(address), size, np.uint8)
+
+
+@device
+def num_blocks(size, block):
+    """How many blocks of so many there are in `size`; the last may be smaller."""
+    return (size + block - 1) // block
 
 
 @device
@@ -88,13 +95,6 @@ def dot_tail(x, w, start, stop):
     for k in range(start, stop):
         total = fma(xs[k], ws[k], total)
     return total
-
-
-@device
-def norm_rows(x, weight, eps, num_c, rows, out):
-    """RMSNorm of contiguous rows on this core."""
-    for r in range(rows):
-        norm_row(x + r * num_c * 4, weight, eps, num_c, out + r * num_c * 4)
 
 
 @device

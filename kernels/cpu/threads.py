@@ -1,0 +1,133 @@
+"""The engine's own threads on a CPU: a pool of them does the blocks of every kernel.
+
+A thread spins between two kernels of a pass, and is asleep in Python between two answers. Bits do
+not depend on the number of threads: a block is computed whole by one of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from kernels.cpu.parallel import FAILED, NUM_WORDS, RUNNING, STOPPED, work
+
+LINE_WORDS = 8  # words of a cache line
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores(cgroup: Path = CGROUP) -> int:
+    """The cores that this process may use: its affinity, and the quota of its container."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    with suppress(OSError, ValueError):  # the first version of control groups
+        quota, period = (
+            (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+        )
+        if int(quota) > 0:
+            return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    return cores
+
+
+class ThreadPool:
+    """Threads for kernels, started by the first launch; the launching thread is one of them.
+
+    Launches of several threads may overlap: each does its own blocks, and the pool's threads help
+    one of them. In a child process after a fork the pool starts threads of its own.
+    """
+
+    def __init__(self, num_threads: int | None = None):
+        """num_threads: with the one that launches; None is all cores that may be used."""
+        self.num_threads = usable_cores() if num_threads is None else num_threads
+        assert self.num_threads > 0, self.num_threads
+        room = np.zeros(NUM_WORDS + LINE_WORDS, np.int64)
+        first = -room.ctypes.data // 8 % LINE_WORDS
+        self.words = room[first : first + NUM_WORDS]
+        self._address = self.words.ctypes.data
+        self._reset()
+        _POOLS.add(self)
+
+    def launch(self, kernel: Callable[..., Any], *args: Any) -> Any:
+        """kernel(address of the pool, *args). Raises MemoryError where a block had no memory."""
+        with self._changed:
+            self.words[RUNNING] += 1
+            if not self._threads and self.num_threads > 1:
+                self._start()
+            self._changed.notify_all()
+        try:
+            return kernel(self._address, *args)
+        finally:
+            with self._changed:
+                self.words[RUNNING] -= 1
+            if self.words[FAILED]:
+                self.words[FAILED] = 0
+                raise MemoryError("a kernel found no memory for what it computes")
+
+    def close(self) -> None:
+        """End the threads, and wait for that. A launch after this starts new ones."""
+        with self._changed:
+            threads, self._threads = self._threads, []
+        if threads:
+            self._finalizer()
+
+    def _reset(self) -> None:
+        """No threads, and no job under way."""
+        self.words[:] = 0
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._generation = 0  # of threads
+
+    def _start(self) -> None:
+        work.compile((types.int64, types.int64))  # once, not in every thread
+        self._generation += 1
+        args = (self.words, self._changed, self._generation)
+        for i in range(1, self.num_threads):
+            name = f"knn-ssd-{i}"
+            self._threads.append(threading.Thread(target=_serve, args=args, name=name, daemon=True))
+            self._threads[-1].start()
+        # Also where nobody closes the pool: when it is garbage, and when Python exits.
+        self._finalizer = weakref.finalize(self, _end, *args, self._threads)
+
+
+_POOLS: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
+
+
+def _serve(words: np.ndarray, changed: threading.Condition, generation: int) -> None:
+    """The life of a thread: work while there are launches, sleep while there are none."""
+    while words[STOPPED] < generation:
+        work(words.ctypes.data, generation)
+        with changed:
+            changed.wait_for(lambda: words[STOPPED] >= generation or words[RUNNING])
+
+
+def _end(
+    words: np.ndarray,
+    changed: threading.Condition,
+    generation: int,
+    threads: Sequence[threading.Thread],
+) -> None:
+    with changed:
+        words[STOPPED] = generation
+        changed.notify_all()
+    for thread in threads:
+        thread.join()
+
+
+def _after_fork() -> None:
+    for pool in _POOLS:
+        pool._reset()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+SHARED = ThreadPool()  # of what has no engine: loading, single operations
