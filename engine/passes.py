@@ -16,12 +16,12 @@ import torch
 from engine.costs import bucket
 from engine.graphs import GraphRunner, run_eagerly
 from engine.kv_cache import KVCache
-from engine.round_buffers import MAX_WIDTH, RoundBuffers, RoundRow, make_round_buffers
+from engine.round_buffers import MAX_WIDTH, RoundRow, make_round_buffers
 from engine.token_counts import TokenCounts
-from kernels.operands import Rows
+from kernels.operands import RoundBuffers, Rows
 from kernels.ops import Ops
 from kernels.round.penalties import SeenTokens, penalise
-from models.llama import Llama, forward, full_precisions, logits, precision_table
+from models.llama import Llama, forward, full_precisions, logits, operands, precision_table
 from models.plan import DraftPlan
 from router.route import Router
 
@@ -41,8 +41,14 @@ class Verified(NamedTuple):
 def draft_pass(
     model: Llama, cache: KVCache, buffers: RoundBuffers, seen: SeenTokens | None
 ) -> None:
-    """One more token for every sequence that wants one, by the plan of its slot."""
+    """One more token for every sequence that wants one, by the plan of its slot.
+
+    All of them, where the operations run a draft in one launch.
+    """
     ops = model.decode_ops
+    if ops.draft_round is not None and seen is None:
+        ops.draft_round(operands(model, cache.k, cache.v, cache.states), buffers)
+        return
     rows, precisions = ops.draft_rows(
         buffers.token_ids, buffers.first, buffers.num_drafted, buffers.num_wanted, buffers.slots,
         buffers.slot_precisions,
@@ -66,6 +72,11 @@ def verify_pass(
 ) -> Verified:
     """The model itself over the newest token and the draft; `precisions` [B, 2L + 1] are FULL."""
     ops, batch = model.decode_ops, buffers.first.shape[0]
+    if ops.verify_round is not None and seen is None:
+        pair = ops.verify_round(
+            operands(model, cache.k, cache.v, cache.states), buffers, width, precisions
+        )
+        return Verified(pair[0].view(batch, width, -1), pair[1])
     rows = ops.verify_rows(
         buffers.token_ids, buffers.first, buffers.num_drafted, buffers.slots, width,
         cache.k.shape[3],
@@ -179,6 +190,22 @@ class Passes:
             self.cache.k.shape[3],
         )  # fmt: skip
         return _draw(ops, logits, rows, buffers, self._seen)
+
+    def draft(self, steps: Sequence[int], *, is_stopping: bool) -> int:
+        """Draft up to so many tokens in each of the first rows of the buffers, the most first.
+
+        is_stopping: a draft may end earlier. Returns how many tokens the longest may have now.
+        """
+        num_drafted, num_wanted = self.buffers.num_drafted, self.buffers.num_wanted
+        is_host = self.staging.device.device.type == "cpu"  # looking costs nothing
+        for i in range(max(steps)):
+            batch = sum(n > i for n in steps)
+            if is_stopping or is_host:
+                is_drafting = num_drafted[:batch] < num_wanted[:batch]
+                if not is_drafting.any():
+                    return max(int(num_drafted[: len(steps)].max()), 0)
+            self.draft_step(batch)
+        return max(steps)
 
     def draft_step(self, batch: int) -> None:
         """Run `draft_pass` over the first `batch` rows of the buffers."""

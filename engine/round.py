@@ -3,7 +3,7 @@
 Draft: a sequence whose draft takes passes runs its plan's cheaper model one token at a time. These
 passes read the model's own keys and values of the past and write their own at the drafted
 positions, in the layers that they run. Between two steps nothing goes through the host, unless a
-plan wants to stop where it is unsure, or the host is the device.
+plan wants to stop where it is unsure.
 
 Verify: one pass of the model over [newest token, drafted tokens] of every sequence, which writes
 keys and values in every layer. With nothing drafted this is plain decoding: there is no other code
@@ -68,22 +68,11 @@ def _draft(
             passes.set_plan(sequence.slot, choice.plan)
         rows.append(sequence.row(choice.token_ids, choice.num_tokens, choice.stop_probability))
     passes.stage(rows)
-    is_stopping = any(choice.stop_probability for choice in choices)
-    looks = is_stopping or passes.staging.device.device.type == "cpu"
-    longest = max(len(choice.token_ids) for choice in choices)
-    for i in range(max(steps)):
-        batch = sum(n > i for n in steps)
-        if looks and not _still_drafting(passes, batch):
-            break
-        passes.draft_step(batch)
-        longest = max(longest, i + 1)
+    longest = max(
+        passes.draft(steps, is_stopping=any(choice.stop_probability for choice in choices)),
+        *(len(choice.token_ids) for choice in choices),
+    )
     return Draft(sorted(range(len(order)), key=order.__getitem__), longest + 1)
-
-
-def _still_drafting(passes: Passes, batch: int) -> bool:
-    """Whether any of the first `batch` rows wants more: what a step leaves on the device."""
-    buffers = passes.buffers
-    return bool((buffers.num_drafted[:batch] < buffers.num_wanted[:batch]).any())
 
 
 def _accept(row: list[int]) -> Verdict:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from engine.params import MAX_END_IDS, Sampling
+from kernels.operands import RoundBuffers
 from kernels.round.sample import SAMPLE_DTYPES, SampleParams
 from models.config import LlamaConfig
 from models.plan import MAX_DRAFT
@@ -35,29 +36,6 @@ class RoundRow(NamedTuple):
     sampling: Sampling = Sampling()
     history: Sequence[int] = ()  # all tokens so far, for penalties on them
     num_prompt: int = 0  # of these
-
-
-@dataclass(frozen=True)
-class RoundBuffers:
-    """One row a sequence, those that draft most first; W = MAX_WIDTH.
-
-    num_drafted is -1 in a row without a sequence. slot_precisions is no input of a round: a slot's
-    row is written when its sequence changes its plan, by the router on the device or by the host.
-    """
-
-    token_ids: torch.Tensor  # [B, W] int64: the newest token, then the draft
-    first: torch.Tensor  # [B] int32: position of the newest token
-    slots: torch.Tensor  # [B] int32: cache slot
-    num_drafted: torch.Tensor  # [B] int32
-    num_wanted: torch.Tensor  # [B] int32
-    stop_probability: torch.Tensor  # [B] float32
-    sampling: SampleParams
-    slot_precisions: torch.Tensor  # [slots, 2L + 1] uint8
-
-    def rows(self, batch: int) -> RoundBuffers:
-        """The first `batch` rows: views at the same addresses."""
-        *columns, sampling, precisions = vars(self).values()
-        return _round_buffers([column[:batch] for column in (*columns, *sampling)], precisions)
 
 
 def _round_buffers(columns: Iterable[torch.Tensor], slot_precisions: torch.Tensor) -> RoundBuffers:

@@ -14,7 +14,7 @@ from kernels.layer.linear_residual import linear_residual_ref
 from kernels.layer.norm_gated_mlp import norm_gated_mlp_ref
 from kernels.layer.norm_lm_head import norm_lm_head_ref
 from kernels.layer.norm_qkv_rope import norm_qkv_rope_append_ref
-from kernels.operands import LayerCache, RotaryTable, Rows
+from kernels.operands import LayerCache, ModelOperands, RotaryTable, RoundBuffers, Rows
 from kernels.round.accept import accept_ref
 from kernels.round.keep_drafted import keep_drafted_ref
 from kernels.round.keep_states import keep_states_ref
@@ -37,6 +37,17 @@ class RunLayers(Protocol):
     ) -> None: ...  # fmt: skip
 
 
+class VerifyRound(Protocol):
+    """A verify pass of a round over T = `width` columns, in one launch.
+
+    Returns logits [B*T, V] float32, and what accept.py does.
+    """
+
+    def __call__(
+        self, model: ModelOperands, buffers: RoundBuffers, width: int, precisions: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 # Of both operations that norm and project: x, norm weight, eps, matrix, precisions, sub-layer.
 NormLinear = Callable[[Tensor, Tensor, float, Weight, Tensor, int], Tensor]
 
@@ -48,7 +59,8 @@ class Ops:
     `attention` and `linear_residual` take `counters` last: int32 in the memory of the device, zero
     between launches. Where several programs share a tile's sum they count themselves there, and the
     last one adds it up; every kernel leaves zeros behind. The other implementations do not look.
-    `run_layers` is all layers of a pass in one launch, where an implementation has that. `pool` are
+    `run_layers` is all layers of a pass in one launch, where an implementation has that. So are
+    `verify_round` and `draft_round`, of a whole draft, for sequences without penalties. `pool` are
     the threads that it runs on, where it has its own.
     """
 
@@ -69,6 +81,8 @@ class Ops:
     pool_states: Callable[[Tensor, Tensor, float], Tensor]
     nearest_anchor: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor], Tensor]
     run_layers: RunLayers | None = None
+    verify_round: VerifyRound | None = None
+    draft_round: Callable[[ModelOperands, RoundBuffers], None] | None = None
     pool: ThreadPool | None = None
 
 

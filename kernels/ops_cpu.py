@@ -1,8 +1,8 @@
 """Launchers of the CPU kernels, and the records of them: float32 tensors in, addresses down.
 
 Only the values of matrices may have 16 bits. Addresses and sizes are passed instead of arrays:
-unpacking an array costs about a microsecond. The engine calls `run_layers` and `norm_lm_head`; the
-single operations serve tests and benchmarks.
+unpacking an array costs about a microsecond. The engine calls `run_layers`, `norm_lm_head` and the
+passes of a round; the other operations serve tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from kernels.checks import (
 )
 from kernels.cpu import attention as cpu_attention
 from kernels.cpu import layers as cpu_layers
-from kernels.cpu import matmul
-from kernels.cpu.sample import sample, top_probability
+from kernels.cpu import matmul, rounds
+from kernels.cpu.embedding import embedding_numbers
+from kernels.cpu.sample import MAX_VOCAB, sample, sampling_numbers
 from kernels.cpu.table import weight_numbers
 from kernels.cpu.threads import SHARED, ThreadPool
-from kernels.operands import LayerCache, RotaryTable, Rows
+from kernels.operands import LayerCache, ModelOperands, RotaryTable, RoundBuffers, Rows
 from kernels.ops import TORCH, Ops
+from kernels.round.sample import assert_sequences
 from kernels.weight import FLOATS, INT8, LayerWeights, Weight, addresses
 
-OUTSIDE = "slots or positions outside the cache, or tokens that are not in a row"
+OUTSIDE = "slots, positions or tokens outside what there is, tokens not in a row, or no int8 form"
 
 
 def _check_draft(weight: Weight, precisions: torch.Tensor) -> None:
@@ -40,11 +42,16 @@ def _check_draft(weight: Weight, precisions: torch.Tensor) -> None:
         assert not (precisions == INT8).any(), "the weights have no int8 form"
 
 
-def _forms(x: torch.Tensor, weight: Weight, precisions: torch.Tensor) -> np.ndarray:
+def _numbers_of(weight: Weight) -> np.ndarray:
     """A weight as planned_matmul reads it; the caller keeps it until that is done."""
+    return np.array(weight_numbers(weight), np.int64)
+
+
+def _forms(x: torch.Tensor, weight: Weight, precisions: torch.Tensor) -> np.ndarray:
+    """The same, where x and the precisions fit it."""
     assert x.dtype == torch.float32, x.dtype
     _check_draft(weight, precisions)
-    return np.array(weight_numbers(weight), np.int64)
+    return _numbers_of(weight)
 
 
 def norm_qkv_rope_append(
@@ -171,42 +178,6 @@ def norm_lm_head(
     return logits
 
 
-def accept(
-    target: torch.Tensor, token_ids: torch.Tensor, num_drafted: torch.Tensor
-) -> torch.Tensor:
-    """See accept.py; a few tokens on a CPU are compared in less time than one torch operation."""
-    width, rows = target.shape[1], []
-    drafts = zip(target.tolist(), token_ids.tolist(), num_drafted.tolist(), strict=True)
-    for tokens, drafted, length in drafts:
-        count = 0
-        while count < min(length, width - 1) and drafted[count + 1] == tokens[count]:
-            count += 1
-        rows.append([count, length, *tokens[: count + 1], *[-1] * (width - count - 1)])
-    return torch.tensor(rows)
-
-
-def keep_drafted(
-    pool: ThreadPool,
-    logits: torch.Tensor,
-    drawn: torch.Tensor,
-    token_ids: torch.Tensor,
-    num_drafted: torch.Tensor,
-    num_wanted: torch.Tensor,
-    end_ids: torch.Tensor,
-    stop_probability: torch.Tensor,
-) -> None:
-    """See keep_drafted.py; likewise."""
-    limits = stop_probability.tolist()
-    sure = top_probability(pool, logits).tolist() if any(limits) else [1.0] * len(limits)
-    rows = zip(drawn.tolist(), num_drafted.tolist(), num_wanted.tolist(), sure, limits, strict=True)
-    for b, (token, drafted, wanted, probability, limit) in enumerate(rows):
-        if drafted < wanted:
-            token_ids[b, drafted + 1] = token
-            num_drafted[b] = drafted + 1
-            if probability < limit or token in end_ids[b].tolist():
-                num_wanted[b] = drafted + 1
-
-
 def run_layers(
     pool: ThreadPool,
     x: torch.Tensor,  # [R, C], updated in place
@@ -242,6 +213,80 @@ def run_layers(
     assert fits, OUTSIDE
 
 
+def _model_numbers(model: ModelOperands) -> tuple[int | float, ...]:
+    """What cpu/rounds.py reads of a model, which the caller keeps until that is done."""
+    first, head, (cos, sin) = model.layers[0], model.lm_head, model.rotary
+    num_layers, num_slots, kv_heads, cache_len, head_dim = model.k_cache.shape
+    (hidden, num_o), ffn = first.attn_out.shape, first.down.shape[1]
+    assert len(model.table) == num_layers, (len(model.table), num_layers)
+    assert first.qkv.shape[0] == num_o + 2 * kv_heads * head_dim, (first.qkv.shape, num_o)
+    assert num_o % head_dim == head_dim % 2 == 0, (num_o, head_dim)
+    assert cos.shape == sin.shape and cos.shape[1] == head_dim // 2, (cos.shape, head_dim)
+    assert model.v_cache.shape == model.k_cache.shape, (model.v_cache.shape, model.k_cache.shape)
+    assert model.states.shape == (num_slots, cache_len, hidden), model.states.shape
+    assert model.embedding.shape == head.shape, (model.embedding.shape, head.shape)
+    assert (head.draft is None) == (first.qkv.draft is None), "weights of different forms"
+    head.check((head.shape[0], hidden), FLOATS)
+    assert_vectors(torch.float32, hidden, model.final_norm)
+    assert_plain(torch.float32, cos, sin, model.k_cache, model.v_cache, model.states)
+    return (
+        *embedding_numbers(model.embedding), model.table.ctypes.data, num_layers,
+        model.final_norm.data_ptr(), int(head.draft is not None), model.eps,
+        *addresses(cos, sin, model.k_cache, model.v_cache), model.k_cache.stride(0) * 4,
+        model.states.data_ptr(), hidden, num_o // head_dim, kv_heads, head_dim, cache_len, ffn,
+        min(cache_len, len(cos)), num_slots,
+    )  # fmt: skip
+
+
+def _buffer_numbers(buffers: RoundBuffers) -> tuple[int, ...]:
+    token_ids, *columns = buffers[:6]
+    assert_sequences(len(token_ids), buffers.sampling)
+    assert_plain(torch.int64, token_ids)
+    assert_vectors(torch.int32, len(token_ids), *columns[:-1])
+    assert_vectors(torch.float32, len(token_ids), columns[-1])
+    return (token_ids.data_ptr(), token_ids.shape[1], *addresses(*columns))
+
+
+def verify_round(
+    pool: ThreadPool,
+    model: ModelOperands,
+    buffers: RoundBuffers,
+    width: int,
+    precisions: torch.Tensor,  # [B, 2L + 1] uint8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `verify_rows`, a pass, `keep_states`, `sample` and `accept` do in turn, bit for bit."""
+    batch, vocab = len(buffers.first), model.lm_head.shape[0]
+    assert 0 < vocab <= MAX_VOCAB, vocab
+    assert 0 < width <= buffers.token_ids.shape[1], (width, buffers.token_ids.shape)
+    assert precisions.shape == (batch, 2 * len(model.table) + 1), (precisions.shape, batch)
+    assert_plain(torch.uint8, precisions)
+    logits, head = torch.empty(batch * width, vocab), _numbers_of(model.lm_head)
+    result = torch.empty(batch, width + 2, dtype=torch.int64)
+    done = pool.launch(
+        rounds.verify_round, _model_numbers(model), head.ctypes.data,
+        sampling_numbers(buffers.sampling), _buffer_numbers(buffers), batch, width,
+        precisions.data_ptr(), logits.data_ptr(), result.data_ptr(),
+    )  # fmt: skip
+    assert done, OUTSIDE
+    return logits, result
+
+
+def draft_round(pool: ThreadPool, model: ModelOperands, buffers: RoundBuffers) -> None:
+    """All draft steps of a round: what `draft_rows`, a pass, `sample` and `keep_drafted` do."""
+    batch, vocab = len(buffers.first), model.lm_head.shape[0]
+    assert 0 < vocab <= MAX_VOCAB, vocab
+    num_slots, num_layers = model.k_cache.shape[1], len(model.table)
+    assert buffers.slot_precisions.shape == (num_slots, 2 * num_layers + 1), num_slots
+    assert_plain(torch.uint8, buffers.slot_precisions)
+    logits, head = torch.empty(batch, vocab), _numbers_of(model.lm_head)
+    done = pool.launch(
+        rounds.draft_round, _model_numbers(model), head.ctypes.data,
+        sampling_numbers(buffers.sampling), _buffer_numbers(buffers), batch,
+        buffers.slot_precisions.data_ptr(), logits.data_ptr(),
+    )  # fmt: skip
+    assert done, OUTSIDE
+
+
 def numba_ops(pool: ThreadPool) -> Ops:
     """The operations on the threads of a pool."""
     return replace(
@@ -253,9 +298,9 @@ def numba_ops(pool: ThreadPool) -> Ops:
         norm_gated_mlp=partial(norm_gated_mlp, pool),
         norm_lm_head=partial(norm_lm_head, pool),
         sample=partial(sample, pool),
-        keep_drafted=partial(keep_drafted, pool),
-        accept=accept,
         run_layers=partial(run_layers, pool),
+        verify_round=partial(verify_round, pool),
+        draft_round=partial(draft_round, pool),
         pool=pool,
     )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.gpu.launch import NUM_COUNTERS
-from kernels.operands import LayerCache, RotaryTable, Rows
+from kernels.operands import LayerCache, ModelOperands, RotaryTable, Rows
 from kernels.ops import Ops
 from models.config import LlamaConfig
 from models.plan import FULL, DraftPlan
@@ -99,6 +99,17 @@ def forward(
         h = ops.norm_gated_mlp(x, layer.mlp_norm, eps, layer.gate_up, precisions, mlp)
         ops.linear_residual(h, layer.down, x, precisions, mlp, counters)
     return x
+
+
+def operands(
+    model: Llama, k_cache: torch.Tensor, v_cache: torch.Tensor, states: torch.Tensor
+) -> ModelOperands:
+    """The model and a cache, for operations that run a pass in one launch."""
+    weights = model.weights
+    return ModelOperands(
+        weights.embedding, weights.layers, weights.layer_table, weights.final_norm,
+        weights.lm_head, model.config.norm_eps, model.rotary, k_cache, v_cache, states,
+    )  # fmt: skip
 
 
 def logits(model: Llama, x: torch.Tensor, precisions: torch.Tensor, ops: Ops) -> torch.Tensor:

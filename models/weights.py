@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from kernels.blocks import BLOCK_TYPES, PANEL, BlockPart, Blocks
-from kernels.cpu.blocks import make_blocks, widen_rows
+from kernels.cpu.blocks import make_blocks
+from kernels.cpu.embedding import embed_rows
 from kernels.cpu.repack import repack
 from kernels.cpu.table import layer_table
 from kernels.cpu.threads import SHARED, ThreadPool
@@ -62,7 +63,7 @@ class LlamaWeights:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The rows [n, C] of some tokens [n], in the dtype of activations."""
         if isinstance(self.embedding, Blocks):
-            return widen_rows(self.embedding, token_ids)
+            return embed_rows(self.embedding, token_ids)
         rows = self.embedding[token_ids]
         return rows if rows.dtype == self.dtype else rows.to(self.dtype)
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from operands import qkv_layer, rows_at
 
-from kernels.cpu.sample import top_probability
 from kernels.cpu.table import layer_table
-from kernels.cpu.threads import SHARED
-from kernels.operands import LayerCache, RotaryTable
+from kernels.operands import LayerCache, ModelOperands, RotaryTable, RoundBuffers
 from kernels.ops_cpu import NUMBA
 from kernels.round.sample import SampleParams
 from kernels.weight import Dense, Int8, LayerWeights, Weight
 
 C, H, H_KV, D, F, V = 24, 4, 2, 8, 20, 37
-SLOTS, S, B, T, L = 3, 16, 2, 4, 2
+SLOTS, S, B, T, L, W = 3, 16, 2, 4, 2, 6
+U8 = torch.uint8
 NUM_QKV = (H + 2 * H_KV) * D
 
 
@@ -120,6 +118,37 @@ def sample_params(**changes: torch.Tensor) -> SampleParams:
     )._replace(**changes)  # fmt: skip
 
 
+def verify_operands(**changes: Any) -> dict[str, Any]:
+    """Of a round of two sequences: three drafted tokens and one; more are wanted."""
+    layers = [layer() for _ in range(L)]
+    return {
+        "embedding": torch.randn(V, C), "layers": layers, "table": layer_table(layers),
+        "final_norm": torch.ones(C), "lm_head": dense(V, C), "eps": 1e-5, **angles(), **cache(L),
+        "states": torch.zeros(SLOTS, S, C), "token_ids": torch.full((B, W), V - 1),
+        "first": ints(0, 12), "slots": ints(2, 0), "num_drafted": ints(3, 1),
+        "num_wanted": ints(W - 1, 3), "stop_probability": torch.zeros(B),
+        "sampling": sample_params(),
+        "slot_precisions": torch.full((SLOTS, 2 * L + 1), 16, dtype=U8),
+        "width": T, "precisions": precisions(),
+    } | changes  # fmt: skip
+
+
+def round_operands(given: dict[str, Any]) -> tuple[ModelOperands, RoundBuffers]:
+    given = given | {"rotary": RotaryTable(given["cos"], given["sin"])}
+    return tuple(
+        kind(**{name: given[name] for name in kind._fields})
+        for kind in (ModelOperands, RoundBuffers)
+    )
+
+
+def verify(**given: Any) -> None:
+    NUMBA.verify_round(*round_operands(given), given["width"], given["precisions"])
+
+
+def draft(**given: Any) -> None:
+    NUMBA.draft_round(*round_operands(given))
+
+
 LAUNCHERS = {
     "qkv": (NUMBA.norm_qkv_rope_append, qkv_operands),
     "attention": (NUMBA.attention, attention_operands),
@@ -128,7 +157,8 @@ LAUNCHERS = {
     "head": (NUMBA.norm_lm_head, head_operands),
     "layers": (NUMBA.run_layers, layers_operands),
     "sample": (NUMBA.sample, sample_operands),
-    "top": (partial(top_probability, SHARED), lambda: {"logits": torch.randn(B, V)}),
+    "verify": (verify, verify_operands),
+    "draft": (draft, verify_operands),
 }
 HALF = torch.float16
 OUTSIDE_THE_CACHE = [
@@ -149,6 +179,23 @@ NORMS = [{"norm_weight": torch.ones(C - 1)}, {"norm_weight": torch.ones(C, dtype
 CACHES = [
     {"v_cache": torch.zeros(SLOTS, H_KV, S - 1, D)}, {"v_cache": cache()["v_cache"].to(HALF)},
     {"k_cache": cache()["k_cache"].transpose(1, 2)},
+]  # fmt: skip
+# Of both passes of a round; what a layer's tensors are is the table's affair.
+ROUNDS = [
+    {"token_ids": torch.full((B, W), V)}, {"token_ids": torch.full((B, W), -1)},
+    {"token_ids": torch.full((W, B), V - 1).T}, {"token_ids": ints((1,), (1,))},
+    {"token_ids": torch.full((B + 1, W), V - 1)}, {"first": ints(-9, 12)}, {"first": ints(0)},
+    {"slots": ints(3, 0)}, {"slots": ints(0, -1)}, {"slots": ints(0, 1, dtype=torch.int64)},
+    {"num_drafted": ints(3)}, {"num_wanted": ints(5, 3, 3)},
+    {"stop_probability": torch.zeros(B, dtype=torch.float64)},
+    {"sampling": sample_params(top_k=ints(1))}, {"sampling": sample_params(seed=ints(1, 2))},
+    {"sampling": sample_params(end_ids=ints(1, 2))}, {"states": torch.zeros(SLOTS, S - 1, C)},
+    {"states": torch.zeros(SLOTS - 1, S, C)}, {"embedding": torch.randn(V - 1, C)},
+    {"embedding": torch.randn(C, V).T}, {"lm_head": dense(V, C + 1)},
+    {"final_norm": torch.ones(C + 1)}, {"table": layer_table([layer()])}, cache(L + 1),
+    {"v_cache": cache(L + 1)["v_cache"]}, {"k_cache": cache(L)["k_cache"].to(HALF)},
+    {"cos": torch.ones(S - 2, D // 2), "sin": torch.ones(S - 2, D // 2)},
+    {"sin": torch.ones(S, D // 2 - 1)},
 ]  # fmt: skip
 BEYOND: dict[str, list[dict[str, Any]]] = {
     "qkv": [
@@ -188,11 +235,21 @@ BEYOND: dict[str, list[dict[str, Any]]] = {
         {"position": ints(3, 4, 5, dtype=torch.int64)},
         *({"params": sample_params(**changes)} for changes in (
             {"top_k": ints(1)}, {"seed": ints(1, 2)}, {"min_p": torch.zeros(B + 1)},
-            {"top_p": torch.ones(B, dtype=torch.float64)}, {"end_ids": ints((V,), (-1,))},
+            {"top_p": torch.ones(B, dtype=torch.float64)}, {"end_ids": ints(V, -1)},
         )),
     ],
-    "top": [{"logits": torch.randn(B, V, dtype=HALF)}, {"logits": torch.randn(V, B).T},
-            {"logits": torch.randn(B, 0)}],
+    "verify": [
+        *ROUNDS, {"width": 0}, {"width": W + 1}, {"num_drafted": ints(T, 1)},
+        {"first": ints(0, 15)}, *PRECISIONS, NO_INT8,
+        {"precisions": precisions()[:, :-1].contiguous()},
+    ],
+    "draft": [
+        *ROUNDS, {"num_wanted": ints(W, 3)}, {"num_drafted": ints(W, 1), "num_wanted": ints(W, W)},
+        {"first": ints(0, 14)}, {"slot_precisions": torch.full((SLOTS, 2 * L + 1), 8, dtype=U8)},
+        {"slot_precisions": torch.full((SLOTS - 1, 2 * L + 1), 16, dtype=U8)},
+        {"slot_precisions": torch.full((SLOTS, 2 * L), 16, dtype=U8)},
+        {"slot_precisions": torch.full((SLOTS, 2 * L + 1), 16)},
+    ],
 }  # fmt: skip
 CASES = [(name, i) for name, changes in BEYOND.items() for i in range(len(changes))]
 
@@ -204,6 +261,9 @@ def launch(name: str, operands: dict[str, Any]) -> None:
     def take(names: str) -> list[Any]:
         return [given.pop(name) for name in names.split()]
 
+    if name in ("verify", "draft"):
+        LAUNCHERS[name][0](**given)
+        return
     if "positions" in given:
         given["rows"] = rows_at(*take("positions num_tokens slots"))
     if "cos" in given:

@@ -28,7 +28,7 @@ from kernels.cpu.block_tiles import (
     make_int_panel,
     make_widen,
 )
-from kernels.cpu.compile import callback, device, kernel
+from kernels.cpu.compile import callback, device
 from kernels.cpu.parallel import over_blocks
 from kernels.cpu.scalars import BLOCK_ROWS, F, addresses_at, floats_at, keep_alive, norm_row, num_blocks
 from kernels.cpu.tiles import LANES, call
@@ -188,29 +188,3 @@ def make_blocks(parts: Sequence[BlockPart], activation_bits: int) -> Blocks:
         numbers += [product, widen_address(part.name)]
         first += part.num_rows
     return Blocks(tuple(parts), torch.tensor(numbers), activation_bits)
-
-
-@kernel
-def _widen_rows(matrix, ids, num_k, out):
-    for i in range(len(ids)):
-        at = matrix + HEADER_FIELDS * 8
-        part = addresses_at(at, PART_FIELDS)
-        while ids[i] >= part[PART_FIRST] + part[PART_ROWS]:
-            at += PART_FIELDS * 8
-            part = addresses_at(at, PART_FIELDS)
-        row = ids[i] - part[PART_FIRST]
-        values = np.empty((num_k, PANEL), np.float32)
-        tiles = part[PART_TILES] + row // PANEL * part[PART_PANEL_BYTES]
-        call(part[PART_WIDEN], (tiles, num_k // part[PART_SIZE], np.int64(values.ctypes.data)))
-        for k in range(num_k):
-            out[i, k] = values[k, row % PANEL]
-        keep_alive(values)
-
-
-def widen_rows(form: Blocks, ids: torch.Tensor) -> torch.Tensor:
-    """The rows [n, K] float32 of some outputs: of an embedding, the tokens `ids`."""
-    num_rows, num_columns = form.shape
-    assert ((ids >= 0) & (ids < num_rows)).all(), (ids.min(), ids.max(), num_rows)
-    out = torch.empty(len(ids), num_columns)
-    _widen_rows(form.numbers.data_ptr(), ids.numpy(), num_columns, out.numpy())
-    return out

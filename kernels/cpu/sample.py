@@ -29,7 +29,8 @@ from kernels.cpu.parallel import over_blocks
 from kernels.cpu.scalars import F, addresses_at, exp, floats_at, ints_at
 from kernels.cpu.threads import ThreadPool
 from kernels.round.noise import MASK32, PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1
-from kernels.round.sample import SampleParams, assert_params, without_early_ends
+from kernels.round.sample import SampleParams, assert_params
+from kernels.weight import addresses
 
 CHUNK = 64  # logits that are skipped or looked at together
 GROUPS = CHUNK // 4  # one philox call serves four logits
@@ -276,12 +277,17 @@ def _draw(row, num_v, maxima, first, floor, temperature, seed, position):
 
 
 @device
-def _sample_row(
-    r, logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed, position, tokens
-):
+def _sample_row(r, logits, num_rows, num_v, width, sampling, position, tokens):
     """Draw the token of row r, one of `width` rows of its sequence."""
+    temperature, top_k, top_p, min_p, seed, end_ids, num_ends, min_position = sampling
     b, batch = r // width, num_rows // width
     row, temp = logits + r * num_v * 4, floats_at(temperature, batch)[b]
+    drawn, ends = addresses_at(position, num_rows)[r], ints_at(end_ids + b * num_ends * 4, num_ends)
+    is_early = drawn < ints_at(min_position, batch)[b]
+    banned = np.empty(num_ends if is_early else 0, np.float32)
+    for e in range(len(banned)):  # set aside, so that the caller's logits stay as they are
+        if 0 <= ends[e] < num_v:
+            banned[e], floats_at(row, num_v)[ends[e]] = floats_at(row, num_v)[ends[e]], F(-np.inf)
     maxima = np.empty((num_v + CHUNK - 1) // CHUNK, np.int32)
     max_key = _chunk_maxima(row, num_v, maxima)
     token = _first_index(row, num_v, maxima, max_key)
@@ -290,26 +296,25 @@ def _sample_row(
         k, p = ints_at(top_k, batch)[b], floats_at(top_p, batch)[b]
         least = floats_at(min_p, batch)[b]
         floor = _filter_key(row, num_v, maxima, max_key, temp, k, p, least)
-        key, drawn = addresses_at(seed, batch)[b], addresses_at(position, num_rows)[r]
+        key = addresses_at(seed, batch)[b]
         token = _draw(row, num_v, maxima, token, floor, temp, key, drawn)
+    for e in range(len(banned) - 1, -1, -1):
+        if 0 <= ends[e] < num_v:
+            floats_at(row, num_v)[ends[e]] = banned[e]
     addresses_at(tokens, num_rows)[r] = token
 
 
 @kernel
-def _sample(
-    pool, logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed, position, tokens
-):
+def sample_rows(pool, logits, num_rows, num_v, width, sampling, position, tokens):
     over_blocks(
-        pool, num_rows, _sample_row,
-        (logits, num_rows, num_v, width, temperature, top_k, top_p, min_p, seed, position, tokens),
-    )  # fmt: skip
+        pool, num_rows, _sample_row, (logits, num_rows, num_v, width, sampling, position, tokens)
+    )
 
 
 @device
-def _top_row(r, logits, num_rows, num_v, out):
-    """out[r] = 1 / sum_v exp(logits[r, v] - max)."""
-    row, total = logits + r * num_v * 4, np.int64(0)
-    maxima = np.empty((num_v + CHUNK - 1) // CHUNK, np.int32)
+def top_probability_of(row, num_v):
+    """1 / sum_v exp(logits[v] - max) of the logits at an address."""
+    maxima, total = np.empty((num_v + CHUNK - 1) // CHUNK, np.int32), np.int64(0)
     best = _value(_chunk_maxima(row, num_v, maxima))
     for c in range(len(maxima)):
         _, logits = _chunk(row, num_v, c)
@@ -320,12 +325,13 @@ def _top_row(r, logits, num_rows, num_v, out):
             high = np.int32(high + whole)
             low = np.int32(low + np.int32(mass - F(whole) * ONE_ROOT))
         total += (np.int64(high) << (ONE_BITS // 2)) + low
-    floats_at(out, num_rows)[r] = np.float64(ONE) / np.float64(total)
+    return F(np.float64(ONE) / np.float64(total))
 
 
-@kernel
-def _top_probability(pool, logits, num_rows, num_v, out):
-    over_blocks(pool, num_rows, _top_row, (logits, num_rows, num_v, out))
+def sampling_numbers(params: SampleParams) -> tuple[int, ...]:
+    """What `sample_rows` reads of the parameters; the caller keeps them until that is done."""
+    end_ids = params.end_ids
+    return (*addresses(*params[:5], end_ids), end_ids.shape[1], params.min_position.data_ptr())
 
 
 def sample(
@@ -336,24 +342,9 @@ def sample(
     assert 0 < vocab_size <= MAX_VOCAB, vocab_size
     assert_params(logits, position, params)
     assert logits.device.type == "cpu", logits.device
-    logits = without_early_ends(logits, position, params)
     tokens = torch.empty(num_rows, dtype=torch.int64)
     pool.launch(
-        _sample, logits.data_ptr(), num_rows, vocab_size, num_rows // params.seed.shape[0],
-        *(values.data_ptr() for values in params[:5]), position.data_ptr(), tokens.data_ptr(),
+        sample_rows, logits.data_ptr(), num_rows, vocab_size, num_rows // params.seed.shape[0],
+        sampling_numbers(params), position.data_ptr(), tokens.data_ptr(),
     )  # fmt: skip
     return tokens
-
-
-def top_probability(pool: ThreadPool, logits: torch.Tensor) -> torch.Tensor:
-    """Each row's largest softmax probability, 1 / sum_v exp(logits[r, v] - max).
-
-    logits [R, V] float32, with a finite maximum in each row -> [R] float32.
-    """
-    num_rows, vocab_size = logits.shape
-    assert 0 < vocab_size <= MAX_VOCAB, vocab_size
-    assert_plain(torch.float32, logits)
-    assert logits.device.type == "cpu", logits.device
-    out = torch.empty(num_rows)
-    pool.launch(_top_probability, logits.data_ptr(), num_rows, vocab_size, out.data_ptr())
-    return out

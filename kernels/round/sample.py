@@ -280,11 +280,17 @@ def sample(logits: torch.Tensor, position: torch.Tensor, params: SampleParams) -
 
 def assert_params(logits: torch.Tensor, position: torch.Tensor, params: SampleParams) -> None:
     """One parameter a sequence, as many rows of logits for each, and a position for every row."""
-    num_rows, (batch, num_ends) = logits.shape[0], params.end_ids.shape
-    assert batch > 0 and num_rows % batch == 0 and num_ends > 0, (num_rows, batch, num_ends)
+    num_rows, batch = logits.shape[0], params.end_ids.shape[0]
+    assert batch > 0 and num_rows % batch == 0, (num_rows, batch)
     assert position.shape == (num_rows,), (position.shape, num_rows)
     assert_plain(torch.float32, logits)
     assert_plain(torch.int64, position)
+    assert_sequences(batch, params)
+
+
+def assert_sequences(batch: int, params: SampleParams) -> None:
+    """One parameter for each of so many sequences."""
+    assert params.end_ids.shape[0] == batch and params.end_ids.shape[1] > 0, params.end_ids.shape
     for tensor, dtype in zip(params, SAMPLE_DTYPES, strict=True):
         assert tensor is params.end_ids or tensor.shape == (batch,), (tensor.shape, batch)
         assert_plain(dtype, tensor)
