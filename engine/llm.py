@@ -97,7 +97,7 @@ class LLM:
             if on_progress is not None:
                 on_progress(done, total)
 
-        loaded = load(model, revision, torch_device, forms, max_length, pool, on_bytes)
+        loaded = load(model, revision, torch_device, forms, max_length, on_bytes, pool)
         self._start(
             loaded, max_sequences, seed, speculative, router, profile,
             after_step=lambda: on_bytes(num_bytes, num_bytes),

@@ -16,7 +16,7 @@ from engine.passes import Passes
 from engine.prefill import prefill
 from engine.prepare import PlanPreparer
 from engine.routing import open_router
-from kernels.cpu.threads import ThreadPool, usable_cores
+from kernels.cpu.threads import SHARED, ThreadPool, usable_cores
 from kernels.ops import Ops
 from kernels.ops_cpu import numba_ops
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
@@ -101,7 +101,7 @@ def choose_forms(
     )
 
 
-def choose_ops(device: torch.device, pool: ThreadPool) -> tuple[Ops, Ops]:
+def choose_ops(device: torch.device, pool: ThreadPool = SHARED) -> tuple[Ops, Ops]:
     """The operations of prefill and of decode passes: Triton on CUDA, numba on a CPU."""
     if device.type == "cuda":
         return TRITON_PREFILL, TRITON
@@ -154,8 +154,8 @@ def load(
     device: torch.device,
     forms: Forms,
     max_length: int | None,
-    pool: ThreadPool,
     on_progress: Callable[[int, int], None] | None,
+    pool: ThreadPool = SHARED,
 ) -> Loaded:
     """Find, check and read a model. Raises ValueError in one line for whatever is wrong with it."""
     path = resolve_model(model, revision)

@@ -153,7 +153,7 @@ class Passes:
             raise RuntimeError("the engine is closed; make a new one")
 
     def close(self) -> None:
-        """Run no pass any more, and end the threads of the operations, where they have their own."""
+        """Run no pass any more, and end the threads of the operations if they have their own."""
         with self.lock:
             self._is_closed = True
             if self.target.decode_ops.pool is not None:

@@ -135,9 +135,10 @@ def profile_path(model: Llama) -> Path:
     device = model.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else get_host_cpu_name()
     kinds = [sorted(weight.own.names) for weight in matrices(model.weights)]
+    pool = model.decode_ops.pool
     parts = (
         model.config, where, code_digest(), model.dtype, kinds, model.decode_ops.name,
-        model.decode_ops.pool and model.decode_ops.pool.num_threads, torch.__version__, triton.__version__,
+        pool and pool.num_threads, torch.__version__, triton.__version__,
     )  # fmt: skip
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return cache_path() / f"profile-{digest}.json"

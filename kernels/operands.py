@@ -71,6 +71,6 @@ class RoundBuffers(NamedTuple):
 
     def rows(self, batch: int) -> RoundBuffers:
         """The first `batch` rows: views at the same addresses."""
-        *columns, sampling, precisions = self
-        part = sampling._make(column[:batch] for column in sampling)
-        return RoundBuffers(*(column[:batch] for column in columns), part, precisions)
+        sampling = type(self.sampling)(*(column[:batch] for column in self.sampling))
+        columns = {name: getattr(self, name)[:batch] for name in self._fields[:6]}
+        return self._replace(**columns, sampling=sampling)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from test_bench_routing import DOMAINS, MATH, library_of
-from tiny import tiny_llm
+from tiny import IN_TURN, tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE
 
 from bench.decode import make_arms, measure_prompt
@@ -39,7 +38,7 @@ def run_layers(x, *args):
 
 def uneven_llm() -> LLM:
     template = ChatTemplate(CHAT_TEMPLATE, "test")
-    ops = replace(NUMBA, run_layers=run_layers)
+    ops = replace(IN_TURN, run_layers=run_layers)
     return tiny_llm(prefill_ops=ops, chat_template=template, router="none")
 
 

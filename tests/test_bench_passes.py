@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import tiny_config
-from tiny import family_config, tiny_llama
+from tiny import IN_TURN, family_config, tiny_llama
 
 import bench.passes as passes_module
 from bench.passes import describe, measure, measure_shape
@@ -53,7 +53,7 @@ def subject_of(model: Llama, max_context: int = CONTEXT, run=run_eagerly):
 
 
 def model_with(**ops) -> Llama:
-    return tiny_llama(family_config("llama2"), decode_ops=replace(NUMBA, **ops))
+    return tiny_llama(family_config("llama2"), decode_ops=replace(IN_TURN, **ops))
 
 
 def sizes_of(config):

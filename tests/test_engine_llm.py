@@ -14,7 +14,9 @@ from tiny import family_config, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
 
 from engine import SamplingParams
+from kernels.cpu.threads import ThreadPool
 from kernels.ops import TORCH
+from kernels.ops_cpu import numba_ops
 from kernels.ops_gpu import TRITON, TRITON_PREFILL
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -205,6 +207,50 @@ def test_closing_a_stream_frees_its_slot_and_keeps_the_cache_consistent():
     whole = llm.generate("partial", GREEDY)[0]
     assert list(tokens(whole)[:5]) == part
     assert tokens(whole) == tokens(tiny_llm().generate("partial", GREEDY)[0])
+
+
+def test_a_closed_engine_has_no_threads_and_answers_nothing():
+    def pool_threads():
+        return [t for t in threading.enumerate() if t.name.startswith("knn-ssd-")]
+
+    before, ops = pool_threads(), numba_ops(ThreadPool(2))
+    with tiny_llm(prefill_ops=ops, decode_ops=ops) as llm:
+        assert llm.threads == 2
+        expected = tokens(llm.generate("abc", GREEDY)[0])
+        assert len(pool_threads()) == len(before) + 1
+        stream = llm.stream("abc", GREEDY)
+        assert next(stream).token_id == expected[0]
+    assert pool_threads() == before
+    llm.close()
+    for ask in (
+        lambda: next(stream),
+        lambda: llm.generate("abc", GREEDY),
+        lambda: llm.feature("a"),
+    ):
+        with pytest.raises(RuntimeError, match="the engine is closed; make a new one"):
+            ask()
+    assert pool_threads() == before
+    assert tokens(tiny_llm().generate("abc", GREEDY)[0]) == expected
+
+
+def test_an_engine_is_closed_while_a_thread_answers(llm):
+    params, failures = replace(GREEDY, max_tokens=200), []
+
+    def run() -> None:
+        try:
+            while True:
+                llm.generate("abc", params)
+        except RuntimeError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    llm.generate("abc", GREEDY)
+    llm.close()
+    for thread in threads:
+        thread.join(60)
+    assert failures == ["the engine is closed; make a new one"] * 3
 
 
 def test_no_more_logprobs_than_tokens_of_the_vocabulary():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import family_config, tiny_llama
+from tiny import IN_TURN, family_config, tiny_llama
 
 from engine.kv_cache import KVCache, make_kv_cache
 from engine.params import MAX_END_IDS, Sampling
@@ -19,8 +19,9 @@ from models.llama import Llama
 from models.plan import DraftPlan
 from models.quantise import with_int8
 
-IN_TURN = replace(NUMBA, verify_round=None, draft_round=None)
 PROMPTS = ([3, 5, 8, 13, 21, 34, 55], [89, 90, 91, 92, 93])
+
+
 def ends(*token_ids: int) -> array[int]:
     return array("i", [*token_ids, *[-1] * (MAX_END_IDS - len(token_ids))])
 
@@ -58,9 +59,7 @@ def outcome(model: Llama, ops, rows: list[RoundRow], plans: list[DraftPlan]) -> 
         logits, result = passes.verify(len(rows), width)
         buffers = passes.buffers
         drafts = buffers.token_ids, buffers.num_drafted, buffers.num_wanted
-        return [
-            part.clone() for part in (logits, result, *drafts, cache.k, cache.v, cache.states)
-        ]
+        return [part.clone() for part in (logits, result, *drafts, cache.k, cache.v, cache.states)]
 
 
 def rows_for(case: str, sampling: Sampling) -> list[RoundRow]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from operands import rows_at
 
-from kernels.ops_cpu import keep_drafted as keep_drafted_on_a_cpu
 from kernels.round.keep_drafted import keep_drafted, keep_drafted_ref
 from kernels.round.keep_states import keep_states, keep_states_ref
 from kernels.round.rows import draft_rows, draft_rows_ref, verify_rows, verify_rows_ref
@@ -96,8 +95,7 @@ def test_taking_the_tokens_of_a_draft_step(size, device):
     assert want[2].tolist() == [5, 2, 5, 5, 5, 6, 2, -1]
     assert not torch.equal(token_ids, want[0]) and not torch.equal(num_drafted, want[1])
     assert not torch.equal(num_wanted, want[2])
-    ops = [keep_drafted, keep_drafted_ref]
-    for op in [*ops, keep_drafted_on_a_cpu] if device.type == "cpu" else ops:
+    for op in (keep_drafted, keep_drafted_ref):
         got = [arg.clone() for arg in args]
         op(logits, drawn.to(device), *got)
         for a, b in zip(got, want, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from models.config import LlamaConfig, RopeScaling
 from models.llama import Llama, make_llama
 from models.weights import LlamaWeights, random_weights
 
+# Operation by operation: with what is put in the place of one, or with a record of each.
+IN_TURN = replace(NUMBA, verify_round=None, draft_round=None)
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_positions=64)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama2": {"architecture": "llama"},

@@ -13,7 +13,16 @@ import numpy as np
 from kernels.cpu.compile import device, kernel
 from kernels.cpu.parallel import over_blocks
 from kernels.cpu.product import tiled_product
-from kernels.cpu.scalars import F, bytes_at, exp, floats_at, ints_at, keep_alive, num_blocks, rows_fit
+from kernels.cpu.scalars import (
+    F,
+    bytes_at,
+    exp,
+    floats_at,
+    ints_at,
+    keep_alive,
+    num_blocks,
+    rows_fit,
+)
 from kernels.cpu.tiles import LANES, fma, make_weighted_sum_tile
 
 TILE_ROWS = 4

@@ -239,7 +239,8 @@ def _emit_int_panel(builder: Any, args: Any, kind: BlockType, bits: int, rows: i
 
         def chunk_body(c: Any, acc: list[Any]) -> list[Any]:
             number = builder.add(builder.mul(t, i64(per_tile)), c)
-            x_at, sums_at = (builder.mul(number, i64(n)) for n in (CHUNK * CODE_BYTES[bits], SUMS_BYTES))
+            x_at = builder.mul(number, i64(CHUNK * CODE_BYTES[bits]))
+            sums_at = builder.mul(number, i64(SUMS_BYTES))
             # One row of 8 bits leaves the processor's own prefetching ahead, more work does not.
             operands = tile.operands(c, is_prefetching=rows > 1 or bits == 16)
             parts = CHUNK // kind.group

@@ -30,7 +30,15 @@ from kernels.cpu.block_tiles import (
 )
 from kernels.cpu.compile import callback, device
 from kernels.cpu.parallel import over_blocks
-from kernels.cpu.scalars import BLOCK_ROWS, F, addresses_at, floats_at, keep_alive, norm_row, num_blocks
+from kernels.cpu.scalars import (
+    BLOCK_ROWS,
+    F,
+    addresses_at,
+    floats_at,
+    keep_alive,
+    norm_row,
+    num_blocks,
+)
 from kernels.cpu.tiles import LANES, call
 
 # A matrix as kernels find it: the bits of x or 0, how many parts, and these of each part.

@@ -50,7 +50,7 @@ def is_compiled() -> bool:
     return needed <= names
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: Callable[..., Any]) -> Any:
     """Compile on the first call; keep the machine code on disk where that can be."""
     dispatcher: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True)(function)
     dispatcher._cache = KernelCache(function, _folder_name())

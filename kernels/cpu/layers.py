@@ -65,8 +65,6 @@ def run_layers(
                 pool, x, fields[16], eps, w + GATE_UP, column, stride_p, batch, rows, hidden, ffn,
                 up, h, room,
             )  # fmt: skip
-            add_linear(
-                pool, h, w + DOWN, x, column, stride_p, batch, rows, ffn, hidden, y, room
-            )
+            add_linear(pool, h, w + DOWN, x, column, stride_p, batch, rows, ffn, hidden, y, room)
     keep_alive(scratch)
     return True

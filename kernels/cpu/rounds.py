@@ -46,9 +46,9 @@ def _accept(b, target, token_ids, num_drafted, width, result):
 def _forward(pool, model, lm_head, rows, batch, width, precisions, slots, states, logits):
     """Logits of the rows, and what they leave in the cache; states may be 0, for none."""
     (
-        row_code, embedding, vocab, table, num_layers, final_norm, has_int8, eps, cos, sin, k_caches,
-        v_caches, layer_bytes, _, hidden, heads, kv_heads, head_dim, cache_len, ffn, num_positions,
-        num_slots,
+        row_code, embedding, vocab, table, num_layers, final_norm, has_int8, eps, cos, sin,
+        k_caches, v_caches, layer_bytes, _, hidden, heads, kv_heads, head_dim, cache_len, ffn,
+        num_positions, num_slots,
     ) = model  # fmt: skip
     ids, positions, num_tokens, _, _ = rows
     stride_p = 2 * num_layers + 1
@@ -93,9 +93,7 @@ def _rows_in(room, batch, width):
 
 
 @kernel
-def verify_round(
-    pool, model, lm_head, sampling, buffers, batch, width, precisions, logits, result
-):
+def verify_round(pool, model, lm_head, sampling, buffers, batch, width, precisions, logits, result):
     token_ids, max_width, first, slots, num_drafted = buffers[:5]
     firsts, drafted = ints_at(first, batch), ints_at(num_drafted, batch)
     vocab, cache_len, states = model[VOCAB], model[CACHE_LEN], model[STATES]

@@ -2,8 +2,8 @@
 
     token = argmax over kept of logits / temperature + gumbel(seed, position, index)
 
-A row is one thread's, and its sums of probabilities are integers, exact in any order: nothing depends
-on the other rows or on the number of threads. It is fast by what it leaves out:
+A row is one thread's, and its sums of probabilities are integers, exact in any order: nothing
+depends on the other rows or on the number of threads. It is fast by what it leaves out:
 
     the noise lies below MAX_NOISE, so a chunk of logits whose maximum / temperature + MAX_NOISE is
     below the best score so far can be skipped without drawing its noise;
@@ -23,7 +23,6 @@ import math
 import numpy as np
 import torch
 
-from kernels.checks import assert_plain
 from kernels.cpu.compile import device, kernel
 from kernels.cpu.parallel import over_blocks
 from kernels.cpu.scalars import F, addresses_at, exp, floats_at, ints_at

@@ -55,6 +55,8 @@ class ThreadPool:
         first = -room.ctypes.data // 8 % LINE_WORDS
         self.words = room[first : first + NUM_WORDS]
         self._address = self.words.ctypes.data
+        self._threads: list[threading.Thread] = []
+        self._finalizer: Callable[[], Any] = lambda: None
         self._reset()
         _POOLS.add(self)
 
@@ -85,7 +87,7 @@ class ThreadPool:
         """No threads, and no job under way."""
         self.words[:] = 0
         self._changed = threading.Condition()
-        self._threads: list[threading.Thread] = []
+        self._threads = []
         self._generation = 0  # of threads
 
     def _start(self) -> None:
