@@ -22,7 +22,7 @@ from tiny import family_config, tiny_llama
 from kernels.cpu.compile import device, kernel
 from kernels.cpu.parallel import DELAY, over_blocks
 from kernels.cpu.scalars import addresses_at
-from kernels.cpu.threads import ThreadPool, usable_cores
+from kernels.cpu.threads import SHARED, ThreadPool, usable_cores
 from kernels.operands import Rows
 from kernels.ops_cpu import numba_ops
 from models.llama import Llama, forward, full_precisions, logits
@@ -38,7 +38,9 @@ def pool() -> Iterator[ThreadPool]:
 
 
 def pool_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("knn-ssd-")]
+    """Of all pools but the shared one, which other tests may have started."""
+    threads = set(threading.enumerate()) - set(SHARED._threads)
+    return [thread for thread in threads if thread.name.startswith("knn-ssd-")]
 
 
 def pass_bits(model: Llama, pool: ThreadPool, widths: Sequence[int]) -> list[torch.Tensor]:

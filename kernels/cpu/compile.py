@@ -46,7 +46,7 @@ def _folder_name() -> str:
 def is_compiled() -> bool:
     """Whether a decode step's machine code is on disk; compiling it takes half a minute."""
     names = {path.name.split("-")[0] for path in (cache_path() / _folder_name()).glob("*.nbc")}
-    needed = {"layers.run_layers", "matmul.norm_lm_head", "sample._sample"}
+    needed = {"layers.run_layers", "matmul.norm_lm_head", "rounds.verify_round"}
     return needed <= names
 
 
