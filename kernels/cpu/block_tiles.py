@@ -38,7 +38,6 @@ from kernels.cpu.tiles import (
 I8, I16 = ir.IntType(8), ir.IntType(16)
 INTS, BYTES = ir.VectorType(I32, PANEL), ir.VectorType(I8, 4 * PANEL)
 PAIRS = ir.VectorType(I16, 2 * PANEL)
-MAX_ROWS = 8  # of x that share the unpacking of a tile
 SUMS_BYTES = 32  # of what a row of x has for 32 elements beside their codes: see `make_quantise`
 OPERANDS = CHUNK // 4
 PREFETCHED = 8192  # bytes ahead of what is read
@@ -48,6 +47,8 @@ HAS_VNNI = {"+avx512vnni", "+avx512bw"} <= FEATURES
 # Of an activation's code, by its bits: without instructions for products of bytes all have 16.
 CODE_BYTES = {8: 1, 16: 2} if HAS_VNNI else {8: 2, 16: 2}
 FOUR_BYTES = 4 if HAS_VNNI else 8  # of four of them, as one product takes them
+# Of x that share the unpacking of a tile: as many as registers hold sums of.
+MAX_ROWS = 8 if HAS_VNNI else 4
 
 
 def i64(value: int) -> Any:
@@ -120,24 +121,29 @@ def _operands(builder: Any, kind: BlockType, chunk: Any) -> list[Any]:
     return found
 
 
-def _dot_bytes(builder: Any, acc: Any, codes: Any, xs: Any) -> Any:
-    """acc + the sum of four products of unsigned codes and signed bytes at xs, in every lane."""
+def _add_bytes(builder: Any, dots: list[Any], codes: Any, xs: list[Any]) -> list[Any]:
+    """Each of `dots` + the sum of four products of unsigned codes and signed bytes at its x."""
     name = "llvm.x86.avx512.vpdpbusd.512"
-    four = splat(builder, _load_as(builder, xs, I32))
     signature = ir.FunctionType(INTS, [INTS, BYTES, BYTES])
     function = cgutils.get_or_insert_function(builder.module, signature, name)
-    parts = (builder.bitcast(vector, BYTES) for vector in (codes, four))
-    return builder.call(function, (acc, *parts))
+    codes = builder.bitcast(codes, BYTES)
+    fours = [builder.bitcast(splat(builder, _load_as(builder, x, I32)), BYTES) for x in xs]
+    return [
+        builder.call(function, (dot, codes, four)) for dot, four in zip(dots, fours, strict=True)
+    ]
 
 
-def _dot_pairs(builder: Any, acc: Any, codes: Any, xs: Any) -> Any:
-    """The same with numbers of 16 bits at xs: the first and third, then the second and fourth."""
+def _add_pairs(builder: Any, dots: list[Any], codes: Any, xs: list[Any]) -> list[Any]:
+    """The same with numbers of 16 bits at x: the first and third, then the second and fourth."""
     codes = builder.bitcast(codes, PAIRS)
     low, eight = (ir.Constant(PAIRS, [n] * 2 * PANEL) for n in (0xFF, 8))
     for i, pairs in enumerate((builder.and_(codes, low), builder.lshr(codes, eight))):
-        two = splat(builder, _load_as(builder, at(builder, xs, 4 * i), I32))
-        acc = builder.add(acc, _multiply_pairs(builder, pairs, builder.bitcast(two, PAIRS)))
-    return acc
+        twos = [splat(builder, _load_as(builder, at(builder, x, 4 * i), I32)) for x in xs]
+        dots = [
+            builder.add(dot, _multiply_pairs(builder, pairs, builder.bitcast(two, PAIRS)))
+            for dot, two in zip(dots, twos, strict=True)
+        ]
+    return dots
 
 
 def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
@@ -162,20 +168,30 @@ def _multiply_pairs(builder: Any, a: Any, b: Any) -> Any:
     return builder.add(even, odd)
 
 
-def _dot(builder: Any, operands: Any, xs: Any, bits: int, zero: int, x_sum: Any) -> Any:
-    """The sum of (code - zero) x in every lane. x_sum: the address of the sum of the xs."""
-    dot = ir.Constant(INTS, [0] * PANEL)
-    add_product = _dot_bytes if HAS_VNNI else _dot_pairs
+def _dots(
+    builder: Any, operands: Any, xs: list[Any], bits: int, zero: int, x_sums: list[Any]
+) -> list[Any]:
+    """For each row of x the sum of (code - zero) x in every lane.
+
+    xs: where its numbers are. x_sums: where their sum is. An operand is used by all rows before the
+    next one, so that a sum for each row is what registers hold.
+    """
+    dots, add_products = [ints(0)] * len(xs), _add_bytes if HAS_VNNI else _add_pairs
     if bits == 16 and HAS_VNNI:  # the high bytes, whose sum counts 256 times
         for j, operand in enumerate(operands):
-            dot = _dot_bytes(builder, dot, operand, at(builder, xs, FOUR_BYTES * j))
-        dot, xs = builder.shl(dot, ints(8)), at(builder, xs, CHUNK)
+            dots = _add_bytes(builder, dots, operand, [at(builder, x, FOUR_BYTES * j) for x in xs])
+        dots = [builder.shl(dot, ints(8)) for dot in dots]
+        xs = [at(builder, x, CHUNK) for x in xs]
     if zero:
-        lift = builder.mul(load(builder, x_sum, I32), ir.Constant(I32, -zero))
-        dot = builder.add(dot, splat(builder, lift))
+        lifts = [
+            builder.mul(load(builder, x_sum, I32), ir.Constant(I32, -zero)) for x_sum in x_sums
+        ]
+        dots = [
+            builder.add(dot, splat(builder, lift)) for dot, lift in zip(dots, lifts, strict=True)
+        ]
     for j, operand in enumerate(operands):
-        dot = add_product(builder, dot, operand, at(builder, xs, FOUR_BYTES * j))
-    return dot
+        dots = add_products(builder, dots, operand, [at(builder, x, FOUR_BYTES * j) for x in xs])
+    return dots
 
 
 class _Tile:
@@ -246,26 +262,28 @@ def _emit_int_panel(builder: Any, args: Any, kind: BlockType, bits: int, rows: i
             parts = CHUNK // kind.group
             scales = [tile.scale(c, part) for part in range(parts)]
             offsets = [tile.offset(c, part) for part in range(parts)] if kind.has_offset else []
-            new = []
-            for r in range(rows):
-                here, known = builder.add(xs[r], x_at), builder.add(ss[r], sums_at)
-                total = acc[r]
-                x_scale = splat(builder, load(builder, known, F32))
-                for part in range(parts):
-                    which = part + (parts > 1)  # sums of 32, of the first 16, of the last 16
-                    step = OPERANDS // parts
-                    run = operands[part * step : (part + 1) * step]
-                    x_sum = at(builder, known, 16 + 4 * which)
-                    x_part = at(builder, here, FOUR_BYTES * part * step)
-                    dot = _dot(builder, run, x_part, bits, kind.zero, x_sum)
-                    factor = builder.fmul(scales[part], x_scale)
-                    total = builder.fadd(total, builder.fmul(builder.sitofp(dot, VECTOR), factor))
+            here = [builder.add(x, x_at) for x in xs]
+            known = [builder.add(s, sums_at) for s in ss]
+            x_scales = [splat(builder, load(builder, k, F32)) for k in known]
+            for part in range(parts):
+                which = part + (parts > 1)  # sums of 32, of the first 16, of the last 16
+                step = OPERANDS // parts
+                dots = _dots(
+                    builder, operands[part * step : (part + 1) * step],
+                    [at(builder, x, FOUR_BYTES * part * step) for x in here], bits, kind.zero,
+                    [at(builder, k, 16 + 4 * which) for k in known],
+                )  # fmt: skip
+                new = []
+                for r, dot in enumerate(dots):
+                    factor = builder.fmul(scales[part], x_scales[r])
+                    total = builder.fadd(acc[r], builder.fmul(builder.sitofp(dot, VECTOR), factor))
                     if kind.has_offset:
-                        x_sum = load(builder, at(builder, known, 4 + 4 * which), F32)
+                        x_sum = load(builder, at(builder, known[r], 4 + 4 * which), F32)
                         lifted = builder.fmul(offsets[part], splat(builder, x_sum))
                         total = builder.fadd(total, lifted)
-                new.append(total)
-            return new
+                    new.append(total)
+                acc = new
+            return acc
 
         return _for_chunks(builder, kind, acc, chunk_body)
 
@@ -305,7 +323,7 @@ def _emit_widen(builder: Any, kind: BlockType, args: Any) -> None:
 
 
 def make_int_panel(kind: BlockType, bits: int) -> Any:
-    """out[r, 0:16] = x[r] W^T of 1 to 8 rows of x in so many bits and the 16 rows of some tiles.
+    """out[r, 0:16] = x[r] W^T of up to MAX_ROWS rows of x in so many bits and 16 rows of tiles.
 
     x, sums: where the codes of x begin, and what `make_quantise` has put beside them.
     """
