@@ -118,8 +118,7 @@ def _draft_seconds(passes: Passes) -> float:
     with passes.alone():
         _stage(passes, 1, num_drafted=0, num_wanted=DRAFT_STEPS)
         started = time.perf_counter()
-        for _ in range(DRAFT_STEPS):
-            passes.draft_step(1)
+        passes.draft([DRAFT_STEPS], is_stopping=False)
         passes.buffers.num_drafted.tolist()  # on a GPU nothing is known to have run before
         return (time.perf_counter() - started) / DRAFT_STEPS
 

@@ -1,8 +1,8 @@
 """Launchers of the CPU kernels, and the records of them: float32 tensors in, addresses down.
 
 Only the values of matrices may have 16 bits. Addresses and sizes are passed instead of arrays:
-unpacking an array costs about a microsecond. The engine calls `run_layers`, `norm_lm_head` and the
-passes of a round; the other operations serve tests and benchmarks.
+unpacking an array costs about a microsecond. The engine calls `run_layers`, `norm_lm_head`,
+`sample` and the passes of a round; the other operations serve tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -226,8 +226,10 @@ def _model_numbers(model: ModelOperands) -> tuple[int | float, ...]:
     assert model.states.shape == (num_slots, cache_len, hidden), model.states.shape
     assert model.embedding.shape == head.shape, (model.embedding.shape, head.shape)
     assert (head.draft is None) == (first.qkv.draft is None), "weights of different forms"
+    assert num_o // head_dim % kv_heads == 0, (num_o, head_dim, kv_heads)
     head.check((head.shape[0], hidden), FLOATS)
-    assert_vectors(torch.float32, hidden, model.final_norm)
+    assert_vectors(torch.float32, hidden, model.final_norm, first.attn_norm)
+    assert_vectors(torch.float32, head_dim, first.q_norm, first.k_norm)
     assert_plain(torch.float32, cos, sin, model.k_cache, model.v_cache, model.states)
     return (
         *embedding_numbers(model.embedding), model.table.ctypes.data, num_layers,
@@ -257,7 +259,7 @@ def verify_round(
     """What `verify_rows`, a pass, `keep_states`, `sample` and `accept` do in turn, bit for bit."""
     batch, vocab = len(buffers.first), model.lm_head.shape[0]
     assert 0 < vocab <= MAX_VOCAB, vocab
-    assert 0 < width <= buffers.token_ids.shape[1], (width, buffers.token_ids.shape)
+    assert batch > 0 and 0 < width <= buffers.token_ids.shape[1], (batch, width)
     assert precisions.shape == (batch, 2 * len(model.table) + 1), (precisions.shape, batch)
     assert_plain(torch.uint8, precisions)
     logits, head = torch.empty(batch * width, vocab), _numbers_of(model.lm_head)

@@ -102,6 +102,7 @@ def test_the_command_reads_a_pipe_and_writes_json():
     ("arguments", "message"),
     [
         (["--max-length", "16"], "the context holds 16"),
+        (["--threads", "0"], "threads: got 0, expected an integer from 1 to"),
         (["--max-length", "100000"], "made for 8192"),
         (["--device", "tpu"], "device: got 'tpu'"),
         (["--model", "./no/such/model"], "does not exist"),

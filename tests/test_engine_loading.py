@@ -10,6 +10,7 @@ from tokenizers_for_tests import byte_tokenizer, write_byte_tokenizer
 
 from engine import LLM, SamplingParams
 from engine.loading import choose_device, choose_forms, choose_max_length, choose_ops
+from kernels.cpu.threads import usable_cores
 from models.weights import random_weights
 
 
@@ -81,6 +82,21 @@ def test_bad_arguments_are_named(directory):
             LLM(directory, max_length=max_length)
     with pytest.raises(ValueError, match="made for 256"):
         LLM(directory, max_length=257)
+    cores = usable_cores()
+    for threads in (0, -1, cores + 1, True, 1.5, "2"):
+        with pytest.raises(
+            ValueError, match=f"threads: got .*, expected an integer from 1 to {cores},"
+        ):
+            LLM(directory, threads=threads)
+
+
+def test_an_engine_computes_with_as_many_threads_as_it_was_told(directory):
+    params, found = SamplingParams(temperature=0, max_tokens=8), []
+    for threads in (1, usable_cores(), None):
+        with LLM(directory, device="cpu", threads=threads, max_length=64) as llm:
+            assert llm.threads == (threads or usable_cores())
+            found.append(llm.generate("Hello", params)[0].outputs[0].token_ids)
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is absent")

@@ -234,3 +234,41 @@ def test_affinity_is_respected():
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "1\n"
+
+
+def test_a_thread_that_cannot_start_leaves_a_pool_that_can_be_used(monkeypatch):
+    counts, start, started = torch.zeros(64, dtype=torch.int64), threading.Thread.start, []
+
+    def only_one(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with closing(ThreadPool(3)) as pool:
+        monkeypatch.setattr(threading.Thread, "start", only_one)
+        with pytest.raises(RuntimeError, match="can't start"):
+            pool.launch(_count_all, 64, counts.data_ptr(), 1)
+        monkeypatch.undo()
+        pool.launch(_count_all, 64, counts.data_ptr(), 1)
+        assert counts.tolist() == [1] * 64
+    assert not pool_threads() and not started[0].is_alive()
+
+
+def test_a_pool_is_closed_while_others_launch(pool):
+    counts, stop, launches = torch.zeros(64, dtype=torch.int64), threading.Event(), []
+
+    def run() -> None:
+        while not stop.is_set():
+            pool.launch(_count_all, 64, counts.data_ptr(), 1)
+            launches.append(1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(50):
+        pool.close()
+    stop.set()
+    thread.join()
+    assert counts.tolist() == [len(launches)] * 64
+    pool.close()
+    assert not pool_threads()

@@ -126,10 +126,8 @@ def _attend_item(
 ):  # fmt: skip
     """One head of one tile of one sequence, by its number among batch * heads * tiles."""
     tiles = num_blocks(width, TILE_ROWS)
-    # A core gets neighbouring items: all tiles of a head, so that none has only the wide ones.
-    # Later tiles attend to more positions: early and late by turns.
-    turn, h, b = item % tiles, item // tiles % heads, item // (tiles * heads)
-    tile = turn // 2 if turn % 2 == 0 else tiles - 1 - turn // 2
+    # Later tiles attend to more positions: the longest of a head are claimed first.
+    tile, h, b = tiles - 1 - item % tiles, item // tiles % heads, item // (tiles * heads)
     first = tile * TILE_ROWS
     valid = ints_at(num_tokens, batch)[b]
     runs = bytes_at(precisions, b * stride_p + 1)[b * stride_p] > 0

@@ -3,7 +3,8 @@
 int8    32 activations share a scale: s = max |x| / 127, q = round(x * (127 / max |x|)), to even.
         A product is the sum over the 32s in order, each step rounded: dot * (scale * s), where
         dot = sum (code - zero) q is a whole number, then offset * (s * sum q) if there are offsets.
-int16   the same with 32,639 in place of 127: q is 256 * high + low, two numbers of 8 bits.
+int16   the same with 32,639 in place of 127: q is 256 * high + low, two numbers of 8 bits where
+        the processor multiplies bytes, else one of 16.
 float   the weights are widened, exactly, and multiplied in the order of cpu/tiles.py: the bits of
         the same matrix in float32.
 

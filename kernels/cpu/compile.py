@@ -60,8 +60,8 @@ def kernel(function: Callable[..., Any]) -> Any:
 def callback(name: str, function: Callable[..., None], num_args: int = 9) -> Callable[[], Any]:
     """Compile, when first asked, a function of so many int64 for kernels that call it by `address`.
 
-    What kernels inline is optimised again for each of their loops; this is compiled once. `name`
-    is that of its machine code on disk.
+    What kernels inline is optimised again wherever it is used; this is compiled once. `name` is
+    that of its machine code on disk.
     """
 
     kept: list[Any] = []  # threads may compile at the same time: no code at an address may go

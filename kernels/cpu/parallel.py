@@ -220,7 +220,7 @@ def _run_job(pool, num_blocks, code, arguments):
 
 @device
 def over_blocks(pool, num_blocks, body, arguments):
-    """body(block, *arguments) for every block, each by one thread; at most 2^24 of them."""
+    """body(block, *arguments) for every block, each by one thread; fewer than 2^24."""
     _run_job(pool, num_blocks, _code_of(body, arguments), _address_of(arguments))
 
 

@@ -1,7 +1,8 @@
 """The passes of a round in one launch each: a whole draft, and the verification of one.
 
 What the operations of `draft_pass` and `verify_pass` of the engine do in turn, bit for bit; what is
-saved is Python between them, a millisecond or two a round. Arguments are addresses and sizes.
+saved is Python between them, a millisecond or two a round. Only where a draft stops that is unsure
+may differ from the reference in a last bit of a probability. Arguments are addresses and sizes.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -156,7 +157,9 @@ def draft_round(pool, model, lm_head, sampling, buffers, batch, slot_precisions,
         for b in range(batch):
             column, is_drafting = max(drafted[b], 0), drafted[b] < wanted[b]
             slot = np.int64(ints_at(slots, batch)[b])
-            if column >= max_width or wanted[b] >= max_width or not 0 <= slot < model[NUM_SLOTS]:
+            if drafted[b] < -1 or column >= max_width or wanted[b] >= max_width:
+                return False
+            if slot < 0 or slot >= model[NUM_SLOTS]:
                 return False
             ids[b] = addresses_at(token_ids + b * max_width * 8, max_width)[column]
             positions[b] = firsts[b] + column

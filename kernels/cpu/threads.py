@@ -56,50 +56,60 @@ class ThreadPool:
         self.words = room[first : first + NUM_WORDS]
         self._address = self.words.ctypes.data
         self._threads: list[threading.Thread] = []
-        self._finalizer: Callable[[], Any] = lambda: None
+        self._finalizer: weakref.finalize[..., ThreadPool] | None = None
         self._reset()
         _POOLS.add(self)
 
     def launch(self, kernel: Callable[..., Any], *args: Any) -> Any:
-        """kernel(address of the pool, *args). Raises MemoryError where a block had no memory."""
+        """kernel(address of the pool, *args).
+
+        Raises MemoryError where a block had no memory, in all launches under way; what a product
+        allocates for itself, a megabyte at most, is not looked at.
+        """
         with self._changed:
             self.words[RUNNING] += 1
-            if not self._threads and self.num_threads > 1:
-                self._start()
-            self._changed.notify_all()
         try:
+            with self._changed:
+                if not self._threads and self.num_threads > 1:
+                    self._start()
+                self._changed.notify_all()
             return kernel(self._address, *args)
         finally:
             with self._changed:
                 self.words[RUNNING] -= 1
-            if self.words[FAILED]:
-                self.words[FAILED] = 0
+                has_failed = self.words[FAILED] != 0
+                if not self.words[RUNNING]:
+                    self.words[FAILED] = 0
+            if has_failed:
                 raise MemoryError("a kernel found no memory for what it computes")
 
     def close(self) -> None:
         """End the threads, and wait for that. A launch after this starts new ones."""
         with self._changed:
-            threads, self._threads = self._threads, []
-        if threads:
-            self._finalizer()
+            end, self._threads, self._finalizer = self._finalizer, [], None
+        if end is not None:
+            end()
 
     def _reset(self) -> None:
         """No threads, and no job under way."""
+        if self._finalizer is not None:  # of the threads of a parent process
+            self._finalizer.detach()
         self.words[:] = 0
         self._changed = threading.Condition()
-        self._threads = []
+        self._threads, self._finalizer = [], None
         self._generation = 0  # of threads
 
     def _start(self) -> None:
         work.compile((types.int64, types.int64))  # once, not in every thread
         self._generation += 1
+        threads: list[threading.Thread] = []
         args = (self.words, self._changed, self._generation)
-        for i in range(1, self.num_threads):
-            name = f"knn-ssd-{i}"
-            self._threads.append(threading.Thread(target=_serve, args=args, name=name, daemon=True))
-            self._threads[-1].start()
         # Also where nobody closes the pool: when it is garbage, and when Python exits.
-        self._finalizer = weakref.finalize(self, _end, *args, self._threads)
+        self._threads, self._finalizer = threads, weakref.finalize(self, _end, *args, threads)
+        for i in range(1, self.num_threads):
+            thread = threading.Thread(target=_serve, args=args, name=f"knn-ssd-{i}", daemon=True)
+            thread.start()
+            threads.append(thread)
 
 
 _POOLS: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
@@ -120,10 +130,11 @@ def _end(
     threads: Sequence[threading.Thread],
 ) -> None:
     with changed:
-        words[STOPPED] = generation
+        words[STOPPED] = max(words[STOPPED], generation)
         changed.notify_all()
-    for thread in threads:
-        thread.join()
+    if threading.current_thread() not in threads:  # as where one of them collects garbage
+        for thread in threads:
+            thread.join()
 
 
 def _after_fork() -> None:
