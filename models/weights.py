@@ -116,7 +116,8 @@ def load_weights(
         config, device=device, dtype=dtype, matrix_kinds=kinds, activation_bits=activation_bits
     )
     total, done = sum(part_of(weights, part).nbytes for part in parts), 0
-    for part in parts:
+    # The largest first: while a tensor is read its part of the file is in memory, too.
+    for part in sorted(parts, key=lambda part: -part_of(weights, part).nbytes):
         target = part_of(weights, part)
         # Heads of rotary pairs from one order into the other.
         pairs = (2, config.head_dim // 2)
