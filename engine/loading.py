@@ -111,10 +111,8 @@ def choose_ops(device: torch.device, pool: ThreadPool = SHARED) -> tuple[Ops, Op
 
 def choose_pool(threads: int | None) -> ThreadPool:
     """The threads of an engine; None is one for each core that may be used."""
-    cores = usable_cores()
-    if threads is None:
-        return ThreadPool(cores)
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 < threads <= cores:
+    cores, is_int = usable_cores(), isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (is_int and 0 < threads <= cores):
         raise ValueError(
             f"threads: got {threads!r}, expected an integer from 1 to {cores}, the cores that this "
             "process may use"

@@ -225,6 +225,7 @@ def _model_numbers(model: ModelOperands) -> tuple[int | float, ...]:
     assert model.v_cache.shape == model.k_cache.shape, (model.v_cache.shape, model.k_cache.shape)
     assert model.states.shape == (num_slots, cache_len, hidden), model.states.shape
     assert model.embedding.shape == head.shape, (model.embedding.shape, head.shape)
+    assert 0 < head.shape[0] <= MAX_VOCAB, head.shape
     assert (head.draft is None) == (first.qkv.draft is None), "weights of different forms"
     assert num_o // head_dim % kv_heads == 0, (num_o, head_dim, kv_heads)
     head.check((head.shape[0], hidden), FLOATS)
@@ -258,7 +259,6 @@ def verify_round(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `verify_rows`, a pass, `keep_states`, `sample` and `accept` do in turn, bit for bit."""
     batch, vocab = len(buffers.first), model.lm_head.shape[0]
-    assert 0 < vocab <= MAX_VOCAB, vocab
     assert batch > 0 and 0 < width <= buffers.token_ids.shape[1], (batch, width)
     assert precisions.shape == (batch, 2 * len(model.table) + 1), (precisions.shape, batch)
     assert_plain(torch.uint8, precisions)
@@ -276,7 +276,6 @@ def verify_round(
 def draft_round(pool: ThreadPool, model: ModelOperands, buffers: RoundBuffers) -> None:
     """All draft steps of a round: what `draft_rows`, a pass, `sample` and `keep_drafted` do."""
     batch, vocab = len(buffers.first), model.lm_head.shape[0]
-    assert 0 < vocab <= MAX_VOCAB, vocab
     num_slots, num_layers = model.k_cache.shape[1], len(model.table)
     assert buffers.slot_precisions.shape == (num_slots, 2 * num_layers + 1), num_slots
     assert_plain(torch.uint8, buffers.slot_precisions)

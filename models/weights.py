@@ -96,9 +96,10 @@ def load_weights(
     pool: whose threads rearrange blocks.
 
     All names and shapes are compared with the configuration before anything is allocated. The
-    peak is the model itself plus its largest tensor. `on_progress(done, total)` counts bytes of
-    the loaded model, after each tensor. Where the configuration says that embeddings are tied and a
-    head of other values is stored, that head is loaded (`is_tied` is false) and a warning says so.
+    largest tensors come first, so that the peak is little more than the model itself.
+    `on_progress(done, total)` counts bytes of the loaded model, after each tensor. Where the
+    configuration says that embeddings are tied and a head of other values is stored, that head is
+    loaded (`is_tied` is false) and a warning says so.
     Raises ValueError naming the tensor when one is missing, unexpected, of another shape, not
     finite, or too large for its dtype, and when there is not enough memory.
     """
@@ -131,11 +132,7 @@ def load_weights(
 
 
 def _fill(
-    pool: ThreadPool,
-    checkpoint: Checkpoint,
-    part: StoredPart,
-    pairs: tuple[int, int],
-    target: Any,
+    pool: ThreadPool, checkpoint: Checkpoint, part: StoredPart, pairs: tuple[int, int], target: Any
 ) -> None:
     """Read a stored tensor into its place, which is a tensor or a `BlockPart`.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from refusals import check_words, refusal
 from scipy.stats import chisquare
+from test_kernels_cpu_threads import pool_threads
 from tiny import family_config, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
 
@@ -210,9 +211,6 @@ def test_closing_a_stream_frees_its_slot_and_keeps_the_cache_consistent():
 
 
 def test_a_closed_engine_has_no_threads_and_answers_nothing():
-    def pool_threads():
-        return [t for t in threading.enumerate() if t.name.startswith("knn-ssd-")]
-
     before, ops = pool_threads(), numba_ops(ThreadPool(2))
     with tiny_llm(prefill_ops=ops, decode_ops=ops) as llm:
         assert llm.threads == 2

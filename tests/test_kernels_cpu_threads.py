@@ -37,10 +37,10 @@ def pool() -> Iterator[ThreadPool]:
         yield opened
 
 
-def pool_threads() -> list[threading.Thread]:
+def pool_threads() -> set[threading.Thread]:
     """Of all pools but the shared one, which other tests may have started."""
     threads = set(threading.enumerate()) - set(SHARED._threads)
-    return [thread for thread in threads if thread.name.startswith("knn-ssd-")]
+    return {thread for thread in threads if thread.name.startswith("knn-ssd-")}
 
 
 def pass_bits(model: Llama, pool: ThreadPool, widths: Sequence[int]) -> list[torch.Tensor]:

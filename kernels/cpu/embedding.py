@@ -21,20 +21,17 @@ from kernels.cpu.blocks import (
     PART_WIDEN,
 )
 from kernels.cpu.compile import callback, kernel
+from kernels.cpu.product import make_widen_run
 from kernels.cpu.scalars import addresses_at, floats_at, keep_alive
-from kernels.cpu.tiles import ELEMENTS, LANES, call, make_widen
+from kernels.cpu.tiles import ELEMENTS, call
 
 
 def _make_row(element: str) -> Any:
     """A row of a matrix of values of that type."""
-    item, widen, widen_one = ELEMENTS[element][1], make_widen(element), make_widen(element, 1)
+    item, widen_run = ELEMENTS[element][1], make_widen_run(element)
 
     def row_of(matrix, row, num_k, out):
-        w, whole = matrix + row * num_k * item, num_k // LANES * LANES
-        for k in range(0, whole, LANES):
-            widen(w, k, out + k * 4)
-        for k in range(whole, num_k):
-            widen_one(w, k, out + k * 4)
+        widen_run(matrix + row * num_k * item, num_k, out)
 
     return callback(f"row_{element}", row_of, 4)
 

@@ -101,9 +101,24 @@ def tiled_product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
                 ys[c] += dot_tail(x + r * x_stride, w + c * num_k * 4, whole, num_k)
 
 
+def make_widen_run(element: str) -> Any:
+    """Write `count` weights of that type, from an address on, as float32 to `out`."""
+    widen, widen_one = make_widen(element), make_widen(element, 1)
+
+    @device
+    def widen_run(w, count, out):
+        whole = count // LANES * LANES
+        for i in range(0, whole, LANES):
+            widen(w, i, out + i * 4)
+        for i in range(whole, count):
+            widen_one(w, i, out + i * 4)
+
+    return widen_run
+
+
 def _make_product(element: str) -> Any:
     """A product with an own form of values of that type."""
-    item, widen, widen_one = ELEMENTS[element][1], make_widen(element), make_widen(element, 1)
+    item, widen_run = ELEMENTS[element][1], make_widen_run(element)
     is_float32, stream_product = element == "float32", _make_stream_product(element, STREAMS)
 
     def product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
@@ -113,13 +128,9 @@ def _make_product(element: str) -> Any:
         elif is_float32:
             tiled_product(x, x_stride, rows, w, num_k, num_cols, out, out_stride)
         else:  # widened once for all rows
-            size = num_cols * num_k
-            wide, whole = np.empty(size, np.float32), size // LANES * LANES
+            wide = np.empty(num_cols * num_k, np.float32)
             address = np.int64(wide.ctypes.data)
-            for i in range(0, whole, LANES):
-                widen(w, i, address + i * 4)
-            for i in range(whole, size):
-                widen_one(w, i, address + i * 4)
+            widen_run(w, num_cols * num_k, address)
             tiled_product(x, x_stride, rows, address, num_k, num_cols, out, out_stride)
             keep_alive(wide)
 

@@ -28,16 +28,13 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
     """The cores that this process may use: its affinity, and the quota of its container."""
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    quota, period, limit = -1, 1, cgroup / "cpu.max"
+    # The first version of control groups has two files, and -1 where the second says "max".
+    first = [cgroup / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
     with suppress(OSError, ValueError):
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    with suppress(OSError, ValueError):  # the first version of control groups
-        quota, period = (
-            (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
-        )
-        if int(quota) > 0:
-            return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    return cores
+        texts = limit.read_text().split() if limit.exists() else [f.read_text() for f in first]
+        quota, period = map(int, texts)
+    return max(1, min(cores, math.ceil(quota / period))) if quota > 0 else cores
 
 
 class ThreadPool:
