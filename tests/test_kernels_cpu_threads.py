@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -38,9 +38,16 @@ def pool() -> Iterator[ThreadPool]:
 
 
 def pool_threads() -> set[threading.Thread]:
-    """Of all pools but the shared one, which other tests may have started."""
+    """Of all pools but the shared one, also of engines that other tests left to the collector."""
     threads = set(threading.enumerate()) - set(SHARED._threads)
     return {thread for thread in threads if thread.name.startswith("knn-ssd-")}
+
+
+@pytest.fixture
+def new_threads() -> Callable[[], set[threading.Thread]]:
+    """Those of pools that have started since this test began, when it is called."""
+    others = pool_threads()
+    return lambda: pool_threads() - others
 
 
 def pass_bits(model: Llama, pool: ThreadPool, widths: Sequence[int]) -> list[torch.Tensor]:
@@ -62,14 +69,14 @@ def pass_bits(model: Llama, pool: ThreadPool, widths: Sequence[int]) -> list[tor
 
 @pytest.mark.parametrize("num_threads", [2, 3, 4])
 @pytest.mark.parametrize("shape", ["odd", "group3-D64"])
-def test_an_operation_has_the_same_bits_for_any_number_of_threads(shape, num_threads):
+def test_an_operation_has_the_same_bits_for_any_number_of_threads(shape, num_threads, new_threads):
     with closing(ThreadPool(1)) as alone, closing(ThreadPool(num_threads)) as pool:
         for width in (1, 2, 5, 16, 23):
             case = Case(shape, batch=2, width=width, start=3)
             want, found = (case.all_outputs(numba_ops(p)) for p in (alone, pool))
             for name, value in want.items():
                 assert torch.equal(found[name], value), (name, width)
-    assert not pool_threads()
+    assert not new_threads()
 
 
 def test_a_thread_that_is_late_changes_no_bit(pool):
@@ -102,7 +109,7 @@ def test_passes_of_four_threads_at_once(pool):
     assert not wrong
 
 
-def test_two_pools_work_beside_each_other(pool):
+def test_two_pools_work_beside_each_other(pool, new_threads):
     model = tiny_llama(family_config("llama2"))
     with closing(ThreadPool(3)) as other:
         runs = [partial(pass_bits, model, p, (5, 1, 1)) for p in (pool, other)]
@@ -113,7 +120,7 @@ def test_two_pools_work_beside_each_other(pool):
         for thread in threads:
             thread.join()
         assert all(torch.equal(a, b) for run in runs for a, b in zip(run(), want, strict=True))
-        assert len(pool_threads()) == 3
+        assert len(new_threads()) == 3
 
 
 @device
@@ -148,22 +155,22 @@ def test_a_block_that_fails_fails_the_launch_and_not_the_next(pool):
     assert counts.tolist() == [3] + [2] * 7
 
 
-def test_threads_start_with_the_first_launch_and_end_with_the_pool(pool):
+def test_threads_start_with_the_first_launch_and_end_with_the_pool(pool, new_threads):
     model = tiny_llama(family_config("llama2"))
-    assert not pool_threads()
+    assert not new_threads()
     want = pass_bits(model, pool, (3, 1))
-    assert len(pool_threads()) == 1
+    assert len(new_threads()) == 1
     pool.close()
     pool.close()
-    assert not pool_threads()
+    assert not new_threads()
     assert all(map(torch.equal, pass_bits(model, pool, (3, 1)), want))  # it starts again
-    assert len(pool_threads()) == 1
+    assert len(new_threads()) == 1
     dropped = ThreadPool(3)
     pass_bits(model, dropped, (3,))
-    assert len(pool_threads()) == 3
+    assert len(new_threads()) == 3
     del dropped
     gc.collect()
-    assert len(pool_threads()) == 1
+    assert len(new_threads()) == 1
 
 
 def test_threads_sleep_between_launches(pool):
@@ -174,13 +181,13 @@ def test_threads_sleep_between_launches(pool):
     assert time.process_time() - before < 0.2  # a thread that waits awake takes a second
 
 
-def test_a_child_process_has_threads_of_its_own(pool):
+def test_a_child_process_has_threads_of_its_own(pool, new_threads):
     model = tiny_llama(family_config("llama2"))
     want = pass_bits(model, pool, (3, 1))
     child = os.fork()
     if child == 0:
         same = all(map(torch.equal, pass_bits(model, pool, (3, 1)), want))
-        os._exit(0 if same and len(pool_threads()) == 1 else 1)
+        os._exit(0 if same and len(new_threads()) == 1 else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert all(map(torch.equal, pass_bits(model, pool, (3, 1)), want))
 
@@ -236,7 +243,7 @@ def test_affinity_is_respected():
     assert done.stdout == "1\n"
 
 
-def test_a_thread_that_cannot_start_leaves_a_pool_that_can_be_used(monkeypatch):
+def test_a_thread_that_cannot_start_leaves_a_pool_that_can_be_used(monkeypatch, new_threads):
     counts, start, started = torch.zeros(64, dtype=torch.int64), threading.Thread.start, []
 
     def only_one(thread):
@@ -252,10 +259,10 @@ def test_a_thread_that_cannot_start_leaves_a_pool_that_can_be_used(monkeypatch):
         monkeypatch.undo()
         pool.launch(_count_all, 64, counts.data_ptr(), 1)
         assert counts.tolist() == [1] * 64
-    assert not pool_threads() and not started[0].is_alive()
+    assert not new_threads() and not started[0].is_alive()
 
 
-def test_a_pool_is_closed_while_others_launch(pool):
+def test_a_pool_is_closed_while_others_launch(pool, new_threads):
     counts, stop, launches = torch.zeros(64, dtype=torch.int64), threading.Event(), []
 
     def run() -> None:
@@ -271,4 +278,4 @@ def test_a_pool_is_closed_while_others_launch(pool):
     thread.join()
     assert counts.tolist() == [len(launches)] * 64
     pool.close()
-    assert not pool_threads()
+    assert not new_threads()
