@@ -163,6 +163,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--peer", choices=["transformers", "llama.cpp"])
     add("--weights", help="as for LLM")
     add("--activations", help="as for LLM")
+    add("--kv-dtype", help="as for LLM")
     add("--widen", choices=WIDENINGS, help="measure on a larger model that computes the same")
     add("--prompts", type=Path, metavar="DIR", help="a folder of DOMAIN.jsonl")
     domains = report.Default(",".join(DOMAINS), ",".join(DOMAINS[:2]))
@@ -170,7 +171,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.widen or args.peer == "transformers":  # in float32, or in a GPU's dtype
         mode = "--widen" if args.widen else "--peer transformers"
-        report.refuse(parser, args, ("weights", "activations"), mode)
+        report.refuse(parser, args, ("weights", "activations", "kv_dtype"), mode)
     if args.peer:
         report.refuse(parser, args, ("widen", "prompts", "domains", "per_domain"), "--peer")
         if args.device == "cuda":
@@ -182,7 +183,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    given = {"weights": args.weights, "activations": args.activations}
+    given = {name: getattr(args, name) for name in ("weights", "activations", "kv_dtype")}
     forms = {name: value for name, value in given.items() if value is not None}
     if args.peer:
         print(f"method: batch 1, greedy, {args.new_tokens} new tokens, one warm-up then "

@@ -113,7 +113,7 @@ def make_subject(
     """The subject around two forms of a model. run: how its passes run, as `Passes` takes it."""
     assert max_context <= model.num_positions, (max_context, model.num_positions)
     # No sequence reaches the last position: it is for what pads a pass.
-    cache = make_kv_cache(model.config, 1, max_context + 1, model.device, model.dtype)
+    cache = make_kv_cache(model, 1, max_context + 1)
     passes, twin = Passes(model, cache, 1, run), Passes(model, cache, 1, run_eagerly)
     token_ids = random_tokens(model.config, max_context, seed=0)
     sizes = sublayer_bytes(model.weights)

@@ -10,7 +10,7 @@ import torch
 
 from engine.prefix import common_prefix
 from engine.sequence import RunningSequence
-from models.config import LlamaConfig
+from models.llama import Llama
 
 
 class KVCache(NamedTuple):
@@ -26,14 +26,14 @@ class KVCache(NamedTuple):
     states: torch.Tensor  # [slots, S, C]: the residual stream after the last layer
 
 
-def make_kv_cache(
-    config: LlamaConfig, num_slots: int, max_length: int, device: torch.device, dtype: torch.dtype
-) -> KVCache:
+def make_kv_cache(model: Llama, num_slots: int, max_length: int) -> KVCache:
     """Allocate a cache for `num_slots` sequences of up to `max_length` tokens."""
+    config, device = model.config, model.device
     shape = (config.num_layers, num_slots, config.num_kv_heads, max_length, config.head_dim)
-    shapes = (shape, shape, (num_slots, max_length, config.hidden_size))
     # On a CPU untouched pages of an empty tensor take no memory, so a long context costs nothing.
-    return KVCache(*(torch.empty(s, device=device, dtype=dtype) for s in shapes))
+    k, v = (torch.empty(shape, device=device, dtype=model.kv_dtype) for _ in range(2))
+    size = (num_slots, max_length, config.hidden_size)
+    return KVCache(k, v, torch.empty(size, device=device, dtype=model.dtype))
 
 
 class SlotPool:

@@ -43,6 +43,9 @@ class LLM:
     activations: in products with quantised weights "int16" rounds them to 16 bits, 32 to a scale,
         "int8" to 8 bits, as llama.cpp does, and "float" not at all, which gives the tokens of the
         same weights in float32. "auto" is "int16". With other weights they stay floats.
+    kv_dtype: of keys and values in the cache: "float32", or "float16", which takes half the memory
+        and half the reading, and rounds them: other tokens now and then, by drafts never. "auto" is
+        "float32" on a CPU, and on CUDA the model's own, the only one there.
     max_sequences: how many requests can hold a slot of the cache at once.
     max_length: tokens of context of each; None is the model's own, at most 8192.
     threads: on a CPU, the caller's one among them; None is one for each core that this process may
@@ -75,6 +78,7 @@ class LLM:
         dtype: str = "auto",
         weights: str = "auto",
         activations: str = "auto",
+        kv_dtype: str = "auto",
         max_sequences: int = 1,
         max_length: int | None = None,
         threads: int | None = None,
@@ -87,7 +91,7 @@ class LLM:
         check_speculative(speculative)
         check_router(router)
         torch_device = choose_device(device)
-        forms = choose_forms(dtype, torch_device, weights, activations)
+        forms = choose_forms(dtype, torch_device, weights, activations, kv_dtype)
         pool = choose_pool(threads)
         num_bytes = 0
 

@@ -32,6 +32,7 @@ from router.route import Router
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHTS = ("auto", "stored", "float")
+KV_DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16}
 ACTIVATION_BITS = {"auto": 16, "int8": 8, "int16": 16, "float": 0}
 DEFAULT_MAX_LENGTH = 8192
 
@@ -63,23 +64,32 @@ def choose_device(device: str) -> torch.device:
 
 
 class Forms(NamedTuple):
-    """How a model is kept in memory: see `load_weights`."""
+    """How a model is kept in memory: see `load_weights` and `Llama`."""
 
     dtype: torch.dtype
     matrix_dtype: torch.dtype | None = None
     activation_bits: int = 0
+    kv_dtype: torch.dtype | None = None
 
 
 def choose_forms(
-    dtype: str, device: torch.device, weights: str = "auto", activations: str = "auto"
+    dtype: str,
+    device: torch.device,
+    weights: str = "auto",
+    activations: str = "auto",
+    kv_dtype: str = "auto",
 ) -> Forms:
     """What the arguments of `LLM` mean on a device.
 
-    Raises ValueError for unknown names, and for "stored" on CUDA or beside a dtype.
+    Raises ValueError for unknown names, for "stored" on CUDA or beside a dtype, and for a dtype of
+    the cache on CUDA.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
-    names = {"weights": (weights, WEIGHTS), "activations": (activations, ACTIVATION_BITS)}
+    names = {
+        "weights": (weights, WEIGHTS), "activations": (activations, ACTIVATION_BITS),
+        "kv_dtype": (kv_dtype, KV_DTYPES),
+    }  # fmt: skip
     for name, (value, known) in names.items():
         if value not in known:
             raise ValueError(
@@ -91,6 +101,11 @@ def choose_forms(
             f"weights: got 'stored' on {device.type} with dtype={dtype!r}, expected a CPU and "
             "dtype='auto', as CUDA kernels and a named dtype want matrices converted; use 'float'"
         )
+    if is_cuda and kv_dtype != "auto":
+        raise ValueError(
+            f"kv_dtype: got {kv_dtype!r} on {device.type}, expected 'auto', as CUDA kernels read a "
+            "cache of the model's dtype; use 'auto'"
+        )
     own = torch.bfloat16 if is_cuda else torch.float32
     converted = DTYPES.get(dtype, own)
     is_kept = weights != "float" and dtype == "auto" and not is_cuda
@@ -98,6 +113,7 @@ def choose_forms(
         converted if is_cuda else own,
         None if is_kept else converted,
         ACTIVATION_BITS[activations],
+        KV_DTYPES[kv_dtype],
     )
 
 
@@ -164,12 +180,13 @@ def load(
         chat_template = load_chat_template(path, checkpoint.gguf_metadata)
     ends = end_token_ids(checkpoint.config, tokenizer, chat_template)
     weights = load_weights(
-        checkpoint, **forms._asdict(), device=device, pool=pool, on_progress=on_progress
-    )
+        checkpoint, device=device, dtype=forms.dtype, matrix_dtype=forms.matrix_dtype,
+        activation_bits=forms.activation_bits, pool=pool, on_progress=on_progress,
+    )  # fmt: skip
     config = replace(checkpoint.config, eos_token_ids=ends, tie_embeddings=weights.is_tied)
     return Loaded(
         name=path.name if model is None else os.fspath(model),
-        model=make_llama(config, weights, num_positions, *choose_ops(device, pool)),
+        model=make_llama(config, weights, num_positions, *choose_ops(device, pool), forms.kv_dtype),
         tokenizer=tokenizer,
         chat_template=chat_template,
         generation=checkpoint.generation,
@@ -198,9 +215,7 @@ def assemble(
         raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
     if max_sequences < 1:
         raise ValueError(f"max_sequences: got {max_sequences}, expected at least 1")
-    cache = make_kv_cache(
-        model.config, max_sequences, model.num_positions, model.device, model.dtype
-    )
+    cache = make_kv_cache(model, max_sequences, model.num_positions)
     passes = Passes(model, cache, max_sequences)
     after_step()
     # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.

@@ -91,7 +91,7 @@ def _measured_rows(passes: Passes) -> Sequence[int]:
 def _passes(model: Llama) -> Passes:
     """Passes over a cache of their own: the engine's may be in use."""
     length = CONTEXT + MAX_WIDTH + 1
-    cache = make_kv_cache(model.config, 2, length, model.device, model.dtype)
+    cache = make_kv_cache(model, 2, length)
     for part in cache:
         part.zero_()  # numbers like real ones, not what memory happens to hold
     # A short context has no rotations for later positions; the time does not depend on them.
@@ -136,8 +136,8 @@ def profile_path(model: Llama) -> Path:
     kinds = [sorted(weight.own.names) for weight in matrices(model.weights)]
     pool = model.decode_ops.pool
     parts = (
-        model.config, where, code_digest(), model.dtype, kinds, model.decode_ops.name,
-        pool and pool.num_threads, torch.__version__, triton.__version__,
+        model.config, where, code_digest(), model.dtype, model.kv_dtype, kinds,
+        model.decode_ops.name, pool and pool.num_threads, torch.__version__, triton.__version__,
     )  # fmt: skip
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return cache_path() / f"profile-{digest}.json"

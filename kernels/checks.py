@@ -66,6 +66,13 @@ def assert_rows(rows: Rows, num_rows: int, precisions: torch.Tensor) -> None:
     assert_plain(torch.int32, rows.positions, rows.num_tokens, rows.slots)
 
 
+def assert_cache(cache: LayerCache, dtypes: Container[torch.dtype]) -> None:
+    """Keys and values alike, plain, of one of these dtypes."""
+    assert cache.k.shape == cache.v.shape, (cache.k.shape, cache.v.shape)
+    assert cache.k.dtype in dtypes, (cache.k.dtype, dtypes)
+    assert_plain(cache.k.dtype, *cache)
+
+
 def assert_qkv_operands(
     x: torch.Tensor,  # [R, C]
     layer: LayerWeights,
@@ -75,13 +82,14 @@ def assert_qkv_operands(
     precisions: torch.Tensor,  # [B, P]
     sublayer: int,
     dtypes: Container[torch.dtype] | None = None,  # as for assert_product
+    cache_dtypes: Container[torch.dtype] | None = None,
 ) -> None:
     """What every Q/K/V projection relies on: whole heads in whole groups, pairs to rotate."""
     num_outputs, (_, num_kv_heads, _, head_dim) = layer.qkv.shape[0], cache.k.shape
     num_heads = num_outputs // head_dim - 2 * num_kv_heads
     assert num_outputs % head_dim == head_dim % 2 == 0, (num_outputs, head_dim)
     assert num_heads > 0 and num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
-    assert cache.k.shape == cache.v.shape, (cache.k.shape, cache.v.shape)
+    assert_cache(cache, cache_dtypes or (x.dtype,))
     assert rotary.cos.shape == rotary.sin.shape, (rotary.cos.shape, rotary.sin.shape)
     assert rotary.cos.shape[1] == head_dim // 2, (rotary.cos.shape, head_dim)
     assert (layer.q_norm is None) == (layer.k_norm is None), "the norm of queries or keys only"
@@ -90,7 +98,6 @@ def assert_qkv_operands(
     assert_vectors(x.dtype, x.shape[1], layer.attn_norm)
     assert_vectors(x.dtype, num_outputs, layer.qkv_bias)
     assert_vectors(x.dtype, head_dim, layer.q_norm, layer.k_norm)
-    assert_plain(x.dtype, *cache)
     assert_plain(torch.float32, *rotary)
 
 
@@ -100,12 +107,12 @@ def assert_attention_operands(
     rows: Rows,
     precisions: torch.Tensor,  # [B, P]
     sublayer: int,
+    cache_dtypes: Container[torch.dtype] | None = None,
 ) -> None:
     """What every attention relies on: heads in whole groups, one layout."""
     (num_rows, num_heads, head_dim), shapes = q.shape, (q.shape, cache.k.shape, cache.v.shape)
     assert q.stride()[1:] == (head_dim, 1), (q.shape, q.stride())
     assert num_heads % cache.k.shape[1] == 0 and cache.k.shape[3] == head_dim, shapes
-    assert cache.k.shape == cache.v.shape, shapes
-    assert_plain(q.dtype, *cache)
+    assert_cache(cache, cache_dtypes or (q.dtype,))
     assert_rows(rows, num_rows, precisions)
     assert_precisions(precisions, sublayer, num_rows)

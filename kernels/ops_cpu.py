@@ -1,8 +1,8 @@
 """Launchers of the CPU kernels, and the records of them: float32 tensors in, addresses down.
 
-Only the values of matrices may have 16 bits. Addresses and sizes are passed instead of arrays:
-unpacking an array costs about a microsecond. The engine calls `run_layers`, `norm_lm_head`,
-`sample` and the passes of a round; the other operations serve tests and benchmarks.
+Only the values of matrices and of the cache may have 16 bits. Addresses and sizes are passed
+instead of arrays: unpacking an array costs about a microsecond. The engine calls `run_layers`,
+`norm_lm_head`, `sample` and the passes of a round; the others serve tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from kernels.checks import (
     assert_attention_operands,
+    assert_cache,
     assert_plain,
     assert_product,
     assert_qkv_operands,
@@ -33,6 +34,7 @@ from kernels.ops import TORCH, Ops
 from kernels.round.sample import assert_sequences
 from kernels.weight import FLOATS, INT8, LayerWeights, Weight, addresses
 
+CACHES = (torch.float32, torch.float16)  # dtypes of keys and values
 OUTSIDE = "slots, positions or tokens outside what there is, tokens not in a row, or no int8 form"
 
 
@@ -66,7 +68,7 @@ def norm_qkv_rope_append(
     sublayer: int,
 ) -> torch.Tensor:
     """See norm_qkv_rope.py; q comes back as a view [R, H, D] with the row stride of Q, K and V."""
-    assert_qkv_operands(x, layer, rotary, rows, cache, precisions, sublayer, FLOATS)
+    assert_qkv_operands(x, layer, rotary, rows, cache, precisions, sublayer, FLOATS, CACHES)
     forms, num_out = _forms(x, layer.qkv, precisions[:, sublayer]), layer.qkv.shape[0]
     (batch, width), (num_rows, hidden) = rows.positions.shape, x.shape
     num_slots, kv_heads, cache_len, head_dim = cache.k.shape
@@ -77,8 +79,9 @@ def norm_qkv_rope_append(
         *addresses(x, layer.attn_norm), eps, forms.ctypes.data,
         *addresses(layer.qkv_bias, layer.q_norm, layer.k_norm, *rotary),
         *addresses(rows.positions, rows.num_tokens, rows.slots, *cache),
-        precisions.data_ptr() + sublayer, precisions.shape[1], batch, width, hidden, heads,
-        kv_heads, head_dim, cache_len, min(cache_len, len(rotary.cos)), num_slots, y.data_ptr(),
+        cache.k.element_size(), precisions.data_ptr() + sublayer, precisions.shape[1], batch, width,
+        hidden, heads, kv_heads, head_dim, cache_len, min(cache_len, len(rotary.cos)), num_slots,
+        y.data_ptr(),
     )  # fmt: skip
     assert fits, OUTSIDE
     return y.view(num_rows, -1, head_dim)[:, :heads]
@@ -95,14 +98,14 @@ def attention(
 ) -> torch.Tensor:
     """See attention.py; q may have any row stride."""
     assert q.dtype == torch.float32, q.dtype
-    assert_attention_operands(q, cache, rows, precisions, sublayer)
+    assert_attention_operands(q, cache, rows, precisions, sublayer, CACHES)
     (batch, width), (num_rows, heads, head_dim) = rows.positions.shape, q.shape
     num_slots, kv_heads, cache_len, _ = cache.k.shape
     out = q.new_empty(num_rows, heads * head_dim)
     fits = pool.launch(
         cpu_attention.attention,
-        q.data_ptr(), q.stride(0) * 4,
-        *addresses(*cache, rows.positions, rows.num_tokens, rows.slots),
+        q.data_ptr(), q.stride(0) * 4, *addresses(*cache), cache.k.element_size(),
+        *addresses(rows.positions, rows.num_tokens, rows.slots),
         precisions.data_ptr() + sublayer, precisions.shape[1], batch, width, heads, kv_heads,
         head_dim, cache_len, num_slots, out.data_ptr(),
     )  # fmt: skip
@@ -197,17 +200,17 @@ def run_layers(
     # The layers agree with each other, and a layer's tensors too: layer_table has seen to it.
     assert len(layers) == len(table) == num_layers, (len(layers), len(table), num_layers)
     cache = LayerCache(k_cache[0], v_cache[0])
-    assert_qkv_operands(x, first, rotary, rows, cache, precisions, 0, FLOATS)
+    assert_qkv_operands(x, first, rotary, rows, cache, precisions, 0, FLOATS, CACHES)
     assert first.qkv.shape[0] == (heads + 2 * kv_heads) * head_dim, (first.qkv.shape, heads)
-    assert k_cache.shape == v_cache.shape, (k_cache.shape, v_cache.shape)
     assert precisions.shape[1] == 2 * num_layers + 1, (precisions.shape, num_layers)
-    assert_plain(torch.float32, x, k_cache, v_cache)
+    assert_plain(torch.float32, x)
+    assert_cache(LayerCache(k_cache, v_cache), CACHES)
     _check_draft(first.qkv, precisions[:, :-1])
     fits = pool.launch(
         cpu_layers.run_layers,
         table.ctypes.data, num_layers, x.data_ptr(), eps,
         *addresses(*rotary, rows.positions, rows.num_tokens, rows.slots, k_cache, v_cache),
-        k_cache.stride(0) * 4, precisions.data_ptr(), precisions.shape[1], batch, width, hidden,
+        k_cache.element_size(), precisions.data_ptr(), precisions.shape[1], batch, width, hidden,
         heads, kv_heads, head_dim, cache_len, ffn, min(cache_len, len(rotary.cos)), num_slots,
     )  # fmt: skip
     assert fits, OUTSIDE
@@ -222,7 +225,6 @@ def _model_numbers(model: ModelOperands) -> tuple[int | float, ...]:
     assert first.qkv.shape[0] == num_o + 2 * kv_heads * head_dim, (first.qkv.shape, num_o)
     assert num_o % head_dim == head_dim % 2 == 0, (num_o, head_dim)
     assert cos.shape == sin.shape and cos.shape[1] == head_dim // 2, (cos.shape, head_dim)
-    assert model.v_cache.shape == model.k_cache.shape, (model.v_cache.shape, model.k_cache.shape)
     assert model.states.shape == (num_slots, cache_len, hidden), model.states.shape
     assert model.embedding.shape == head.shape, (model.embedding.shape, head.shape)
     assert 0 < head.shape[0] <= MAX_VOCAB, head.shape
@@ -231,11 +233,12 @@ def _model_numbers(model: ModelOperands) -> tuple[int | float, ...]:
     head.check((head.shape[0], hidden), FLOATS)
     assert_vectors(torch.float32, hidden, model.final_norm, first.attn_norm)
     assert_vectors(torch.float32, head_dim, first.q_norm, first.k_norm)
-    assert_plain(torch.float32, cos, sin, model.k_cache, model.v_cache, model.states)
+    assert_plain(torch.float32, cos, sin, model.states)
+    assert_cache(LayerCache(model.k_cache, model.v_cache), CACHES)
     return (
         *embedding_numbers(model.embedding), model.table.ctypes.data, num_layers,
         model.final_norm.data_ptr(), int(head.draft is not None), model.eps,
-        *addresses(cos, sin, model.k_cache, model.v_cache), model.k_cache.stride(0) * 4,
+        *addresses(cos, sin, model.k_cache, model.v_cache), model.k_cache.element_size(),
         model.states.data_ptr(), hidden, num_o // head_dim, kv_heads, head_dim, cache_len, ffn,
         min(cache_len, len(cos)), num_slots,
     )  # fmt: skip

@@ -24,7 +24,10 @@ from models.weights import LlamaWeights
 
 @dataclass(frozen=True)
 class Llama:
-    """A model ready to run: weights, rotary table, and the operations of either kind of pass."""
+    """A model ready to run: weights, rotary table, and the operations of either kind of pass.
+
+    kv_dtype: of keys and values in the cache.
+    """
 
     config: LlamaConfig
     weights: LlamaWeights
@@ -32,6 +35,7 @@ class Llama:
     counters: torch.Tensor  # [n] int32, zero between launches: see `Ops`
     prefill_ops: Ops
     decode_ops: Ops
+    kv_dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
@@ -39,7 +43,7 @@ class Llama:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and the cache; matrices may be narrower on a CPU."""
+        """Of activations; matrices, keys and values may be narrower on a CPU."""
         return self.weights.dtype
 
     @property
@@ -53,12 +57,17 @@ def make_llama(
     num_positions: int,
     prefill_ops: Ops,
     decode_ops: Ops,
+    kv_dtype: torch.dtype | None = None,
 ) -> Llama:
-    """Put a model together for sequences of up to `num_positions` tokens."""
+    """Put a model together for sequences of up to `num_positions` tokens.
+
+    kv_dtype: None is that of activations.
+    """
     device = weights.final_norm.device
     rotary = RotaryTable(*(table.to(device) for table in rope_table(config, num_positions)))
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
-    return Llama(config, weights, rotary, counters, prefill_ops, decode_ops)
+    kept = kv_dtype or weights.dtype
+    return Llama(config, weights, rotary, counters, prefill_ops, decode_ops, kept)
 
 
 def full_precisions(config: LlamaConfig, batch: int, device: torch.device) -> torch.Tensor:

@@ -139,6 +139,15 @@ def test_what_matrices_become(weights, dtype, cpu, cuda):
             assert chosen[:2] == (activations, expected)
 
 
+def test_what_keys_and_values_become():
+    for name, kept in (("auto", None), ("float32", torch.float32), ("float16", torch.float16)):
+        assert choose_forms("auto", torch.device("cpu"), kv_dtype=name).kv_dtype == kept
+    with pytest.raises(ValueError, match=r"kv_dtype: got 'float16' on cuda, expected 'auto'"):
+        choose_forms("auto", torch.device("cuda"), kv_dtype="float16")
+    with pytest.raises(ValueError, match=r"kv_dtype: got 'int8', expected 'auto', 'float32'"):
+        choose_forms("auto", torch.device("cpu"), kv_dtype="int8")
+
+
 def test_nothing_is_half_loaded(directory):
     (directory / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):

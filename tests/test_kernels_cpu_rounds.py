@@ -36,7 +36,7 @@ SAMPLINGS = {
 
 def make_passes(model: Llama, ops) -> tuple[Passes, KVCache]:
     model = replace(model, prefill_ops=ops, decode_ops=ops)
-    cache = make_kv_cache(model.config, 2, model.num_positions, model.device, model.dtype)
+    cache = make_kv_cache(model, 2, model.num_positions)
     for part in (cache.k, cache.v, cache.states):
         part.zero_()
     passes = Passes(model, cache, 2)
@@ -77,11 +77,15 @@ def rows_for(case: str, sampling: Sampling) -> list[RoundRow]:
     }[case]
 
 
-@pytest.mark.parametrize("family", ["smollm2-group3", "qwen2-group1", "qwen3-group4"])
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"),
+    [("smollm2-group3", torch.float32), ("qwen2-group1", torch.float32),
+     ("qwen3-group4", torch.float32), ("smollm2-group3", torch.float16)],
+)  # fmt: skip
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @torch.inference_mode()
-def test_a_round_is_what_the_operations_do_in_turn(family, sampling):
-    model = tiny_llama(family_config(family))
+def test_a_round_is_what_the_operations_do_in_turn(family, kv_dtype, sampling):
+    model = tiny_llama(family_config(family), kv_dtype=kv_dtype)
     num_layers = model.config.num_layers
     skips = DraftPlan.skipping("skips", num_layers, [1], [0])
     plans = [DraftPlan.int8(num_layers), skips]

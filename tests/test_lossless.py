@@ -11,7 +11,7 @@ import torch
 from forced import force_drafts, random_plan
 from make_golden import GOLDEN
 from scipy.stats import chisquare
-from tiny import FAMILIES, family_config, tiny_llm
+from tiny import FAMILIES, IN_TURN, family_config, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
 
 from engine import LLM, SamplingParams
@@ -56,6 +56,21 @@ def test_every_plan_and_length_alone(family, params, monkeypatch):
         assert output.stats.plan == plan.name
         if plan is not NGRAM:
             assert len(output.stats.drafted_by_position) == length
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", ["smollm2-group3", "qwen3-group4"])
+def test_a_cache_of_16_bits(family, params, monkeypatch):
+    llm = family_llm(family, max_sequences=4, kv_dtype=torch.float16)
+    assert {part.dtype for part in llm._cache[:2]} == {torch.float16}
+    expected = [tokens(llm.generate(prompt, params)[0]) for prompt in PROMPTS]
+    assert answers(llm, params) == expected
+    in_turn = family_llm(family, kv_dtype=torch.float16, prefill_ops=IN_TURN, decode_ops=IN_TURN)
+    assert tokens(in_turn.generate(PROMPTS[0], params)[0]) == expected[0]
+    for plan, length in itertools.product([*PLANS[:4], NGRAM], (1, 3, 8)):
+        llm.generate("x", replace(GREEDY, speculative=PLANS[0], max_tokens=1))
+        force_drafts(monkeypatch, lambda length=length: length)
+        assert answers(llm, replace(params, speculative=plan)) == expected, (plan, length)
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

@@ -42,7 +42,7 @@ def run(model, cache, token_ids, start=0):
 
 def new_cache(model):
     """Keys and values: all that the forward pass takes."""
-    cache = make_kv_cache(model.config, 1, model.config.max_positions, model.device, model.dtype)
+    cache = make_kv_cache(model, 1, model.config.max_positions)
     return cache.k, cache.v
 
 

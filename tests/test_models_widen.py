@@ -77,7 +77,7 @@ def run(
     precisions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The last residual stream and the logits of every token, `step` tokens a pass."""
-    cache = make_kv_cache(model.config, 1, 64, model.device, model.dtype)
+    cache = make_kv_cache(model, 1, 64)
     precisions = (
         full_precisions(model.config, 1, model.device) if precisions is None else precisions
     ).to(model.device)
@@ -159,7 +159,7 @@ def test_greedy_tokens_in_float32(family: str) -> None:
     model = tiny_llama(family_config(family))
     answers = []
     for each in (model, widen(model)):
-        cache = make_kv_cache(each.config, 1, 64, each.device, each.dtype)
+        cache = make_kv_cache(each, 1, 64)
         precisions = full_precisions(each.config, 1, each.device)
         token_ids, new = prompt_of(model), prompt_of(model)
         while len(token_ids) < PROMPT_TOKENS + NEW_TOKENS:

@@ -68,7 +68,7 @@ def test_the_feature_is_that_of_the_authors(family):
     hf.tie_weights()
     prompt = torch.randint(3, model.config.vocab_size, (40,)).tolist()
     theirs = hf(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1].mean(1)[0]
-    cache = make_kv_cache(model.config, 1, 64, model.device, model.dtype)
+    cache = make_kv_cache(model, 1, 64)
     precisions = full_precisions(model.config, 1, model.device)
     states = forward(model, rows_of(prompt), cache.k, cache.v, precisions, NUMBA)
     ours = pool_states_ref(states, model.weights.final_norm, model.config.norm_eps) / len(prompt)

@@ -75,18 +75,19 @@ def tiny_llama(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     matrix_dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Llama:
     weights = to_device(random_weights(config, seed=seed, dtype=dtype), torch.device(device))
     if matrix_dtype is not None:
         weights = with_matrices(weights, matrix_dtype)
-    return make_llama(config, weights, config.max_positions, prefill_ops, decode_ops)
+    return make_llama(config, weights, config.max_positions, prefill_ops, decode_ops, kv_dtype)
 
 
 def tiny_llm(config: LlamaConfig | None = None, **options: Any) -> LLM:
     """An LLM around a tiny random model whose tokens are bytes."""
     tokenizer = byte_tokenizer()
     config = config or family_config("llama2", vocab_size=tokenizer.vocab_size)
-    names = ("prefill_ops", "decode_ops", "device", "dtype", "matrix_dtype")
+    names = ("prefill_ops", "decode_ops", "device", "dtype", "matrix_dtype", "kv_dtype")
     ops = {name: options.pop(name) for name in names if name in options}
     model = tiny_llama(config, **ops)
     loaded = Loaded("tiny", model, tokenizer, options.pop("chat_template", None), {})

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from engine.llm import LLM
 
 _OPTIONS = (
-    "revision", "device", "dtype", "weights", "activations", "max_length", "threads", "speculative",
-    "router", "profile",
+    "revision", "device", "dtype", "weights", "activations", "kv_dtype", "max_length", "threads",
+    "speculative", "router", "profile",
 )  # fmt: skip
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
@@ -141,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         help="auto, stored (as in the file) or float (default: auto)")  # fmt: skip
     add("--activations", default="auto", metavar="HOW",
         help="for quantised weights: auto, int8, int16 or float (default: auto)")  # fmt: skip
+    add("--kv-dtype", default="auto", metavar="TYPE",
+        help="cache on a CPU: float32 or float16 (default: auto, which is float32)")  # fmt: skip
     add("--threads", type=int, metavar="N",
         help="on a CPU (default: one for each core that may be used)")  # fmt: skip
     add("--speculative", default="auto", metavar="HOW",

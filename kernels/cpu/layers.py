@@ -24,7 +24,7 @@ QKV, ATTN_OUT, GATE_UP, DOWN = 1 * 8, 10 * 8, 17 * 8, 23 * 8
 @kernel
 def run_layers(
     pool, table, num_layers, x, eps, cos, sin, positions, num_tokens, slots, k_caches, v_caches,
-    layer_bytes, precisions, stride_p, batch, width, hidden, heads, kv_heads, head_dim, cache_len,
+    kv_bytes, precisions, stride_p, batch, width, hidden, heads, kv_heads, head_dim, cache_len,
     ffn, num_positions, num_slots,
 ):  # fmt: skip
     if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
@@ -38,6 +38,7 @@ def run_layers(
     up = o + rows * num_o * 4
     h = up + rows * ffn * 4
     room = h + rows * ffn * 4  # of a product's operand
+    layer_bytes = num_slots * kv_heads * cache_len * head_dim * kv_bytes
     for layer in range(num_layers):
         w = table + layer * NUM_FIELDS * 8
         fields = addresses_at(w, NUM_FIELDS)
@@ -50,11 +51,12 @@ def run_layers(
             )  # fmt: skip
             finish_qkv(
                 pool, qkv, fields[7], fields[8], fields[9], eps, cos, sin, positions, num_tokens,
-                slots, k, v, column, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
+                slots, k, v, kv_bytes, column, stride_p, batch, width, heads, kv_heads, head_dim,
+                cache_len,
             )  # fmt: skip
             attend(
-                pool, qkv, num_qkv * 4, k, v, positions, num_tokens, slots, column, stride_p,
-                batch, width, heads, kv_heads, head_dim, cache_len, o,
+                pool, qkv, num_qkv * 4, k, v, kv_bytes, positions, num_tokens, slots, column,
+                stride_p, batch, width, heads, kv_heads, head_dim, cache_len, o,
             )  # fmt: skip
             add_linear(
                 pool, o, w + ATTN_OUT, x, column, stride_p, batch, rows, num_o, hidden, y, room

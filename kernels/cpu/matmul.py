@@ -21,6 +21,8 @@ from kernels.cpu.scalars import (
     bytes_at,
     exp,
     floats_at,
+    half_bits,
+    halves_at,
     ints_at,
     keep_alive,
     norm_row,
@@ -81,9 +83,22 @@ def norm_linear(
 
 
 @device
+def _keep(values, count, out, num_bytes):
+    """Floats into the cache, whose elements have so many bytes."""
+    if num_bytes == 4:
+        xs, ys = floats_at(values, count), floats_at(out, count)
+        for d in range(count):
+            ys[d] = xs[d]
+    else:
+        bits, halves = ints_at(values, count), halves_at(out, count)
+        for d in range(count):
+            halves[d] = half_bits(bits[d])
+
+
+@device
 def _finish_qkv_rows(
     block, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
-    precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
+    kv_bytes, precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
 ):  # fmt: skip
     """Bias, Q/K norm and RoPE of rows of y; their keys and values go into the cache."""
     num_out = (heads + 2 * kv_heads) * head_dim
@@ -103,31 +118,30 @@ def _finish_qkv_rows(
         is_valid = r % width < ints_at(num_tokens, batch)[b]
         if is_valid and bytes_at(precisions, b * stride_p + 1)[b * stride_p] > 0:
             for h in range(kv_heads):
-                place = ((slot * kv_heads + h) * cache_len + position) * head_dim * 4
-                ks, vs = floats_at(k_cache + place, head_dim), floats_at(v_cache + place, head_dim)
-                for d in range(head_dim):
-                    ks[d] = ys[(heads + h) * head_dim + d]
-                    vs[d] = ys[(heads + kv_heads + h) * head_dim + d]
+                place = ((slot * kv_heads + h) * cache_len + position) * head_dim * kv_bytes
+                key = row + (heads + h) * head_dim * 4
+                _keep(key, head_dim, k_cache + place, kv_bytes)
+                _keep(key + kv_heads * head_dim * 4, head_dim, v_cache + place, kv_bytes)
 
 
 @device
 def finish_qkv(
     pool, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
-    precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
+    kv_bytes, precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
 ):  # fmt: skip
     """`_finish_qkv_rows` of all rows of a pass."""
     over_blocks(
         pool, num_blocks(batch * width, BLOCK_ROWS), _finish_qkv_rows,
         (y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache, v_cache,
-         precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len),
+         kv_bytes, precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len),
     )  # fmt: skip
 
 
 @kernel
 def norm_qkv_rope_append(
     pool, x, norm_weight, eps, qkv, bias, q_norm, k_norm, cos, sin, positions, num_tokens, slots,
-    k_cache, v_cache, precisions, stride_p, batch, width, hidden, heads, kv_heads, head_dim,
-    cache_len, num_positions, num_slots, y,
+    k_cache, v_cache, kv_bytes, precisions, stride_p, batch, width, hidden, heads, kv_heads,
+    head_dim, cache_len, num_positions, num_slots, y,
 ):  # fmt: skip
     if not rows_fit(positions, num_tokens, slots, batch, width, num_positions, num_slots):
         return False
@@ -142,7 +156,7 @@ def norm_qkv_rope_append(
     keep_alive(room)
     finish_qkv(
         pool, y, bias, q_norm, k_norm, eps, cos, sin, positions, num_tokens, slots, k_cache,
-        v_cache, precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
+        v_cache, kv_bytes, precisions, stride_p, batch, width, heads, kv_heads, head_dim, cache_len,
     )  # fmt: skip
     return True
 

@@ -19,7 +19,7 @@ import torch
 from llvmlite.binding import get_host_cpu_features
 
 from kernels.cpu.compile import callback, device
-from kernels.cpu.scalars import F, addresses_at, bytes_at, dot_tail, floats_at, keep_alive
+from kernels.cpu.scalars import F, addresses_at, bytes_at, floats_at, keep_alive
 from kernels.cpu.tiles import (
     ELEMENTS,
     LANES,
@@ -42,9 +42,6 @@ STREAM_ROWS = 16  # more rows are computed in 4 x 4 tiles
 
 MIXED = -1
 
-_panel_4x4 = make_dot_panel(4, 4, "float32", True)
-_panel_1x4 = make_dot_panel(1, 4, "float32", True)
-
 
 @device
 def piece_of(rows, largest):
@@ -53,52 +50,69 @@ def piece_of(rows, largest):
     return (rows + pieces - 1) // pieces
 
 
+def _make_tail(element: str) -> Any:
+    """out[r, c] += the products of the last elements of a row, which fill no vector."""
+    item, widen_one = ELEMENTS[element][1], make_widen(element, 1)
+
+    @device
+    def tail(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
+        whole = num_k // LANES * LANES
+        if whole == num_k:
+            return
+        one = np.empty(1, np.float32)
+        for r in range(rows):
+            xs = floats_at(x + r * x_stride, num_k)
+            ys = floats_at(out + r * out_stride, num_cols)
+            for c in range(num_cols):
+                total = F(0.0)
+                for k in range(whole, num_k):
+                    widen_one(w + c * num_k * item, k, one.ctypes.data)
+                    total = fma(xs[k], one[0], total)
+                ys[c] += total
+
+    return tail
+
+
 def _make_stream_product(element: str, streams: dict[int, int]) -> Any:
     """The product of a few rows with weights [num_cols, num_k] of a type, contiguous."""
-    largest, item, widen_one = max(streams), ELEMENTS[element][1], make_widen(element, 1)
+    largest, item, tail = max(streams), ELEMENTS[element][1], _make_tail(element)
     panels = make_dot_panels(streams, element)
 
     @device
     def product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
-        whole, w_stride, r = num_k // LANES * LANES, num_k * item, 0
+        whole, r = num_k // LANES * LANES, 0
         while r < rows:
             n = piece_of(rows - r, largest)
             x_row, y_row = x + r * x_stride, out + r * out_stride
-            panels(n, x_row, x_stride, w, w_stride, whole, num_cols, y_row, out_stride)
+            panels(n, x_row, x_stride, w, num_k * item, whole, num_cols, y_row, out_stride)
             r += n
-        if whole < num_k:
-            one = np.empty(1, np.float32)
-            for r in range(rows):
-                xs = floats_at(x + r * x_stride, num_k)
-                ys = floats_at(out + r * out_stride, num_cols)
-                for c in range(num_cols):
-                    total = F(0.0)
-                    for k in range(whole, num_k):
-                        widen_one(w + c * w_stride, k, one.ctypes.data)
-                        total = fma(xs[k], one[0], total)
-                    ys[c] += total
+        tail(x, x_stride, rows, w, num_k, num_cols, out, out_stride)
 
     return product
 
 
-@device
-def tiled_product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
-    """out[r, c] = sum_k x[r, k] * w[c, k] for float32 w [num_cols, num_k] in the core's cache."""
-    whole = num_k // LANES * LANES
-    r = 0
-    while r < rows:
-        x_row, y_row = x + r * x_stride, out + r * out_stride
-        if r + 4 <= rows:
-            _panel_4x4(x_row, x_stride, w, num_k * 4, whole, num_cols, y_row, out_stride)
-            r += 4
-        else:
-            _panel_1x4(x_row, x_stride, w, num_k * 4, whole, num_cols, y_row, out_stride)
-            r += 1
-    if whole < num_k:
-        for r in range(rows):
-            ys = floats_at(out + r * out_stride, num_cols)
-            for c in range(num_cols):
-                ys[c] += dot_tail(x + r * x_stride, w + c * num_k * 4, whole, num_k)
+def make_tiled_product(element: str) -> Any:
+    """The same in tiles that load least, for w in the core's cache."""
+    item, tail = ELEMENTS[element][1], _make_tail(element)
+    panel_4x4, panel_1x4 = (make_dot_panel(rows, 4, element, True) for rows in (4, 1))
+
+    @device
+    def product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
+        whole, r = num_k // LANES * LANES, 0
+        while r < rows:
+            x_row, y_row = x + r * x_stride, out + r * out_stride
+            if r + 4 <= rows:
+                panel_4x4(x_row, x_stride, w, num_k * item, whole, num_cols, y_row, out_stride)
+                r += 4
+            else:
+                panel_1x4(x_row, x_stride, w, num_k * item, whole, num_cols, y_row, out_stride)
+                r += 1
+        tail(x, x_stride, rows, w, num_k, num_cols, out, out_stride)
+
+    return product
+
+
+tiled_product = make_tiled_product("float32")
 
 
 def make_widen_run(element: str) -> Any:

@@ -48,7 +48,7 @@ def _forward(pool, model, lm_head, rows, batch, width, precisions, slots, states
     """Logits of the rows, and what they leave in the cache; states may be 0, for none."""
     (
         row_code, embedding, vocab, table, num_layers, final_norm, has_int8, eps, cos, sin,
-        k_caches, v_caches, layer_bytes, _, hidden, heads, kv_heads, head_dim, cache_len, ffn,
+        k_caches, v_caches, kv_bytes, _, hidden, heads, kv_heads, head_dim, cache_len, ffn,
         num_positions, num_slots,
     ) = model  # fmt: skip
     ids, positions, num_tokens, _, _ = rows
@@ -63,7 +63,7 @@ def _forward(pool, model, lm_head, rows, batch, width, precisions, slots, states
         return False
     if not run_layers(
         pool, table, num_layers, x, eps, cos, sin, positions, num_tokens, slots, k_caches, v_caches,
-        layer_bytes, precisions, stride_p, batch, width, hidden, heads, kv_heads, head_dim,
+        kv_bytes, precisions, stride_p, batch, width, hidden, heads, kv_heads, head_dim,
         cache_len, ffn, num_positions, num_slots,
     ):  # fmt: skip
         return False

@@ -33,6 +33,12 @@ def addresses_at(address, size):
 
 
 @device
+def halves_at(address, size):
+    """An array over the bits of `size` float16 at an address."""
+    return numba.carray(as_pointer(address), size, np.uint16)
+
+
+@device
 def keep_alive(_array):
     """Mark the end of an array's use by address: numba frees an array after its last mention."""
 
@@ -85,6 +91,19 @@ def exp(x):
     p = fma(p, r, F(5.0000001201e-1))
     p = fma(p, r * r, r + F(1.0))
     return p * float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@numba.njit(inline="always", error_model="numpy")
+def half_bits(bits):
+    """Those of the float16 nearest to the float32 of these bits, ties to even, 65504 at most."""
+    size = bits & np.int32(0x7FFFFFFF)
+    if size < np.int32((127 - 14) << 23):  # a multiple of 2^-24
+        half = np.int32(np.rint(float_from_bits(size) * F(2.0**24)))
+    else:
+        odd = (size >> np.int32(13)) & np.int32(1)
+        half = ((size + np.int32(0xFFF) + odd) >> np.int32(13)) - np.int32((127 - 15) << 10)
+        half = min(half, np.int32(0x7BFF))
+    return np.uint16(half | ((bits >> np.int32(16)) & np.int32(0x8000)))
 
 
 @device

@@ -316,7 +316,7 @@ def make_widen(element: str, lanes: int = LANES) -> Any:
     return widen
 
 
-def make_weighted_sum_tile(rows: int, blocks: int) -> Any:
+def make_weighted_sum_tile(rows: int, blocks: int, element: str) -> Any:
     """out[r, d] = sum over s < S of p[r, s] * v[s, d] for blocks * LANES columns, s in order.
 
     total[r] = sum over s < S of p[r, s], in the same order.
@@ -329,11 +329,11 @@ def make_weighted_sum_tile(rows: int, blocks: int) -> Any:
         def codegen(context, builder, _signature, arguments):
             p, p_stride, v, v_stride, num_s, out, out_stride, total = arguments
             p_rows = [_offset(builder, p, p_stride, r) for r in range(rows)]
-            vector_bytes = [ir.Constant(I64, 4 * LANES * i) for i in range(blocks)]
+            columns = [ir.Constant(I64, LANES * i) for i in range(blocks)]
 
             def body(s: Any, acc: list[Any]) -> list[Any]:
                 v_row = builder.add(v, builder.mul(s, v_stride))
-                values = [load(builder, builder.add(v_row, b), VECTOR) for b in vector_bytes]
+                values = [load_weights(builder, v_row, column, element) for column in columns]
                 new, totals = [], []
                 for r, row in enumerate(p_rows):
                     address = builder.add(row, builder.mul(s, ir.Constant(I64, 4)))
@@ -350,8 +350,9 @@ def make_weighted_sum_tile(rows: int, blocks: int) -> Any:
             acc = loop(builder, start, num_s, 1, body)
             for r in range(rows):
                 out_row = _offset(builder, out, out_stride, r)
-                for b, vector_byte in enumerate(vector_bytes):
-                    store(builder, acc[r * blocks + b], builder.add(out_row, vector_byte))
+                for b in range(blocks):
+                    place = builder.add(out_row, ir.Constant(I64, 4 * LANES * b))
+                    store(builder, acc[r * blocks + b], place)
                 store(builder, acc[rows * blocks + r], builder.add(total, ir.Constant(I64, 4 * r)))
             return context.get_dummy_value()
 

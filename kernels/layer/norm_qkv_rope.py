@@ -64,8 +64,9 @@ def norm_qkv_rope_append_ref(
     is_valid = torch.arange(width, device=x.device) < rows.num_tokens[:, None]  # [B, T]
     kept = (is_valid & (precisions[:, sublayer, None] > 0)).flatten().nonzero().squeeze(-1)
     slots = rows.slots.long().repeat_interleave(width)
-    cache.k[slots[kept], :, positions[kept]] = k[kept].to(cache.k.dtype)
-    cache.v[slots[kept], :, positions[kept]] = v[kept].to(cache.v.dtype)
+    largest = torch.finfo(cache.k.dtype).max  # beyond, a score would be no number
+    for part, new in ((cache.k, k), (cache.v, v)):
+        part[slots[kept], :, positions[kept]] = new[kept].clamp(-largest, largest).to(part.dtype)
     return q
 
 
