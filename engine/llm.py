@@ -43,9 +43,9 @@ class LLM:
     activations: in products with quantised weights "int16" rounds them to 16 bits, 32 to a scale,
         "int8" to 8 bits, as llama.cpp does, and "float" not at all, which gives the tokens of the
         same weights in float32. "auto" is "int16". With other weights they stay floats.
-    kv_dtype: of keys and values in the cache: "float32", or "float16", which takes half the memory
-        and half the reading, and rounds them: other tokens now and then, by drafts never. "auto" is
-        "float32" on a CPU, and on CUDA the model's own, the only one there.
+    kv_dtype: of keys and values in the cache, on a CPU: "float32", or "float16", which takes half
+        the memory and half the reading. "auto" rounds them to "float16" where it rounds activations
+        too, beside quantised weights; else, and always on CUDA, they are of the activations' dtype.
     max_sequences: how many requests can hold a slot of the cache at once.
     max_length: tokens of context of each; None is the model's own, at most 8192.
     threads: on a CPU, the caller's one among them; None is one for each core that this process may
@@ -140,6 +140,7 @@ class LLM:
         self.device = str(model.device)
         names = set().union(*(weight.own.names for weight in matrices(model.weights)))
         self.dtype = "+".join(sorted(names))
+        self.kv_dtype = str(model.kv_dtype).removeprefix("torch.")
         self.max_length = model.num_positions
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template

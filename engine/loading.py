@@ -16,6 +16,7 @@ from engine.passes import Passes
 from engine.prefill import prefill
 from engine.prepare import PlanPreparer
 from engine.routing import open_router
+from kernels.blocks import Blocks
 from kernels.cpu.threads import SHARED, ThreadPool, usable_cores
 from kernels.ops import Ops
 from kernels.ops_cpu import numba_ops
@@ -26,8 +27,9 @@ from models.config import LlamaConfig
 from models.end_tokens import end_token_ids
 from models.hub import resolve_model
 from models.llama import Llama, make_llama
+from models.quantise import matrices
 from models.tokenizer import Tokenizer, load_tokenizer
-from models.weights import load_weights
+from models.weights import LlamaWeights, load_weights
 from router.route import Router
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -184,13 +186,21 @@ def load(
         activation_bits=forms.activation_bits, pool=pool, on_progress=on_progress,
     )  # fmt: skip
     config = replace(checkpoint.config, eos_token_ids=ends, tie_embeddings=weights.is_tied)
+    ops, kv_dtype = choose_ops(device, pool), forms.kv_dtype or _own_kv_dtype(weights)
     return Loaded(
         name=path.name if model is None else os.fspath(model),
-        model=make_llama(config, weights, num_positions, *choose_ops(device, pool), forms.kv_dtype),
+        model=make_llama(config, weights, num_positions, *ops, kv_dtype),
         tokenizer=tokenizer,
         chat_template=chat_template,
         generation=checkpoint.generation,
     )
+
+
+def _own_kv_dtype(weights: LlamaWeights) -> torch.dtype:
+    """Keys and values are rounded where activations are, which is beside quantised matrices."""
+    owns = [weight.own for weight in matrices(weights)]
+    is_rounded = any(isinstance(own, Blocks) and own.activation_bits for own in owns)
+    return torch.float16 if is_rounded else weights.dtype
 
 
 class Parts(NamedTuple):

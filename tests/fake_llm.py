@@ -73,7 +73,7 @@ class FakeLLM:
     ) -> None:
         self.model_name = "fake"
         self.device = "cpu"
-        self.dtype = "float32"
+        self.dtype = self.kv_dtype = "float32"
         self.max_length = 128
         self.generation = generation or {}
         self.speculative = speculative

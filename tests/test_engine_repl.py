@@ -206,6 +206,7 @@ def test_show(repl: Repl, say: Say) -> None:
     say("one two")
     shown = dict(line.split(maxsplit=1) for line in say("/show")[1].splitlines())
     assert shown["model"] == "fake" and shown["device"] == "cpu" and shown["dtype"] == "float32"
+    assert shown["kv_dtype"] == "float32"
     assert shown["context"] == "7 of 128 tokens" and shown["system"] == "be brief"
     assert shown["top_k"] == "40" and shown["temperature"] == "0.0  (default)"
 

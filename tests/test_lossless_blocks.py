@@ -82,6 +82,7 @@ def test_float_activations_give_the_tokens_of_float32(path):
     blocks = LLM(path, activations="float", **OPTIONS)
     wide = LLM(path, weights="float", **OPTIONS)
     assert "activations" not in blocks.dtype and wide.dtype == "float32"
+    assert blocks.kv_dtype == wide.kv_dtype == "float32"
     for params in (GREEDY, SAMPLED):
         expected = [tokens(wide.generate(prompt, params)[0]) for prompt in PROMPTS]
         assert [tokens(blocks.generate(prompt, params)[0]) for prompt in PROMPTS] == expected
@@ -99,7 +100,7 @@ def test_float_activations_give_the_tokens_of_float32(path):
 def test_rounded_activations_draft_losslessly(path, params, activations, monkeypatch):
     llm = LLM(path, activations=activations, **OPTIONS)
     expected_name = "int16" if activations == "auto" else activations
-    assert f"{expected_name} activations" in llm.dtype
+    assert f"{expected_name} activations" in llm.dtype and llm.kv_dtype == "float16"
     expected = [tokens(llm.generate(prompt, params)[0]) for prompt in PROMPTS]
     assert answers(llm, replace(params, speculative="auto")) == expected
     for plan, length in itertools.product([*SKIPS, NGRAM], (1, 3, 8)):

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--activations", default="auto", metavar="HOW",
         help="for quantised weights: auto, int8, int16 or float (default: auto)")  # fmt: skip
     add("--kv-dtype", default="auto", metavar="TYPE",
-        help="cache on a CPU: float32 or float16 (default: auto, which is float32)")  # fmt: skip
+        help="of keys and values on a CPU: auto, float32 or float16 (default: auto)")  # fmt: skip
     add("--threads", type=int, metavar="N",
         help="on a CPU (default: one for each core that may be used)")  # fmt: skip
     add("--speculative", default="auto", metavar="HOW",

@@ -168,6 +168,7 @@ def _show(repl: Repl, argument: str) -> None:
     note(f"model        {one_line(llm.model_name)}")
     note(f"device       {llm.device}")
     note(f"dtype        {llm.dtype}")
+    note(f"kv_dtype     {llm.kv_dtype}")
     note(f"context      {used} of {llm.max_length} tokens")
     note(f"system       {one_line(conversation.system) if conversation.system else '(none)'}")
     origin = "  (default)" if repl.params.speculative is None else ""

@@ -15,7 +15,7 @@ import numpy as np
 
 from kernels.cpu.compile import device, kernel
 from kernels.cpu.parallel import over_blocks
-from kernels.cpu.product import make_tiled_product
+from kernels.cpu.product import TILES, make_rows_product
 from kernels.cpu.scalars import (
     F,
     bytes_at,
@@ -114,7 +114,8 @@ def _clear(out, head_dim):
 
 def _make_attend(element: str) -> Any:
     """Attention to keys and values of that type."""
-    scores_of, weighted_sum = make_tiled_product(element), _make_weighted_sum(element)
+    scores_of = make_rows_product(element, TILES, True)
+    weighted_sum = _make_weighted_sum(element)
 
     @device
     def attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):

@@ -25,7 +25,6 @@ from kernels.cpu.tiles import (
     LANES,
     call,
     fma,
-    make_dot_panel,
     make_dot_panels,
     make_widen,
 )
@@ -73,10 +72,13 @@ def _make_tail(element: str) -> Any:
     return tail
 
 
-def _make_stream_product(element: str, streams: dict[int, int]) -> Any:
-    """The product of a few rows with weights [num_cols, num_k] of a type, contiguous."""
-    largest, item, tail = max(streams), ELEMENTS[element][1], _make_tail(element)
-    panels = make_dot_panels(streams, element)
+def make_rows_product(element: str, columns: dict[int, int], is_adjacent: bool = False) -> Any:
+    """The product of rows with weights [num_cols, num_k] of a type, contiguous.
+
+    columns, is_adjacent: how many rows of w make a tile, by the rows of x, and where they lie.
+    """
+    largest, item, tail = max(columns), ELEMENTS[element][1], _make_tail(element)
+    panels = make_dot_panels(columns, element, is_adjacent)
 
     @device
     def product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
@@ -91,28 +93,9 @@ def _make_stream_product(element: str, streams: dict[int, int]) -> Any:
     return product
 
 
-def make_tiled_product(element: str) -> Any:
-    """The same in tiles that load least, for w in the core's cache."""
-    item, tail = ELEMENTS[element][1], _make_tail(element)
-    panel_4x4, panel_1x4 = (make_dot_panel(rows, 4, element, True) for rows in (4, 1))
-
-    @device
-    def product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
-        whole, r = num_k // LANES * LANES, 0
-        while r < rows:
-            x_row, y_row = x + r * x_stride, out + r * out_stride
-            if r + 4 <= rows:
-                panel_4x4(x_row, x_stride, w, num_k * item, whole, num_cols, y_row, out_stride)
-                r += 4
-            else:
-                panel_1x4(x_row, x_stride, w, num_k * item, whole, num_cols, y_row, out_stride)
-                r += 1
-        tail(x, x_stride, rows, w, num_k, num_cols, out, out_stride)
-
-    return product
-
-
-tiled_product = make_tiled_product("float32")
+# Of w in the core's cache: 4 x 4 tiles load least.
+TILES = {1: 4, 2: 4, 3: 4, 4: 4}
+tiled_product = make_rows_product("float32", TILES, True)
 
 
 def make_widen_run(element: str) -> Any:
@@ -133,7 +116,7 @@ def make_widen_run(element: str) -> Any:
 def _make_product(element: str) -> Any:
     """A product with an own form of values of that type."""
     item, widen_run = ELEMENTS[element][1], make_widen_run(element)
-    is_float32, stream_product = element == "float32", _make_stream_product(element, STREAMS)
+    is_float32, stream_product = element == "float32", make_rows_product(element, STREAMS)
 
     def product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):
         w = addresses_at(form, 1)[0] + first * num_k * item
@@ -151,7 +134,7 @@ def _make_product(element: str) -> Any:
     return callback(f"product_{element}", product)
 
 
-_codes_product = _make_stream_product("int8", INT8_STREAMS)
+_codes_product = make_rows_product("int8", INT8_STREAMS)
 
 
 def _int8_product(form, first, x, x_stride, rows, num_k, num_cols, out, out_stride):

@@ -281,12 +281,12 @@ def make_dot_panel(
     return dot_panel
 
 
-def make_dot_panels(streams: Mapping[int, int], element: str) -> Any:
+def make_dot_panels(columns: Mapping[int, int], element: str, is_adjacent: bool = False) -> Any:
     """Panels of 1 row, 2 rows and so on, as one whose first argument says how many.
 
-    streams: rows of w at a time, by the rows of x.
+    columns: rows of w at a time, by the rows of x.
     """
-    shapes = [PanelShape(rows, streams[rows], element) for rows in range(1, len(streams) + 1)]
+    shapes = [PanelShape(n, columns[n], element, is_adjacent) for n in range(1, len(columns) + 1)]
 
     @intrinsic
     def dot_panels(_, rows, x, x_stride, w, w_stride, num_k, num_cols, out, out_stride):
