@@ -7,6 +7,7 @@ Colour and cursor control are used only on a terminal, and no colour at all wher
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import math
 import os
@@ -82,8 +83,11 @@ def report_error(error: BaseException) -> None:
 
 
 @contextmanager
-def progress_bar(*, in_bytes: bool = False) -> Iterator[Report]:
-    """Yields what draws a step and how far it is as a bar on stderr, where that is a terminal."""
+def progress_bar(*, in_bytes: bool = False, is_kept: bool = False) -> Iterator[Report]:
+    """Yields what draws a step and how far it is as a bar on stderr, where that is a terminal.
+
+    is_kept: the bar stays there at the end.
+    """
     console = stderr_console()
     if not console.is_terminal:
         yield lambda what, done, total: None
@@ -97,7 +101,7 @@ def progress_bar(*, in_bytes: bool = False) -> Iterator[Report]:
     # Redirection would send what is written to stdout meanwhile to the console, which is stderr.
     with rich.Progress(
         rich.TextColumn("{task.description}"), rich.BarColumn(), *columns,
-        console=console, transient=in_bytes, redirect_stdout=False, redirect_stderr=False,
+        console=console, transient=not is_kept, redirect_stdout=False, redirect_stderr=False,
     ) as progress:  # fmt: skip
 
         def show(what: str, done: int, total: int) -> None:
@@ -108,6 +112,18 @@ def progress_bar(*, in_bytes: bool = False) -> Iterator[Report]:
             progress.update(progress.task_ids[0], completed=done, total=total or None)
 
         yield show
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Garbage is not looked for: what is imported and loaded stays, and looking takes as long."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def stderr_console(file: TextIO | None = None) -> Console:

@@ -82,11 +82,15 @@ def _first_token(passes: Passes, sequence: RunningSequence) -> TokenEvent:
 
 def _read_prompt(passes: Passes, sequence: RunningSequence) -> torch.Tensor:
     """Logits [1, V] after the prompt, whose keys, values and states are in the cache then."""
-    logits = prefill(
-        passes.target, passes.cache, sequence.slot, sequence.token_ids, sequence.num_reused
-    )
-    sequence.num_cached = sequence.num_prompt
-    return logits
+
+    def on_chunk(done: int) -> None:
+        sequence.num_cached = done
+        sequence.on_prompt(done, sequence.num_prompt)
+
+    return prefill(
+        passes.target, passes.cache, sequence.slot, sequence.token_ids, sequence.num_reused,
+        on_chunk,
+    )  # fmt: skip
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from engine.params import SamplingParams, Speculative
 from engine.prepare import check_speculative, kept
 from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
 from engine.routing import check_router, make_router
-from engine.sequence import RunningSequence, TokenStream
+from engine.sequence import OnPrompt, RunningSequence, TokenStream
 from engine.stream import TextStream
 from engine.types import RequestOutput, TokenEvent
 from models.llama import Llama
@@ -167,12 +167,19 @@ class LLM:
             pass
         return [sequence.output() for sequence in sequences]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        on_prompt: OnPrompt | None = None,
+    ) -> TokenStream:
         """Yield the answer token by token. Closing the stream ends the request.
 
+        on_prompt: called with (tokens read, tokens in all) after each 512 tokens of the prompt, and
+        after the last. What it raises ends the request; the engine's other requests wait for it.
         Wrong arguments raise ValueError here, not at the first event.
         """
-        sequence = self._sequence(prompt, params)
+        sequence = self._sequence(prompt, params, on_prompt)
         return TokenStream(sequence, self._generate([sequence]))
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
@@ -182,9 +189,14 @@ class LLM:
         """
         return self.generate([self.encode_chat(messages)], params)[0]
 
-    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> TokenStream:
-        """Yield the answer to a conversation token by token."""
-        return self.stream(self.encode_chat(messages), params)
+    def stream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        on_prompt: OnPrompt | None = None,
+    ) -> TokenStream:
+        """Yield the answer to a conversation token by token, as `stream` does."""
+        return self.stream(self.encode_chat(messages), params, on_prompt)
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """The conversation as the model's chat template writes it, in token ids.
@@ -262,7 +274,9 @@ class LLM:
     ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
         return generate(self._passes, self._pool, self.costs, sequences)
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams | None) -> RunningSequence:
+    def _sequence(
+        self, prompt: Prompt, params: SamplingParams | None, on_prompt: OnPrompt | None = None
+    ) -> RunningSequence:
         """A request that was found to be in order; see `LLM` for what is raised else."""
         self._passes.check_open()
         config, tokenizer = self.model.config, self._tokenizer
@@ -277,7 +291,7 @@ class LLM:
             tokenizer, params.stop or (), min_tokens=params.min_tokens, prompt=token_ids
         )
         return RunningSequence(
-            token_ids, params, seed, text, end_ids, self.max_length, plans, router
+            token_ids, params, seed, text, end_ids, self.max_length, plans, router, on_prompt
         )
 
     def _choose_plans(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+from engine.command import without_collection
 from engine.kv_cache import KVCache, SlotPool, make_kv_cache
 from engine.passes import Passes
 from engine.prefill import prefill
@@ -152,18 +151,6 @@ def choose_max_length(max_length: int | None, config: LlamaConfig) -> int:
     return max_length
 
 
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Garbage is not looked for: the strings of a vocabulary stay, and looking takes as long."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def load(
     model: str | os.PathLike[str] | None,
     revision: str | None,
@@ -175,7 +162,7 @@ def load(
 ) -> Loaded:
     """Find, check and read a model. Raises ValueError in one line for whatever is wrong with it."""
     path = resolve_model(model, revision)
-    with _without_collection():
+    with without_collection():
         checkpoint = open_checkpoint(path)
         num_positions = choose_max_length(max_length, checkpoint.config)
         tokenizer = load_tokenizer(path, checkpoint.gguf_metadata)

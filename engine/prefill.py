@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,11 +14,17 @@ CHUNK_TOKENS = 512  # bounds the activations of a long prompt
 
 
 def prefill(
-    model: Llama, cache: KVCache, slot: int, token_ids: Sequence[int], start: int
+    model: Llama,
+    cache: KVCache,
+    slot: int,
+    token_ids: Sequence[int],
+    start: int,
+    on_chunk: Callable[[int], None] = lambda done: None,
 ) -> torch.Tensor:
     """Run token_ids[start:] at positions start.. of `slot`; return logits [1, V] float32.
 
-    The cache must hold token_ids[:start] already.
+    The cache must hold token_ids[:start] already. on_chunk: called after each chunk, with how many
+    tokens the cache holds then, or is about to on a GPU. What it raises ends the prefill.
     """
     assert 0 <= start < len(token_ids), (start, len(token_ids))
     device = model.device
@@ -33,4 +39,5 @@ def prefill(
         rows = Rows(ids[:, chunk].contiguous(), positions[:, chunk].contiguous(), num_tokens, slots)
         x = forward(model, rows, cache.k, cache.v, precisions, model.prefill_ops)
         model.prefill_ops.keep_states(x, rows, cache.states)
+        on_chunk(start + first + x.shape[0])
     return logits(model, x[-1:], precisions, model.prefill_ops)

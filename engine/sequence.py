@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from engine.drafting import Drafting
 from engine.params import SamplingParams
@@ -11,6 +11,9 @@ from engine.stream import TextStream
 from engine.types import CompletionOutput, FinishReason, RequestOutput, RequestStats, TokenEvent
 from models.plan import DraftPlan
 from router.route import Route, Router
+
+# Called while a prompt is read: tokens that the cache holds of it, tokens in all.
+OnPrompt = Callable[[int, int], None]
 
 
 class RunningSequence:
@@ -29,6 +32,7 @@ class RunningSequence:
         max_length: int,
         plans: tuple[DraftPlan, ...] = (),
         router: Router | None = None,
+        on_prompt: OnPrompt | None = None,
     ):
         """router: chooses the plans once the prompt is read; `plans` are in force until then."""
         self.num_prompt = len(prompt)
@@ -41,6 +45,7 @@ class RunningSequence:
         room = max_length - len(prompt)
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         self.drafting = Drafting(plans, router)
+        self.on_prompt = on_prompt or (lambda done, total: None)
         self.slot = -1
         self.num_reused = 0  # prompt tokens found in the cache
         self.num_cached = 0  # tokens whose keys and values the cache holds

@@ -22,6 +22,7 @@ import torch
 import engine.chat.__main__
 from engine.command import progress_bar
 from engine.params import SamplingParams, Speculative
+from engine.sequence import OnPrompt
 from engine.types import CompletionOutput, RequestOutput, RequestStats, TokenEvent
 from kernels.weight import Dense, Weight
 from router.route import Router
@@ -94,7 +95,12 @@ class FakeLLM:
         self._messages[tuple(ids)] = messages
         return ids
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams | None = None) -> FakeStream:
+    def stream(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        on_prompt: OnPrompt | None = None,
+    ) -> FakeStream:
         """`prompt` is what encode_chat has returned last for these lengths of words."""
         stream = FakeStream(RequestStats(len(prompt), 2, 0, 0.25, 0.5, 6.0))
         stream.events = self._events(prompt, params or SamplingParams(), stream)

@@ -344,7 +344,7 @@ def test_comparison_ends_with_a_part_of_an_answer(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_drafts(monkeypatch, lambda: 3)
-    checks: Iterator[bool] = iter([False] * 5 + [True])
+    checks: Iterator[bool] = iter([False] * 6 + [True])  # one after the prompt
     answer = ask(llm, QUESTION, replace(SAMPLED, seed=1), lambda text: None, lambda: next(checks))
     assert (len(answer.events), answer.finish_reason) == (5, None)
     streams = record_streams(llm, monkeypatch)

@@ -91,7 +91,7 @@ def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLi
     with closing(CalibrationState(_state_path(args.out), fixed)) as state:
         if state.num_values:
             note(f"going on with {state.num_values} measurements from {state.path}")
-        with progress_bar() as show:
+        with progress_bar(is_kept=True) as show:
             noted = set[str]()
 
             def report(what: str, done: int, total: int) -> None:

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING
 from engine.chat.conversation import Conversation, check_text, unix_text
 from engine.chat.once import answer_json, answer_text, read_prompt
 from engine.chat.terminal import print_stats
-from engine.command import EXIT_OK, Parser, note, number, progress_bar, run_program
+from engine.command import (
+    EXIT_OK,
+    Parser,
+    note,
+    number,
+    progress_bar,
+    run_program,
+    without_collection,
+)
 from engine.interrupts import noted_interrupts
 from engine.params import FLOATS, INTEGERS, SamplingParams
 
@@ -79,7 +87,11 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def load_llm(args: argparse.Namespace) -> LLM:
     """Load the model that the arguments name, with a progress bar where stderr is a terminal."""
-    with noted_interrupts() as is_interrupted, progress_bar(in_bytes=True) as show:
+    with (
+        noted_interrupts() as is_interrupted,
+        progress_bar(in_bytes=True) as show,
+        without_collection(),
+    ):
 
         def on_progress(done: int, total: int) -> None:
             if is_interrupted():

@@ -12,12 +12,13 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.command import Report, progress_bar
 from engine.params import SamplingParams
 from engine.types import FinishReason, RequestStats, TokenEvent
 from models.messages import quoted
@@ -114,13 +115,26 @@ def ask(
 ) -> Answer:
     """Stream the answer to `messages` through `write`, until its end or until `is_stopped()`.
 
-    The request is closed on every way out, so that the model's cache stays valid.
+    A prompt that takes several chunks has a progress bar, and is stopped between them. The request
+    is closed on every way out, so that the model's cache stays valid.
     """
     events: list[TokenEvent] = []
     params = _with_seed(chat_params(params, llm.generation), llm.generation)
-    prompt = tuple(llm.encode_chat(messages))
-    with closing(llm.stream(prompt, params)) as stream:
+    prompt, bar = tuple(llm.encode_chat(messages)), ExitStack()
+    show: Report | None = None
+
+    def on_prompt(done: int, total: int) -> None:
+        nonlocal show
+        if is_stopped():
+            raise _Stopped
+        if show is None and done < total:
+            show = bar.enter_context(progress_bar())
+        if show is not None:
+            show("reading the prompt", done, total)
+
+    with closing(llm.stream(prompt, params, on_prompt)) as stream, bar, suppress(_Stopped):
         for event in stream:
+            bar.close()
             # Before the text: what is shown after Ctrl-C would come as a surprise.
             if is_stopped():
                 break
@@ -128,6 +142,10 @@ def ask(
             if event.text:
                 write(event.text)
     return Answer(prompt, params, tuple(events), stream.stats, stream.route)
+
+
+class _Stopped(Exception):
+    """Ctrl-C while a prompt was read."""
 
 
 def compare_with_plain(
