@@ -13,8 +13,8 @@ if __name__ == "__main__":
     handle_interrupts(leave_at_once)
 
 import argparse
+import os
 import signal
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -171,4 +171,5 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     handle_interrupts(signal.default_int_handler)
-    sys.exit(main())
+    # At once: taking torch and numba apart would take as long as a short answer. All is written.
+    os._exit(main())
