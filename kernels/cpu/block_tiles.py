@@ -40,7 +40,7 @@ INTS, BYTES = ir.VectorType(I32, PANEL), ir.VectorType(I8, 4 * PANEL)
 PAIRS = ir.VectorType(I16, 2 * PANEL)
 SUMS_BYTES = 32  # of what a row of x has for 32 elements beside their codes: see `make_quantise`
 OPERANDS = CHUNK // 4
-PREFETCHED = 8192  # bytes ahead of what is read
+PREFETCHED = 6144  # bytes ahead of what is read
 
 
 HAS_VNNI = {"+avx512vnni", "+avx512bw"} <= FEATURES
@@ -71,12 +71,12 @@ def splat(builder: Any, value: Any, lanes: int = PANEL) -> Any:
 
 
 def _prefetch(builder: Any, address: Any) -> None:
-    """Ask for a line of memory that will be read, once."""
+    """Ask for a line of memory that will be read, once, in the core's second cache."""
     pointer = I8.as_pointer()
     signature = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     name = "llvm.prefetch.p0"
     function = cgutils.get_or_insert_function(builder.module, signature, name)
-    args = (builder.inttoptr(address, pointer), *(ir.Constant(I32, n) for n in (0, 3, 1)))
+    args = (builder.inttoptr(address, pointer), *(ir.Constant(I32, n) for n in (0, 2, 1)))
     builder.call(function, args)
 
 
@@ -176,21 +176,23 @@ def _dots(
     xs: where its numbers are. x_sums: where their sum is. An operand is used by all rows before the
     next one, so that a sum for each row is what registers hold.
     """
-    dots, add_products = [ints(0)] * len(xs), _add_bytes if HAS_VNNI else _add_pairs
-    if bits == 16 and HAS_VNNI:  # the high bytes, whose sum counts 256 times
-        for j, operand in enumerate(operands):
-            dots = _add_bytes(builder, dots, operand, [at(builder, x, FOUR_BYTES * j) for x in xs])
-        dots = [builder.shl(dot, ints(8)) for dot in dots]
-        xs = [at(builder, x, CHUNK) for x in xs]
+    dots = [ints(0)] * len(xs)
     if zero:
         lifts = [
             builder.mul(load(builder, x_sum, I32), ir.Constant(I32, -zero)) for x_sum in x_sums
         ]
-        dots = [
-            builder.add(dot, splat(builder, lift)) for dot, lift in zip(dots, lifts, strict=True)
-        ]
+        dots = [splat(builder, lift) for lift in lifts]
+    has_high = bits == 16 and HAS_VNNI  # bytes whose sum counts 256 times; they come first
+    high, add_products = [ints(0)] * len(xs), _add_bytes if HAS_VNNI else _add_pairs
     for j, operand in enumerate(operands):
-        dots = add_products(builder, dots, operand, [at(builder, x, FOUR_BYTES * j) for x in xs])
+        here = [at(builder, x, FOUR_BYTES * j) for x in xs]
+        if has_high:
+            high = _add_bytes(builder, high, operand, here)
+            here = [at(builder, x, CHUNK) for x in here]
+        dots = add_products(builder, dots, operand, here)
+    if has_high:
+        moved = [builder.shl(dot, ints(8)) for dot in high]
+        dots = [builder.add(*pair) for pair in zip(dots, moved, strict=True)]
     return dots
 
 
@@ -210,12 +212,16 @@ class _Tile:
         if kind.has_offset:
             self.offset_factor = _halves(builder, at(builder, factors, PANEL * HALF))
 
-    def operands(self, chunk: Any, is_prefetching: bool = False) -> list[Any]:
+    def operands(self, chunk: Any) -> list[Any]:
         start = self.builder.mul(chunk, i64(self.kind.chunk_bytes))
-        codes = self.builder.add(self.codes, start)
-        for line in range(0, self.kind.chunk_bytes if is_prefetching else 0, 64):
-            _prefetch(self.builder, at(self.builder, codes, PREFETCHED + line))
-        return _operands(self.builder, self.kind, codes)
+        return _operands(self.builder, self.kind, self.builder.add(self.codes, start))
+
+    def prefetch(self, chunk: Any) -> None:
+        """A chunk's share of a later tile: also of its scales, for which everything would wait."""
+        share = -(-self.kind.tile_bytes // (self.kind.size // CHUNK))
+        start = self.builder.add(self.codes, self.builder.mul(chunk, i64(share)))
+        for line in range(0, share, 64):
+            _prefetch(self.builder, at(self.builder, start, PREFETCHED + line))
 
     def scale(self, chunk: Any, part: int) -> Any:
         """[16] of the weights in one part of a chunk: all of it, or its first or second half."""
@@ -257,9 +263,8 @@ def _emit_int_panel(builder: Any, args: Any, kind: BlockType, bits: int, rows: i
             number = builder.add(builder.mul(t, i64(per_tile)), c)
             x_at = builder.mul(number, i64(CHUNK * CODE_BYTES[bits]))
             sums_at = builder.mul(number, i64(SUMS_BYTES))
-            # One row of 8 bits leaves the processor's own prefetching ahead, more work does not.
-            operands = tile.operands(c, is_prefetching=rows > 1 or bits == 16)
-            parts = CHUNK // kind.group
+            tile.prefetch(c)
+            operands, parts = tile.operands(c), CHUNK // kind.group
             scales = [tile.scale(c, part) for part in range(parts)]
             offsets = [tile.offset(c, part) for part in range(parts)] if kind.has_offset else []
             here = [builder.add(x, x_at) for x in xs]
