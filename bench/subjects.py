@@ -82,7 +82,7 @@ class Subject:
 
     def read_bytes(self, context: int) -> int:
         """Bytes of the matrices, keys and values that plain decoding reads for a token."""
-        return sum(self.sizes) + context * kv_bytes(self.model.config, self.model.dtype)
+        return sum(self.sizes) + context * kv_bytes(self.model.config, self.model.kv_dtype)
 
     def kept(self, plan: DraftPlan, context: int) -> float:
         """What a draft step reads of `read_bytes`, as a share; 8-bit plans leave K and V alone."""

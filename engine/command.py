@@ -1,4 +1,5 @@
-"""What the commands have in common: numbers as arguments, exit codes, notes and bars on stderr.
+"""What the commands have in common: numbers as arguments, exit codes, notes and bars on stderr,
+and a start without collecting garbage.
 
 Colour and cursor control are used only on a terminal, and no colour at all where NO_COLOR is set.
 `rich` is imported when something is drawn, because importing it would slow down `--help`.

@@ -70,7 +70,10 @@ def _deliver(events: list[Event]) -> Generator[Event, None, None]:
 def _first_token(passes: Passes, sequence: RunningSequence) -> TokenEvent:
     started = time.perf_counter()
     with passes.alone():
-        logits = _read_prompt(passes, sequence)
+        try:
+            logits = _read_prompt(passes, sequence)
+        finally:
+            sequence.prefill_seconds = time.perf_counter() - started
         passes.stage([sequence.row()])
         drawn = passes.draw(logits)
         _route(passes, sequence)
@@ -86,6 +89,7 @@ def _read_prompt(passes: Passes, sequence: RunningSequence) -> torch.Tensor:
     def on_chunk(done: int) -> None:
         sequence.num_cached = done
         sequence.on_prompt(done, sequence.num_prompt)
+        passes.check_open()  # it may have closed the engine
 
     return prefill(
         passes.target, passes.cache, sequence.slot, sequence.token_ids, sequence.num_reused,

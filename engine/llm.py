@@ -139,8 +139,9 @@ class LLM:
         self.generation = loaded.generation
         self.device = str(model.device)
         names = set().union(*(weight.own.names for weight in matrices(model.weights)))
+        if model.kv_dtype != model.dtype:
+            names.add(f"{model.kv_dtype} cache".removeprefix("torch."))
         self.dtype = "+".join(sorted(names))
-        self.kv_dtype = str(model.kv_dtype).removeprefix("torch.")
         self.max_length = model.num_positions
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
@@ -175,8 +176,9 @@ class LLM:
     ) -> TokenStream:
         """Yield the answer token by token. Closing the stream ends the request.
 
-        on_prompt: called with (tokens read, tokens in all) after each 512 tokens of the prompt, and
-        after the last. What it raises ends the request; the engine's other requests wait for it.
+        on_prompt: called with (tokens read, tokens in all) after each 512 tokens of the prompt that
+        were not in the cache, and after the last. The first event raises what it raises, and the
+        request is over. Other requests of the engine wait for it, so it must not wait for them.
         Wrong arguments raise ValueError here, not at the first event.
         """
         sequence = self._sequence(prompt, params, on_prompt)

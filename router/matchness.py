@@ -163,7 +163,7 @@ def acceptance(flags: Sequence[torch.Tensor]) -> float:
 
 
 def _empty(model: Llama, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=model.dtype, device=model.device)
+    return torch.empty(shape, dtype=model.kv_dtype, device=model.device)
 
 
 def _check_traces(model: Llama, traces: Sequence[Trace]) -> None:

@@ -74,7 +74,7 @@ class FakeLLM:
     ) -> None:
         self.model_name = "fake"
         self.device = "cpu"
-        self.dtype = self.kv_dtype = "float32"
+        self.dtype = "float32"
         self.max_length = 128
         self.generation = generation or {}
         self.speculative = speculative
@@ -193,4 +193,4 @@ def load_fake(args: Namespace) -> FakeLLM:
 
 if __name__ == "__main__":
     engine.chat.__main__.load_llm = load_fake  # type: ignore[assignment]
-    sys.exit(engine.chat.__main__.main())
+    os._exit(engine.chat.__main__.main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from tiny import tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE
 
 import engine.chat.__main__
+import engine.chat.commands
 import engine.llm
 from engine import SamplingParams
 from engine.chat.commands import Repl
@@ -82,6 +84,18 @@ def test_plan_is_of_the_last_answer_and_not_of_its_verification(say):
     say("/spec off")
     say("again")
     assert say("/plan").startswith("no routed answer yet")
+
+
+def test_plan_is_of_the_last_answer_and_not_of_a_stopped_prompt(say, monkeypatch):
+    say("Hello, world")
+    before, stats = say("/plan"), say.repl.last_stats
+
+    def stop(repl, has_started):
+        return nullcontext(lambda: True)
+
+    monkeypatch.setattr(engine.chat.commands, "_stoppable", stop)
+    assert say("stopped").startswith("stopped before the first word")
+    assert say("/plan") == before and say.repl.last_stats is stats
 
 
 def test_a_new_turn_is_routed_anew(say):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
+import torch
 from test_engine_llm import GREEDY, tokens
 from tiny import tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE
@@ -13,6 +15,7 @@ from tokenizers_for_tests import CHAT_TEMPLATE
 import engine.chat.conversation
 import engine.prefill
 from engine.chat.conversation import ask
+from engine.command import without_collection
 from models.chat_template import ChatTemplate
 
 PROMPT = "a prompt of 27 characters.."
@@ -50,10 +53,40 @@ def test_a_prompt_is_stopped_between_chunks():
     stream = llm.stream(PROMPT, GREEDY, stop)
     with pytest.raises(InterruptedError):
         next(stream)
-    assert stream.stats.generated_tokens == 0
-    whole = llm.generate(PROMPT, GREEDY)[0]
-    assert whole.stats.reused_tokens == 16  # it goes on from there
-    assert tokens(whole) == tokens(tiny_llm().generate(PROMPT, GREEDY)[0])
+    assert stream.stats.generated_tokens == 0 and stream.stats.prefill_seconds > 0
+    feature = llm.feature(PROMPT)  # it goes on from there
+    fresh = tiny_llm()
+    assert torch.equal(feature, fresh.feature(PROMPT))
+    assert tokens(llm.generate(PROMPT, GREEDY)[0]) == tokens(fresh.generate(PROMPT, GREEDY)[0])
+
+
+def test_what_was_read_of_a_stopped_prompt_is_not_read_again():
+    llm = tiny_llm()
+    stream = llm.stream(PROMPT, GREEDY, lambda done, total: 1 // (done - 16))
+    with closing(stream), pytest.raises(ZeroDivisionError):
+        next(stream)
+    assert llm.generate(PROMPT, GREEDY)[0].stats.reused_tokens == 16
+
+
+def test_an_engine_that_is_closed_reads_no_further():
+    llm, steps = tiny_llm(), []
+
+    def close(done: int, total: int) -> None:
+        steps.append(done)
+        llm.close()
+
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        next(llm.stream(PROMPT, GREEDY, close))
+    assert steps == [8]
+
+
+def test_garbage_is_not_looked_for_while_a_model_loads():
+    with pytest.raises(InterruptedError), without_collection():
+        with without_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        raise InterruptedError
+    assert gc.isenabled()
 
 
 @pytest.fixture

@@ -226,7 +226,8 @@ def test_another_model_or_kernel_has_another_profile():
     a, b = tiny_llm(speculative="off"), tiny_llm(family_config("llama3"), speculative="off")
     c = tiny_llm(speculative="off", prefill_ops=TORCH, decode_ops=TORCH)
     half = tiny_llm(speculative="off", matrix_dtype=torch.bfloat16)
-    assert len({profile_path(llm.model) for llm in (a, b, c, half)}) == 4
+    narrow = tiny_llm(speculative="off", kv_dtype=torch.float16)
+    assert len({profile_path(llm.model) for llm in (a, b, c, half, narrow)}) == 5
     assert profile_path(a.model) == profile_path(tiny_llm(speculative="int8").model)
 
 

@@ -206,7 +206,6 @@ def test_show(repl: Repl, say: Say) -> None:
     say("one two")
     shown = dict(line.split(maxsplit=1) for line in say("/show")[1].splitlines())
     assert shown["model"] == "fake" and shown["device"] == "cpu" and shown["dtype"] == "float32"
-    assert shown["kv_dtype"] == "float32"
     assert shown["context"] == "7 of 128 tokens" and shown["system"] == "be brief"
     assert shown["top_k"] == "40" and shown["temperature"] == "0.0  (default)"
 
@@ -267,7 +266,7 @@ def test_interrupt_before_the_first_word(tmp_path: Path) -> None:
     chat.line("wait")
     wait_for_request(chat)
     chat.child.sendintr()
-    chat.child.expect_exact("stopping once the prompt is read")
+    chat.child.expect_exact("stopping; Ctrl-C again leaves")
     chat.child.expect_exact("stopped before the first word")
     chat.line("hello")
     chat.child.expect_exact("you said hello")

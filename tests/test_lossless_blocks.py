@@ -82,7 +82,12 @@ def test_float_activations_give_the_tokens_of_float32(path):
     blocks = LLM(path, activations="float", **OPTIONS)
     wide = LLM(path, weights="float", **OPTIONS)
     assert "activations" not in blocks.dtype and wide.dtype == "float32"
-    assert blocks.kv_dtype == wide.kv_dtype == "float32"
+    assert "cache" not in blocks.dtype
+    chosen = [
+        LLM(path, weights=weights, kv_dtype=kv_dtype, **OPTIONS)._cache.k.dtype
+        for weights, kv_dtype in (("stored", "float32"), ("float", "float16"))
+    ]
+    assert [str(dtype) for dtype in chosen] == ["torch.float32", "torch.float16"]
     for params in (GREEDY, SAMPLED):
         expected = [tokens(wide.generate(prompt, params)[0]) for prompt in PROMPTS]
         assert [tokens(blocks.generate(prompt, params)[0]) for prompt in PROMPTS] == expected
@@ -100,7 +105,7 @@ def test_float_activations_give_the_tokens_of_float32(path):
 def test_rounded_activations_draft_losslessly(path, params, activations, monkeypatch):
     llm = LLM(path, activations=activations, **OPTIONS)
     expected_name = "int16" if activations == "auto" else activations
-    assert f"{expected_name} activations" in llm.dtype and llm.kv_dtype == "float16"
+    assert f"{expected_name} activations" in llm.dtype and "float16 cache" in llm.dtype
     expected = [tokens(llm.generate(prompt, params)[0]) for prompt in PROMPTS]
     assert answers(llm, replace(params, speculative="auto")) == expected
     for plan, length in itertools.product([*SKIPS, NGRAM], (1, 3, 8)):

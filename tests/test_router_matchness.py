@@ -32,8 +32,8 @@ def poison_router(monkeypatch):
     monkeypatch.setattr("conftest.POISONED_PACKAGES", ("kernels", "engine", "router"))
 
 
-def make_model(family="llama2", prefill_ops=NUMBA, decode_ops=NUMBA):
-    return with_int8(tiny_llama(family_config(family), prefill_ops, decode_ops))
+def make_model(family="llama2", prefill_ops=NUMBA, decode_ops=NUMBA, **options):
+    return with_int8(tiny_llama(family_config(family), prefill_ops, decode_ops, **options))
 
 
 def to_device(rows, device):
@@ -43,7 +43,7 @@ def to_device(rows, device):
 def make_cache(model, length):
     config = model.config
     shape = (config.num_layers, 1, config.num_kv_heads, length, config.head_dim)
-    return [torch.full(shape, 777.0, dtype=model.dtype, device=model.device) for _ in range(2)]
+    return [torch.full(shape, 777.0, dtype=model.kv_dtype, device=model.device) for _ in range(2)]
 
 
 def run(model, cache, token_ids, start, plan, ops):
@@ -97,9 +97,13 @@ def assert_flags_equal(got, expected):
     assert [part.tolist() for part in got] == [part.tolist() for part in expected]
 
 
-@pytest.mark.parametrize("family", ["llama2", "smollm2-group3", "qwen2-group1", "qwen3-group4"])
-def test_every_flag_is_that_of_drafting_at_its_position(family):
-    model = make_model(family)
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"),
+    [("llama2", torch.float32), ("smollm2-group3", torch.float16),
+     ("qwen2-group1", torch.float32), ("qwen3-group4", torch.float32)],
+)  # fmt: skip
+def test_every_flag_is_that_of_drafting_at_its_position(family, kv_dtype):
+    model = make_model(family, kv_dtype=kv_dtype)
     traces = traces_of(model)
     measured = Matchness(model, traces)
     assert_flags_equal(

@@ -85,6 +85,7 @@ def _calibrate(args: argparse.Namespace, check: Callable[..., None]) -> RouterLi
     )  # fmt: skip
     fixed = {
         "fingerprint": fingerprint(llm.model),
+        "dtype": llm.dtype,
         "prompts": sha256(json.dumps(prompts).encode()).hexdigest(),
         "trace_tokens": args.trace_tokens,
     }

@@ -48,7 +48,8 @@ instruction before a file: (echo "Summarise this:"; cat FILE) | python -m engine
 With neither, on a terminal, the conversation is interactive; /help lists its commands.
 
 Environment: NO_COLOR=1 turns colour off, ENGINE_NOHISTORY=1 the history of the typed lines.
-Ctrl-C ends the program at the next step of loading or the next token, a second one at once.
+Ctrl-C ends the program at the next step of loading, after the next 512 tokens of a prompt or the
+next token of an answer, a second one at once.
 Exit codes: 0 answered (or whoever read the answer went away), 1 a failure while loading, answering
 or writing the answer, 2 wrong arguments, model or prompt, 130 interrupted with Ctrl-C."""
 

@@ -82,10 +82,10 @@ def answer_question(repl: Repl, question: str, *, is_again: bool = False) -> Non
     writer = AnswerWriter(sys.stdout)
     with writer, _stoppable(repl, lambda: writer.has_started) as is_stopped:
         answer = ask(repl.llm, conversation.asked(), repl.params, writer.write, is_stopped)
-    repl.last_stats, repl.last_route = answer.stats, answer.route
     if answer.finish_reason is None and not answer.text:
         note("stopped before the first word; the conversation is as it was")
         return
+    repl.last_stats, repl.last_route = answer.stats, answer.route
     conversation.add("assistant", answer.text)
     conversation.last_answer = answer
     repl.conversation = conversation
@@ -105,7 +105,7 @@ def _stoppable(repl: Repl, has_started: Callable[[], bool]) -> Iterator[Callable
             raise KeyboardInterrupt
         is_stopped = True
         if not has_started():
-            say("\nstopping once the prompt is read; Ctrl-C again leaves\n")
+            say("\nstopping; Ctrl-C again leaves\n")
 
     with handled_interrupts(handle):
         yield lambda: is_stopped
@@ -168,7 +168,6 @@ def _show(repl: Repl, argument: str) -> None:
     note(f"model        {one_line(llm.model_name)}")
     note(f"device       {llm.device}")
     note(f"dtype        {llm.dtype}")
-    note(f"kv_dtype     {llm.kv_dtype}")
     note(f"context      {used} of {llm.max_length} tokens")
     note(f"system       {one_line(conversation.system) if conversation.system else '(none)'}")
     origin = "  (default)" if repl.params.speculative is None else ""

@@ -70,29 +70,24 @@ def _make_weighted_sum(element: str) -> Any:
     def weighted_sum(p, p_stride, rows, v, head_dim, length, out, out_stride, total):
         """out[r] = sum_s p[r, s] v[s], total[r] = sum_s p[r, s], for 1 or TILE_ROWS rows."""
         stride, d = head_dim * item, 0
-        if rows == TILE_ROWS:
-            while d + 2 * LANES <= head_dim:
-                y = out + d * 4
-                sum_4x2(p, p_stride, v + d * item, stride, length, y, out_stride, total)
+        while d + LANES <= head_dim:
+            y, here = out + d * 4, v + d * item
+            if rows == TILE_ROWS and d + 2 * LANES <= head_dim:
+                sum_4x2(p, p_stride, here, stride, length, y, out_stride, total)
                 d += 2 * LANES
-            while d + LANES <= head_dim:
-                y = out + d * 4
-                sum_4x1(p, p_stride, v + d * item, stride, length, y, out_stride, total)
+            elif rows == TILE_ROWS:
+                sum_4x1(p, p_stride, here, stride, length, y, out_stride, total)
                 d += LANES
-        else:
-            while d + 4 * LANES <= head_dim:
-                y = out + d * 4
-                sum_1x4(p, p_stride, v + d * item, stride, length, y, out_stride, total)
+            elif d + 4 * LANES <= head_dim:
+                sum_1x4(p, p_stride, here, stride, length, y, out_stride, total)
                 d += 4 * LANES
-            while d + LANES <= head_dim:
-                y = out + d * 4
-                sum_1x1(p, p_stride, v + d * item, stride, length, y, out_stride, total)
+            else:
+                sum_1x1(p, p_stride, here, stride, length, y, out_stride, total)
                 d += LANES
-        if d < head_dim or head_dim < LANES:
-            for r in range(rows):
-                tail(p + r * p_stride, v, head_dim, d, length, out + r * out_stride)
-                if head_dim < LANES:
-                    _total(p + r * p_stride, length, total + r * 4)
+        for r in range(rows if d < head_dim else 0):
+            tail(p + r * p_stride, v, head_dim, d, length, out + r * out_stride)
+            if d == 0:
+                _total(p + r * p_stride, length, total + r * 4)
 
     return weighted_sum
 

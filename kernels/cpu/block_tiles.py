@@ -174,7 +174,7 @@ def _dots(
     """For each row of x the sum of (code - zero) x in every lane.
 
     xs: where its numbers are. x_sums: where their sum is. An operand is used by all rows before the
-    next one, so that a sum for each row is what registers hold.
+    next one, so that registers hold sums for each row, and no other operand.
     """
     dots = [ints(0)] * len(xs)
     if zero:

@@ -20,14 +20,7 @@ from llvmlite.binding import get_host_cpu_features
 
 from kernels.cpu.compile import callback, device
 from kernels.cpu.scalars import F, addresses_at, bytes_at, floats_at, keep_alive
-from kernels.cpu.tiles import (
-    ELEMENTS,
-    LANES,
-    call,
-    fma,
-    make_dot_panels,
-    make_widen,
-)
+from kernels.cpu.tiles import ELEMENTS, LANES, call, fma, make_dot_panels, make_widen
 from kernels.weight import INT8
 
 # Weight rows of a tile, by the rows of x that share it: as many sums as there are registers for.
@@ -37,7 +30,7 @@ if get_host_cpu_features().get("avx512f"):
 else:
     STREAMS = {1: 4, 2: 2, 3: 2, 4: 1}
     INT8_STREAMS = {1: 4, 2: 2, 3: 2, 4: 1}
-STREAM_ROWS = 16  # more rows are computed in 4 x 4 tiles
+STREAM_ROWS = 16  # more rows are computed in tiles of 4 columns
 
 MIXED = -1
 
@@ -75,7 +68,8 @@ def _make_tail(element: str) -> Any:
 def make_rows_product(element: str, columns: dict[int, int], is_adjacent: bool = False) -> Any:
     """The product of rows with weights [num_cols, num_k] of a type, contiguous.
 
-    columns, is_adjacent: how many rows of w make a tile, by the rows of x, and where they lie.
+    columns: how many rows of w make a tile, by the rows of x. is_adjacent: they are neighbours,
+    else as far apart as can be.
     """
     largest, item, tail = max(columns), ELEMENTS[element][1], _make_tail(element)
     panels = make_dot_panels(columns, element, is_adjacent)

@@ -7,11 +7,11 @@ import numba
 import numpy as np
 
 from kernels.cpu.compile import device
-from kernels.cpu.tiles import LANES, as_pointer, float_from_bits, fma, make_dot_panel
+from kernels.cpu.tiles import LANES, as_pointer, float_from_bits, fma, make_dot_panels
 
 F = np.float32
 BLOCK_ROWS = 4  # of a block where rows are shared out
-dot = make_dot_panel(1, 1)
+dot = make_dot_panels({1: 1}, "float32")
 
 
 @device
@@ -102,30 +102,18 @@ def half_bits(bits):
     else:
         odd = (size >> np.int32(13)) & np.int32(1)
         half = ((size + np.int32(0xFFF) + odd) >> np.int32(13)) - np.int32((127 - 15) << 10)
-        half = min(half, np.int32(0x7BFF))
+        half = min(half, np.int32(0x7BFF)) if size <= np.int32(0x7F800000) else np.int32(0x7E00)
     return np.uint16(half | ((bits >> np.int32(16)) & np.int32(0x8000)))
-
-
-@device
-def dot_tail(x, w, start, stop):
-    """sum over start <= k < stop of x[k] * w[k], in order."""
-    xs, ws = floats_at(x, stop), floats_at(w, stop)
-    total = F(0.0)
-    for k in range(start, stop):
-        total = fma(xs[k], ws[k], total)
-    return total
 
 
 @device
 def norm_row(x, weight, eps, num_c, out):
     """out = x / sqrt(mean(x^2) + eps) * weight for one row of num_c floats; out may be x."""
-    square = np.empty(1, np.float32)
-    whole = num_c // LANES * LANES
-    dot(x, 0, x, 0, whole, 1, square.ctypes.data, 0)
-    total = square[0]
-    if whole < num_c:
-        total += dot_tail(x, x, whole, num_c)
-    scale = F(1.0) / np.sqrt(total / F(num_c) + F(eps))
     xs, ws, ys = floats_at(x, num_c), floats_at(weight, num_c), floats_at(out, num_c)
+    square, tail, whole = np.empty(1, np.float32), F(0.0), num_c // LANES * LANES
+    dot(1, x, 0, x, 0, whole, 1, square.ctypes.data, 0)
+    for c in range(whole, num_c):
+        tail = fma(xs[c], xs[c], tail)
+    scale = F(1.0) / np.sqrt((square[0] + tail) / F(num_c) + F(eps))
     for c in range(num_c):
         ys[c] = xs[c] * scale * ws[c]

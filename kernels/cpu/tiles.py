@@ -258,33 +258,11 @@ def _emit_panel(builder: Any, args: Any, shape: PanelShape) -> None:
         ))  # fmt: skip
 
 
-def make_dot_panel(
-    rows: int, cols: int, element: str = "float32", is_adjacent: bool = False
-) -> Any:
+def make_dot_panels(columns: Mapping[int, int], element: str, is_adjacent: bool = False) -> Any:
     """out[r, c] = sum over k < K of x[r, k] * w[c, k] for c < num_cols, K a multiple of LANES.
 
-    Arguments are those of PanelShape: so many rows of w at a time, neighbours if `is_adjacent` and
-    else as far apart as they can be. Strides are those of rows.
-    """
-    shape = PanelShape(rows, cols, element, is_adjacent)
-
-    @intrinsic
-    def dot_panel(_, x, x_stride, w, w_stride, num_k, num_cols, out, out_stride):
-        signature = types.void(*[types.intp] * 8)
-
-        def codegen(context, builder, _signature, arguments):
-            builder.call(_panel(builder.module, shape), arguments)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return dot_panel
-
-
-def make_dot_panels(columns: Mapping[int, int], element: str, is_adjacent: bool = False) -> Any:
-    """Panels of 1 row, 2 rows and so on, as one whose first argument says how many.
-
-    columns: rows of w at a time, by the rows of x.
+    The first argument says how many rows of x. columns: so many rows of w at a time, by the rows of
+    x, neighbours if `is_adjacent` and else as far apart as can be. Strides are those of rows.
     """
     shapes = [PanelShape(n, columns[n], element, is_adjacent) for n in range(1, len(columns) + 1)]
 

@@ -4,7 +4,8 @@
     (q_2i, q_2i+1) <- rotation by angle position * f_i of the pair, likewise k
 
 Shapes: x [R, C] with R = B*T rows, W_qkv [(H + 2*H_kv)*D, C] -> q [R, H, D]; k and v are written
-into the cache [slots, H_kv, S, D] at each row's position. Rotary pairs are neighbours (2i, 2i+1).
+into the cache [slots, H_kv, S, D] at each row's position, where that is narrower rounded to its
+dtype and cut at the largest finite value. Rotary pairs are neighbours (2i, 2i+1).
 Moves the bytes of W_qkv and, per row, C + H*D + 2*H_kv*D elements. The kernel multiplies x by the
 norm weight in float32 and rounds to the weights' dtype, adds products and squares in float32,
 applies the norm's scale to the sums, and rounds once after the rotation. Rows planned at 8:
@@ -64,9 +65,11 @@ def norm_qkv_rope_append_ref(
     is_valid = torch.arange(width, device=x.device) < rows.num_tokens[:, None]  # [B, T]
     kept = (is_valid & (precisions[:, sublayer, None] > 0)).flatten().nonzero().squeeze(-1)
     slots = rows.slots.long().repeat_interleave(width)
-    largest = torch.finfo(cache.k.dtype).max  # beyond, a score would be no number
     for part, new in ((cache.k, k), (cache.v, v)):
-        part[slots[kept], :, positions[kept]] = new[kept].clamp(-largest, largest).to(part.dtype)
+        if part.dtype != new.dtype:  # beyond its largest, a score would be no number
+            largest = torch.finfo(part.dtype).max
+            new = new.clamp(-largest, largest).to(part.dtype)
+        part[slots[kept], :, positions[kept]] = new[kept]
     return q
 
 
