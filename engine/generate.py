@@ -69,17 +69,16 @@ def _deliver(events: list[Event]) -> Generator[Event, None, None]:
 @torch.inference_mode()
 def _first_token(passes: Passes, sequence: RunningSequence) -> TokenEvent:
     started = time.perf_counter()
-    with passes.alone():
-        try:
+    try:
+        with passes.alone():
             logits = _read_prompt(passes, sequence)
-        finally:
-            sequence.prefill_seconds = time.perf_counter() - started
-        passes.stage([sequence.row()])
-        drawn = passes.draw(logits)
-        _route(passes, sequence)
-        token = int(drawn)
-        sequence.drafting.controller.start([*sequence.token_ids, token])
-    sequence.prefill_seconds = time.perf_counter() - started
+            passes.stage([sequence.row()])
+            drawn = passes.draw(logits)
+            _route(passes, sequence)
+            token = int(drawn)
+            sequence.drafting.controller.start([*sequence.token_ids, token])
+    finally:
+        sequence.prefill_seconds = time.perf_counter() - started
     return sequence.append(token, _logprobs(sequence, logits[0], token))
 
 
