@@ -101,6 +101,7 @@ def answer(
     stream = llm.stream(token_ids, params)
     for event in stream:
         times.append(time.perf_counter())
+        assert event.token_id is not None, event
         made.append(event.token_id)
     return Answer(tuple(made), times[-1] - times[0], stream.stats)
 

@@ -16,6 +16,7 @@ from engine.params import SamplingParams, Speculative
 from engine.prepare import check_speculative, kept
 from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
 from engine.routing import check_router, make_router
+from engine.scheduler import Scheduler
 from engine.sequence import OnPrompt, RunningSequence, TokenStream
 from engine.stream import TextStream
 from engine.types import RequestOutput, TokenEvent
@@ -47,6 +48,9 @@ class LLM:
         the memory and half the reading. "auto" rounds them to "float16" where it rounds activations
         too, beside quantised weights; else, and always on CUDA, they are of the activations' dtype.
     max_sequences: how many requests can hold a slot of the cache at once.
+    cache_tokens: how many tokens all slots together may hold in memory, remembered prefixes
+        included; None is as many as the slots are long. On a CPU only: CUDA's slots have their
+        memory from the start.
     max_length: tokens of context of each; None is the model's own, at most 8192.
     threads: on a CPU, the caller's one among them; None is one for each core that this process may
         use, by its affinity and its container's quota. No token depends on it.
@@ -80,6 +84,7 @@ class LLM:
         activations: str = "auto",
         kv_dtype: str = "auto",
         max_sequences: int = 1,
+        cache_tokens: int | None = None,
         max_length: int | None = None,
         threads: int | None = None,
         seed: int | None = None,
@@ -103,7 +108,7 @@ class LLM:
 
         loaded = load(model, revision, torch_device, forms, max_length, on_bytes, pool)
         self._start(
-            loaded, max_sequences, seed, speculative, router, profile,
+            loaded, (max_sequences, cache_tokens), seed, speculative, router, profile,
             after_step=lambda: on_bytes(num_bytes, num_bytes),
         )  # fmt: skip
 
@@ -113,6 +118,7 @@ class LLM:
         loaded: Loaded,
         *,
         max_sequences: int = 1,
+        cache_tokens: int | None = None,
         seed: int | None = None,
         speculative: Speculative = "auto",
         router: str | os.PathLike[str] | None = None,
@@ -121,13 +127,13 @@ class LLM:
         """An engine around a model that is in memory already."""
         check_router(router)
         llm = cls.__new__(cls)
-        llm._start(loaded, max_sequences, seed, speculative, router, profile)
+        llm._start(loaded, (max_sequences, cache_tokens), seed, speculative, router, profile)
         return llm
 
     def _start(
         self,
         loaded: Loaded,
-        max_sequences: int,
+        room: tuple[int, int | None],
         seed: int | None,
         speculative: Speculative,
         router: str | os.PathLike[str] | None,
@@ -146,7 +152,7 @@ class LLM:
         self._tokenizer = loaded.tokenizer
         self._chat_template = loaded.chat_template
         self._seeds = random.Random(seed)
-        parts = assemble(model, max_sequences, router, profile, after_step)
+        parts = assemble(model, *room, router, profile, after_step)
         self._cache, self._pool, self._passes, self._preparer, self._router = parts
         plans, _ = self._choose_plans(speculative)
         after_step()
@@ -274,7 +280,7 @@ class LLM:
     def _generate(
         self, sequences: Sequence[RunningSequence]
     ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
-        return generate(self._passes, self._pool, self.costs, sequences)
+        return generate(Scheduler(self._passes, self._pool, lambda: self.costs), sequences)
 
     def _sequence(
         self, prompt: Prompt, params: SamplingParams | None, on_prompt: OnPrompt | None = None

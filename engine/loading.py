@@ -203,6 +203,7 @@ class Parts(NamedTuple):
 def assemble(
     model: Llama,
     max_sequences: int,
+    cache_tokens: int | None,
     router: str | os.PathLike[str] | None,
     profile: bool,
     after_step: Callable[[], None],
@@ -212,14 +213,20 @@ def assemble(
         raise ValueError(f"max_sequences: got {max_sequences!r}, expected an integer")
     if max_sequences < 1:
         raise ValueError(f"max_sequences: got {max_sequences}, expected at least 1")
+    length, is_int = model.num_positions, type(cache_tokens) is int
+    if cache_tokens is not None and (not is_int or cache_tokens < length):
+        raise ValueError(
+            f"cache_tokens: got {cache_tokens!r}, expected an integer of at least the {length} "
+            "tokens of one context; make max_length smaller for less"
+        )
     cache = make_kv_cache(model, max_sequences, model.num_positions)
     passes = Passes(model, cache, max_sequences)
     after_step()
     # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
     with torch.inference_mode(), passes.alone():
-        prefill(model, cache, 0, [0, 0], 0)
+        next(prefill(model, cache, 0, [0, 0], 0))
     after_step()
     opened = open_router(router, model)
     preparer = PlanPreparer(passes, profile)
     after_step()
-    return Parts(cache, SlotPool(max_sequences), passes, preparer, opened)
+    return Parts(cache, SlotPool(cache, cache_tokens), passes, preparer, opened)

@@ -17,12 +17,16 @@ the end of the verify pass, on the device.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from engine.controller import Choice
+from engine.costs import PassCosts
+from engine.failure import Event, Failure
+from engine.logprobs import check_drawn, logprobs_of
 from engine.passes import Passes
 from engine.sequence import RunningSequence
 from engine.types import Verdict
@@ -40,6 +44,43 @@ class Verified(NamedTuple):
 
     verdict: Verdict
     logits: torch.Tensor
+
+
+@torch.inference_mode()
+def decode_round(
+    passes: Passes, costs: PassCosts, sequences: Sequence[RunningSequence]
+) -> list[Event]:
+    """One round, and the events that it yields of every sequence, in their order.
+
+    What fails before the passes are done fails for all; no sequence has changed then. What fails in
+    one sequence after that is its event, the error, and the others go on.
+    """
+    started = time.perf_counter()
+    choices = [s.drafting.controller.choose(costs, len(sequences), s.room) for s in sequences]
+    events: list[Event] = []
+    with passes.alone():
+        results = run_round(passes, sequences, choices)
+        seconds = time.perf_counter() - started
+        for sequence, choice, (verdict, logits) in zip(sequences, choices, results, strict=True):
+            sequence.decode_seconds += seconds
+            with Failure(sequence, events):
+                check_drawn(sequence, logits[len(verdict.token_ids) - 1], verdict.token_ids[-1])
+                sequence.drafting.observe(choice, verdict)
+                take(sequence, verdict, logits, events)
+    return events
+
+
+def take(
+    sequence: RunningSequence, verdict: Verdict, logits: torch.Tensor, events: list[Event]
+) -> None:
+    """Append a round's tokens, up to the one that ends the answer, and their events."""
+    for i, token in enumerate(verdict.token_ids):
+        # The verify pass wrote the keys and values of every token before this one.
+        sequence.num_cached = len(sequence.token_ids)
+        logprobs = logprobs_of(sequence, logits[i], token)
+        events.append((sequence, sequence.append(token, logprobs, i < verdict.num_accepted)))
+        if sequence.is_over:
+            break
 
 
 def run_round(

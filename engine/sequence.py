@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+import torch
+
 from engine.drafting import Drafting
 from engine.params import SamplingParams
 from engine.round_buffers import RoundRow
@@ -47,17 +49,32 @@ class RunningSequence:
         self.drafting = Drafting(plans, router)
         self.on_prompt = on_prompt or (lambda done, total: None)
         self.slot = -1
+        self.reading: Iterator[torch.Tensor | None] | None = None  # of the prompt, chunk by chunk
         self.num_reused = 0  # prompt tokens found in the cache
         self.num_cached = 0  # tokens whose keys and values the cache holds
         self.num_delivered = 0  # generated tokens that the consumer has seen
         self.logprobs: list[dict[int, float]] = []
         self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None  # which ended it
+        self.submitted = 0.0  # by time.perf_counter, as all of these
+        self.deadline: float | None = None
+        self.queue_seconds = 0.0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
 
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no token follows: it has its end, or has failed."""
+        return self.finish_reason is not None or self.error is not None
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens to read before a round: all without keys and values but a generated newest one."""
+        return len(self.token_ids) - self.num_cached - (self.num_generated > 0)
 
     @property
     def room(self) -> int:
@@ -101,7 +118,16 @@ class RunningSequence:
             piece += self.text.finish()
         logprob = None if logprobs is None else logprobs[token_id]
         stats = None if self.finish_reason is None else self.stats()
-        return TokenEvent(token_id, piece, from_draft, logprob, self.finish_reason, stats)
+        return TokenEvent(
+            token_id, piece, from_draft, logprob, logprobs, self.finish_reason, stats
+        )  # fmt: skip
+
+    def end(self, reason: FinishReason) -> TokenEvent:
+        """End the answer with what it has."""
+        assert not self.is_over, (self.finish_reason, self.error)
+        self.finish_reason = reason
+        piece = self.text.finish()
+        return TokenEvent(None, piece, finish_reason=reason, stats=self.stats())
 
     def stats(self) -> RequestStats:
         later, drafting = self.num_generated - 1, self.drafting
@@ -126,6 +152,7 @@ class RunningSequence:
             router_microseconds=drafting.router_seconds * 1e6,
             drafted_by_position=tuple(drafting.drafted_by_position),
             accepted_by_position=tuple(drafting.accepted_by_position),
+            queue_seconds=self.queue_seconds,
         )
 
     def output(self) -> RequestOutput:

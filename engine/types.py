@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from router.route import Route
 
-FinishReason = Literal["stop", "length"]
+# "timeout": its deadline passed. "abort": the engine was told to end.
+FinishReason = Literal["stop", "length", "timeout", "abort"]
 
 
 class Verdict(NamedTuple):
@@ -25,16 +27,20 @@ class TokenEvent:
 
     text: what this token completes and may be shown now; "" while a character or a possible stop
     string is incomplete. The concatenated texts are the answer.
+    token_id: None on an event that only ends the answer, by "timeout" or "abort".
     from_draft: whether the token was drafted before the model confirmed it.
     logprob: the token's natural log-probability under the unfiltered model, when asked for.
-    finish_reason: None but on the last event: "stop" (end token or stop string) or "length".
+    logprobs: the same of the token and of the likeliest, by token id.
+    finish_reason: None but on the last event: "stop" (end token or stop string), "length",
+        "timeout" (its deadline passed) or "abort" (the engine was told to end).
     stats: None but on the last event: what the whole request cost.
     """
 
-    token_id: int
+    token_id: int | None
     text: str
     from_draft: bool = False
     logprob: float | None = None
+    logprobs: Mapping[int, float] | None = field(default=None, compare=False)
     finish_reason: FinishReason | None = None
     stats: RequestStats | None = field(default=None, compare=False)
 
@@ -43,6 +49,7 @@ class TokenEvent:
 class RequestStats:
     """What a request cost. Seconds are wall-clock seconds of its own stages.
 
+    queue_seconds: from its submission to the first pass over its prompt.
     reused_tokens: prompt tokens found in the KV cache, not computed again.
     tokens_per_second: generated tokens after the first / decode_seconds (0.0 for a single token).
     plan: names of the draft plans in force, joined by "+"; "off" without any.
@@ -72,6 +79,7 @@ class RequestStats:
     router_microseconds: float = 0.0
     drafted_by_position: tuple[int, ...] = ()
     accepted_by_position: tuple[int, ...] = ()
+    queue_seconds: float = 0.0
 
     @property
     def acceptance_rate(self) -> float:

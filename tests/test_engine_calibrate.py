@@ -69,7 +69,9 @@ def no_clock(monkeypatch, tmp_path):
     monkeypatch.setattr("engine.profile.BUDGET_SECONDS", math.inf)
     monkeypatch.setattr("engine.prepare.profile_path", lambda model: tmp_path / "profile.json")
     ticks = itertools.count()
-    monkeypatch.setattr("engine.generate.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    for stage in ("prefill", "round", "scheduler"):
+        monkeypatch.setattr(f"engine.{stage}.time", clock)
 
 
 class Work:

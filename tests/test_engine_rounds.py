@@ -15,7 +15,8 @@ from tokenizers_for_tests import byte_tokenizer
 
 from engine import SamplingParams
 from engine.controller import Choice
-from engine.generate import _first_token, _round, _take
+from engine.prefill import read_chunk
+from engine.round import decode_round, take
 from engine.sequence import RunningSequence
 from engine.stream import TextStream
 from engine.types import Verdict
@@ -57,9 +58,9 @@ def test_the_cache_after_each_round_is_that_of_plain_decoding(lengths, monkeypat
         plans = llm._preparer.prepare(plan)
         sequence = RunningSequence(prompt, params, 0, text, frozenset(), 256, plans)
         sequence.slot = 0
-        _first_token(llm._passes, sequence)
+        read_chunk(llm._passes, sequence)
         while sequence.finish_reason is None:
-            _round(llm._passes, llm.costs, [sequence])
+            decode_round(llm._passes, llm.costs, [sequence])
             length = sequence.num_cached
             assert length == len(sequence.token_ids) - 1
             assert torch.equal(valid(llm._cache, 0, length), valid(plain._cache, 0, length))
@@ -78,7 +79,7 @@ def test_a_draft_is_clipped_at_the_end_of_the_context(length, monkeypatch):
         for max_tokens in (None, 7):
             for part in llm._cache:
                 part.fill_(CANARY)
-            llm._pool = type(llm._pool)(3)
+            llm._pool = type(llm._pool)(llm._cache)
             force_drafts(monkeypatch, lambda: length)
             limited = replace(params, max_tokens=max_tokens, speculative=plan)
             output = llm.generate(prompt, limited)[0]
@@ -122,7 +123,8 @@ def test_lengths_add_up_whatever_is_drafted_and_accepted(max_tokens, rounds):
         verdict = Verdict([9] * (num_accepted + 1), num_accepted, num_drafted)
         choice = Choice(EVERYTHING if num_drafted else None, num_drafted)
         sequence.drafting.observe(choice, verdict)
-        events = _take(sequence, verdict, torch.zeros(num_accepted + 1, VOCAB))
+        events = []
+        take(sequence, verdict, torch.zeros(num_accepted + 1, VOCAB), events)
         made += len(events)
         assert [event.from_draft for _, event in events] == [
             i < num_accepted for i in range(len(events))

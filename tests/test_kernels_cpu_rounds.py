@@ -42,7 +42,8 @@ def make_passes(model: Llama, ops) -> tuple[Passes, KVCache]:
     passes = Passes(model, cache, 2)
     passes.drafter = with_int8(model)
     for slot, prompt in enumerate(PROMPTS):
-        prefill(model, cache, slot, prompt, 0)
+        for _ in prefill(model, cache, slot, prompt, 0):
+            pass
     return passes, cache
 
 

@@ -15,7 +15,7 @@ from tiny import FAMILIES, IN_TURN, family_config, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
 
 from engine import LLM, SamplingParams
-from engine.generate import _round
+from engine.round import decode_round
 from engine.sequence import RunningSequence
 from kernels.operands import Rows
 from kernels.ops import TORCH
@@ -300,7 +300,7 @@ def test_sampled_tokens_follow_the_model_with_drafts(monkeypatch):
             sequences.append(sequence)
         running = sequences
         while running:
-            _round(llm._passes, llm.costs, running)
+            decode_round(llm._passes, llm.costs, running)
             running = [s for s in running if s.finish_reason is None]
         drawn = torch.tensor([s.token_ids[4:] for s in sequences])
         counts += (drawn @ torch.tensor([size**2, size, 1])).bincount(minlength=size**3)
