@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.async_llm import AsyncLLM
     from engine.llm import LLM
     from engine.params import SamplingParams
     from engine.types import CompletionOutput, RequestOutput, RequestStats, TokenEvent
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "RequestOutput",
     "RequestStats",
@@ -19,7 +21,7 @@ __all__ = [
     "TokenEvent",
 ]
 
-_HOME = {"LLM": "engine.llm", "SamplingParams": "engine.params"}
+_HOME = {"LLM": "engine.llm", "AsyncLLM": "engine.async_llm", "SamplingParams": "engine.params"}
 
 
 def __getattr__(name: str) -> Any:

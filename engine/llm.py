@@ -11,7 +11,9 @@ import torch
 
 from engine.costs import PassCosts
 from engine.generate import generate, prompt_feature
+from engine.kv_cache import SlotPool
 from engine.loading import Loaded, assemble, choose_device, choose_forms, choose_pool, load
+from engine.order import Score, first_come
 from engine.params import SamplingParams, Speculative
 from engine.prepare import check_speculative, kept
 from engine.request import Prompt, check_logprobs, choose_end_ids, encode_prompt
@@ -169,7 +171,7 @@ class LLM:
             raise ValueError(f"prompts: got {prompts!r}, expected a prompt or a list of prompts")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[assignment, list-item]
-        sequences = [self._sequence(prompt, params) for prompt in batch]
+        sequences = [self.sequence(prompt, params) for prompt in batch]
         for _ in self._generate(sequences):
             pass
         return [sequence.output() for sequence in sequences]
@@ -187,7 +189,7 @@ class LLM:
         request is over. Other requests of the engine wait for it, so it must not wait for them.
         Wrong arguments raise ValueError here, not at the first event.
         """
-        sequence = self._sequence(prompt, params, on_prompt)
+        sequence = self.sequence(prompt, params, on_prompt)
         return TokenStream(sequence, self._generate([sequence]))
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
@@ -226,7 +228,7 @@ class LLM:
         Raises RuntimeError when other requests hold every slot of the cache.
         """
         params = SamplingParams(max_tokens=1, speculative="off")
-        sequence = self._sequence(prompt, params)
+        sequence = self.sequence(prompt, params)
         return prompt_feature(self._passes, self._pool, sequence)
 
     @property
@@ -277,12 +279,30 @@ class LLM:
         """Memory that drafting in 8 bits takes beside the weights; 0 while no plan needed it."""
         return int8_bytes(self.model.weights)
 
+    @property
+    def slots(self) -> SlotPool:
+        """The slots of the cache, and what they hold."""
+        return self._pool
+
+    @property
+    def max_sequences(self) -> int:
+        """How many requests can hold a slot of the cache at once."""
+        return self._cache.states.shape[0]
+
+    def scheduler(self, score: Score = first_come, chunk_tokens: int | None = None) -> Scheduler:
+        """A new batch of requests on this engine; see `Scheduler`."""
+        return Scheduler(self._passes, self._pool, lambda: self.costs, score, chunk_tokens)
+
+    def let_others_in(self) -> None:
+        """For a thread that steps a scheduler without a pause: other threads may have a turn."""
+        self._passes.let_others_in()
+
     def _generate(
         self, sequences: Sequence[RunningSequence]
     ) -> Generator[tuple[RunningSequence, TokenEvent], None, None]:
-        return generate(Scheduler(self._passes, self._pool, lambda: self.costs), sequences)
+        return generate(self.scheduler(), sequences)
 
-    def _sequence(
+    def sequence(
         self, prompt: Prompt, params: SamplingParams | None, on_prompt: OnPrompt | None = None
     ) -> RunningSequence:
         """A request that was found to be in order; see `LLM` for what is raised else."""

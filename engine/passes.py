@@ -7,6 +7,7 @@ plan, since kernels read that from device memory. Eagerly they are the same func
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from models.llama import Llama, forward, full_precisions, logits, operands, prec
 from models.plan import DraftPlan
 from router.route import Router
 
+CLOSED = "the engine is closed; make a new one"
+TURN_SECONDS = 5e-4  # enough for a waiting thread to take the lock
 Runner = Callable[[Hashable, Callable[[], Any]], Any]
 
 
@@ -122,6 +125,7 @@ class Passes:
         self.target = self.drafter = model
         self.cache = cache
         self.lock = threading.RLock()
+        self._waiting_lock, self._num_waiting = threading.Lock(), 0
         self.buffers, self.staging = make_round_buffers(
             model.config, max_sequences, cache.k.shape[3], model.device
         )
@@ -143,14 +147,29 @@ class Passes:
         Raises RuntimeError where the passes are closed.
         """
         device = self.target.device
-        with self.lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with self.taken(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.check_open()
             yield
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold the lock; `let_others_in` knows of those that wait for it."""
+        with self._waiting_lock:
+            self._num_waiting += 1
+        with self.lock:
+            with self._waiting_lock:
+                self._num_waiting -= 1
+            yield
+
+    def let_others_in(self) -> None:
+        """Called by a thread that takes the lock again at once, which would keep others out."""
+        if self._num_waiting:
+            time.sleep(TURN_SECONDS)
 
     def check_open(self) -> None:
         """Raises RuntimeError where the passes are closed."""
         if self._is_closed:
-            raise RuntimeError("the engine is closed; make a new one")
+            raise RuntimeError(CLOSED)
 
     def close(self) -> None:
         """Run no pass any more, and end the threads of the operations if they have their own."""

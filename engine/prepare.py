@@ -36,7 +36,9 @@ class PlanPreparer:
     def prepare(self, value: Speculative) -> tuple[DraftPlan, ...]:
         """The plans that `value` means, ready to draft; see resolve_plans for the errors."""
         plans = resolve_plans(value, self.passes.target)
-        with self.passes.lock:  # as other passes would disturb those that are measured
+        if self._are_ready(plans):  # and nobody waits for the pass under way
+            return plans
+        with self.passes.taken():  # as other passes would disturb those that are measured
             if any(plan.uses_int8 for plan in plans):
                 self.passes.drafter = with_int8(self.passes.drafter)
             model = self.passes.drafter
@@ -50,6 +52,11 @@ class PlanPreparer:
                 for plan in missing:
                     self.costs = self.costs.with_estimate(plan, sizes)
         return plans
+
+    def _are_ready(self, plans: tuple[DraftPlan, ...]) -> bool:
+        if plans and self._is_profiling and not self._is_measured:
+            return False
+        return all(not plan.sublayers or plan in self.costs.drafts for plan in plans)
 
 
 def check_speculative(value: Speculative) -> None:

@@ -74,7 +74,7 @@ class Scheduler:
 
         A first token is told at once: the round is the next step then, before another chunk.
         """
-        self._retire()
+        self.retire()
         events = self._end_late()
         if not self._is_round_due:
             self._read(events)
@@ -90,9 +90,17 @@ class Scheduler:
                 group.remove(sequence)
         self._release(sequence)
 
+    def retire(self) -> None:
+        """Drop what is over; every step begins with it, so that its events can be told before."""
+        for sequence in self._all():
+            if sequence.is_over:
+                if sequence.finish_reason in ("stop", "length"):
+                    self.pace.note_end(sequence)
+                self.drop(sequence)
+
     def end_all(self, reason: FinishReason) -> list[Event]:
         """End every request with what it has."""
-        self._retire()
+        self.retire()
         return self._end(self._all(), reason)
 
     def close(self) -> None:
@@ -111,13 +119,6 @@ class Scheduler:
 
     def _end(self, sequences: Iterable[RunningSequence], reason: FinishReason) -> list[Event]:
         return [(sequence, sequence.end(reason)) for sequence in sequences]
-
-    def _retire(self) -> None:
-        for sequence in self._all():
-            if sequence.is_over:
-                if sequence.finish_reason in ("stop", "length"):
-                    self.pace.note_end(sequence)
-                self.drop(sequence)
 
     def _release(self, sequence: RunningSequence) -> None:
         sequence.reading = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_llm
 
 from engine import LLM, SamplingParams, kv_cache
+from engine.pages import give_back
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, speculative="off")
 
@@ -66,3 +69,31 @@ def test_a_slot_given_back_twice_is_lent_once(llm):
     next(first), next(second)
     with pytest.raises(RuntimeError, match="slot"):
         next(llm.stream("e", GREEDY))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_memory_of_forgotten_positions_goes_back_to_the_system():
+    part = torch.ones(4, 3, 8192, 64, dtype=torch.float16)  # layers, heads, positions, dimension
+    before = resident_bytes()
+    give_back(part[:, 1:], 100, 8192)
+    freed = before - resident_bytes()
+    assert 0.9 < freed / (4 * 2 * 8092 * 128) < 1.1
+    assert (part[:, 0] == 1).all() and (part[:, :, :100] == 1).all()
+    assert (part[:, 1:, 128:8160] == 0).all()
+    part[:, 1:] = 2  # the addresses are still good
+    assert (part[:, 1:] == 2).all()
+
+
+def test_a_slot_that_is_forgotten_gives_its_memory_back(llm, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        kv_cache.KVCache, "give_back", lambda cache, slot, first, end: given.append((first, end))
+    )
+    llm.generate(["x" * 50, "y" * 60], GREEDY)
+    assert llm.slots.num_tokens > 110 and not given
+    assert llm.slots.make_room(llm.slots.capacity)
+    assert llm.slots.num_tokens == 0 and len(given) == 2
+    assert all(first == 0 and end > 50 for first, end in given)

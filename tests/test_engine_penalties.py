@@ -91,7 +91,7 @@ def test_four_sequences_each_with_its_own(params, monkeypatch):
             force_drafts(monkeypatch, lambda: next(lengths), plans)
         how = "auto" if is_drafting else "off"
         sequences = [
-            llm._sequence(prompt, replace(each[i], speculative=how))
+            llm.sequence(prompt, replace(each[i], speculative=how))
             for i, prompt in enumerate(PROMPTS)
         ]
         for _ in llm._generate(sequences):
