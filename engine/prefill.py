@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -19,34 +19,39 @@ CHUNK_TOKENS = 512  # bounds the activations of a long prompt
 
 
 def prefill(
-    model: Llama,
-    cache: KVCache,
-    slot: int,
-    token_ids: Sequence[int],
-    start: int,
-    chunk_tokens: int | None = None,
-) -> Iterator[torch.Tensor | None]:
-    """Run token_ids[start:] at positions start.. of `slot`, one chunk at every step.
+    model: Llama, cache: KVCache, slot: int, token_ids: Sequence[int], start: int
+) -> torch.Tensor:
+    """Run token_ids at positions start.. of `slot`; return logits [1, V] float32 after the last.
 
-    The cache must hold token_ids[:start] already. Yields None after each chunk, and after the last
-    one logits [1, V] float32. chunk_tokens: at most CHUNK_TOKENS, which is the default.
+    The cache must hold what comes before `start` already.
     """
-    assert 0 <= start < len(token_ids), (start, len(token_ids))
-    size = min(chunk_tokens or CHUNK_TOKENS, CHUNK_TOKENS)
+    for first in range(0, len(token_ids), CHUNK_TOKENS):
+        chunk = token_ids[first : first + CHUNK_TOKENS]
+        x = _run(model, cache, slot, chunk, start + first)
+    return _logits(model, x)
+
+
+def _run(
+    model: Llama, cache: KVCache, slot: int, token_ids: Sequence[int], start: int
+) -> torch.Tensor:
+    """The residual stream [1, C] after the last of a chunk of tokens."""
     device = model.device
+    num_tokens = len(token_ids)
+    rows = Rows(
+        torch.tensor([token_ids], device=device),
+        torch.arange(start, start + num_tokens, dtype=torch.int32, device=device)[None],
+        torch.full((1,), num_tokens, dtype=torch.int32, device=device),
+        torch.full((1,), slot, dtype=torch.int32, device=device),
+    )
     precisions = full_precisions(model.config, 1, device)
-    # All of the prompt before the first pass: a copy to a GPU waits for what runs there.
-    ids = torch.tensor([token_ids[start:]], device=device)
-    positions = torch.arange(start, len(token_ids), dtype=torch.int32, device=device)[None]
-    slots = torch.full((1,), slot, dtype=torch.int32, device=device)
-    for first in range(0, ids.shape[1], size):
-        chunk = slice(first, first + size)
-        num_tokens = torch.full_like(slots, positions[:, chunk].shape[1])
-        rows = Rows(ids[:, chunk].contiguous(), positions[:, chunk].contiguous(), num_tokens, slots)
-        x = forward(model, rows, cache.k, cache.v, precisions, model.prefill_ops)
-        model.prefill_ops.keep_states(x, rows, cache.states)
-        is_last = first + size >= ids.shape[1]
-        yield logits(model, x[-1:], precisions, model.prefill_ops) if is_last else None
+    x = forward(model, rows, cache.k, cache.v, precisions, model.prefill_ops)
+    model.prefill_ops.keep_states(x, rows, cache.states)
+    return x[-1:]
+
+
+def _logits(model: Llama, x: torch.Tensor) -> torch.Tensor:
+    precisions = full_precisions(model.config, 1, model.device)
+    return logits(model, x, precisions, model.prefill_ops)
 
 
 @torch.inference_mode()
@@ -78,20 +83,14 @@ def read(
     passes: Passes, sequence: RunningSequence, chunk_tokens: int | None = None
 ) -> torch.Tensor | None:
     """Read one chunk more; the logits [1, V] after the last one."""
-    end = sequence.num_cached + sequence.num_unread
-    if sequence.reading is None:
-        sequence.reading = prefill(
-            passes.target, passes.cache, sequence.slot, sequence.token_ids[:end],
-            sequence.num_cached, chunk_tokens,
-        )  # fmt: skip
-    scores = next(sequence.reading)
-    if scores is not None:
-        sequence.reading = None
-    size = min(chunk_tokens or CHUNK_TOKENS, CHUNK_TOKENS)
-    sequence.num_cached = min(sequence.num_cached + size, end)
-    sequence.on_prompt(min(sequence.num_cached, sequence.num_prompt), sequence.num_prompt)
+    first, unread = sequence.num_cached, sequence.num_unread
+    last = first + min(unread, chunk_tokens or CHUNK_TOKENS)
+    tokens = sequence.token_ids[first:last]
+    x = _run(passes.target, passes.cache, sequence.slot, tokens, first)
+    sequence.num_cached = last
+    sequence.on_prompt(min(last, sequence.num_prompt), sequence.num_prompt)
     passes.check_open()  # it may have closed the engine
-    return scores
+    return None if sequence.num_unread else _logits(passes.target, x)
 
 
 def _route(passes: Passes, sequence: RunningSequence) -> None:

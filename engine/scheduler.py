@@ -43,7 +43,9 @@ class Scheduler:
     ):
         """costs: what passes cost by now. score: who goes first, see order.py.
 
-        chunk_tokens: of a prompt in one step; None is as many as prefill takes at once.
+        chunk_tokens: of a prompt in one step at most, fewer where a round takes less than half the
+            time of so many; None is always as many as prefill takes at once, where bits depend on
+            it.
         """
         self.waiting: list[RunningSequence] = []
         self.reading: list[RunningSequence] = []
@@ -88,7 +90,7 @@ class Scheduler:
         for group in (self.waiting, self.reading, self.running):
             if sequence in group:
                 group.remove(sequence)
-        self._release(sequence)
+        self._pool.release(sequence)
 
     def retire(self) -> None:
         """Drop what is over; every step begins with it, so that its events can be told before."""
@@ -120,10 +122,6 @@ class Scheduler:
     def _end(self, sequences: Iterable[RunningSequence], reason: FinishReason) -> list[Event]:
         return [(sequence, sequence.end(reason)) for sequence in sequences]
 
-    def _release(self, sequence: RunningSequence) -> None:
-        sequence.reading = None
-        self._pool.release(sequence)
-
     def _read(self, events: list[Event]) -> None:
         """A chunk of the prompt whose turn it is; it gets its slot first, if it has none."""
         sequence = self._next_to_read()
@@ -132,7 +130,7 @@ class Scheduler:
         if sequence.num_unread:
             started, num_cached = time.perf_counter(), sequence.num_cached
             with Failure(sequence, events):
-                event = read_chunk(self._passes, sequence, self._chunk_tokens)
+                event = read_chunk(self._passes, sequence, self._chunk_size())
                 num_read = sequence.num_cached - num_cached
                 self.pace.note_chunk(num_read, time.perf_counter() - started)
                 if event is not None:
@@ -140,6 +138,13 @@ class Scheduler:
         if not sequence.is_over and not sequence.num_unread:
             self.running.append(sequence)
             self.reading.remove(sequence)
+
+    def _chunk_size(self) -> int | None:
+        """Of the next chunk: those that run shall wait for it no longer than for two rounds."""
+        if self._chunk_tokens is None or not self.running:
+            return self._chunk_tokens
+        tokens = 2 * self.pace.round_seconds / self.pace.token_seconds
+        return min(max(int(tokens), MAX_WIDTH), self._chunk_tokens)
 
     def _next_to_read(self) -> RunningSequence | None:
         """Who waits is passed by those that read already, and by no other that waits."""
@@ -187,7 +192,7 @@ class Scheduler:
             for group in (self.reading, self.running):
                 if held[-1] in group:
                     group.remove(held[-1])
-            self._release(held[-1])
+            self._pool.release(held[-1])
             self.waiting.append(held[-1])
             self.num_preempted += 1
 

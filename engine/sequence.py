@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-import torch
-
 from engine.drafting import Drafting
 from engine.params import SamplingParams
 from engine.round_buffers import RoundRow
@@ -49,7 +47,6 @@ class RunningSequence:
         self.drafting = Drafting(plans, router)
         self.on_prompt = on_prompt or (lambda done, total: None)
         self.slot = -1
-        self.reading: Iterator[torch.Tensor | None] | None = None  # of the prompt, chunk by chunk
         self.num_reused = 0  # prompt tokens found in the cache
         self.num_cached = 0  # tokens whose keys and values the cache holds
         self.num_delivered = 0  # generated tokens that the consumer has seen

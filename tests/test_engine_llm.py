@@ -317,7 +317,7 @@ def test_interleaved_streams_and_threads_do_not_disturb_each_other(llm):
 def test_an_interrupted_request_gives_its_slot_back(monkeypatch):
     llm = tiny_llm()
     expected = tokens(llm.generate("abc", GREEDY)[0])
-    stages = ["prefill.prefill", "round.run_round", "round._draft", "round._accept"]
+    stages = ["prefill.read", "round.run_round", "round._draft", "round._accept"]
     for stage in (*stages, "passes.Passes.draw", "passes.Passes.verify"):
         for error in (KeyboardInterrupt, RuntimeError):
             with monkeypatch.context() as patch, pytest.raises(error):

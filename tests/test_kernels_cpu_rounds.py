@@ -42,8 +42,7 @@ def make_passes(model: Llama, ops) -> tuple[Passes, KVCache]:
     passes = Passes(model, cache, 2)
     passes.drafter = with_int8(model)
     for slot, prompt in enumerate(PROMPTS):
-        for _ in prefill(model, cache, slot, prompt, 0):
-            pass
+        prefill(model, cache, slot, prompt, 0)
     return passes, cache
 
 
