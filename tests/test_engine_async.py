@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import re
 import threading
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from fastapi.testclient import TestClient
 from tiny import family_config, tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE, byte_tokenizer
 
@@ -372,3 +374,26 @@ def check_after_every_round(llm):
         return events
 
     scheduler.step = step
+
+
+def test_the_readme_example_of_a_service(monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code = next(block for block in blocks if "FastAPI" in block)
+    assert len([line for line in code.splitlines() if line]) <= 20
+    template = ChatTemplate(CHAT_TEMPLATE, "test")
+
+    def small(**options):
+        return tiny_llm(config(), chat_template=template, **options)
+
+    monkeypatch.setattr("engine.llm.LLM", small)
+    space = {}
+    exec(code, space)
+    with TestClient(space["app"]) as client:
+        found = client.get("/answer", params={"question": "why?"})
+        llm = space["app"].state.llm
+        params = SamplingParams(max_tokens=200)
+        assert found.status_code == 200 and found.text
+        greedy = llm.llm.chat([{"role": "user", "content": "why?"}], params)
+        assert greedy.stats.reused_tokens == greedy.stats.prompt_tokens - 1
+    assert not llm._worker.is_alive()
