@@ -101,11 +101,12 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
+        tools: Tools | None = None,
     ) -> AsyncTokenStream:
         """Yield the answer to a conversation token by token, as `stream` does."""
         llm = self.llm
         return AsyncTokenStream(
-            self, lambda: llm.sequence(llm.encode_chat(messages), params), timeout
+            self, lambda: llm.sequence(llm.encode_chat(messages, tools), params), timeout
         )
 
     async def generate(
@@ -124,9 +125,10 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
+        tools: Tools | None = None,
     ) -> RequestOutput:
         """The whole answer to a conversation. Cancelling the task ends the request."""
-        return await self.stream_chat(messages, params, timeout=timeout).whole()
+        return await self.stream_chat(messages, params, timeout=timeout, tools=tools).whole()
 
     @property
     def load(self) -> Load:

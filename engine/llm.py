@@ -11,6 +11,7 @@ import torch
 
 from engine.costs import PassCosts
 from engine.generate import generate, prompt_feature
+from engine.grammar_state import GrammarState
 from engine.kv_cache import SlotPool
 from engine.loading import Loaded, assemble, choose_device, choose_forms, choose_pool, load
 from engine.order import Score, first_come
@@ -22,9 +23,12 @@ from engine.scheduler import Scheduler
 from engine.sequence import OnPrompt, RunningSequence, TokenStream
 from engine.stream import TextStream
 from engine.types import RequestOutput, TokenEvent
+from models.chat_encoding import ChatEncoder
 from models.llama import Llama
 from models.plan import DraftPlan
 from models.quantise import int8_bytes, matrices
+from models.tokenizer import Tokenizer
+from models.tool_calls import tool_style
 from router.library import RouterLibrary
 from router.route import Router
 
@@ -152,7 +156,8 @@ class LLM:
         self.dtype = "+".join(sorted(names))
         self.max_length = model.num_positions
         self._tokenizer = loaded.tokenizer
-        self._chat_template = loaded.chat_template
+        template = loaded.chat_template
+        self._chat = None if template is None else ChatEncoder(template, loaded.tokenizer)
         self._seeds = random.Random(seed)
         parts = assemble(model, *room, router, profile, after_step)
         self._cache, self._pool, self._passes, self._preparer, self._router = parts
@@ -192,35 +197,57 @@ class LLM:
         sequence = self.sequence(prompt, params, on_prompt)
         return TokenStream(sequence, self._generate([sequence]))
 
-    def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation of {"role": ..., "content": ...} messages.
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        tools: Messages | None = None,
+    ) -> RequestOutput:
+        """Answer a conversation of {"role": ..., "content": ...} messages, with tools on offer.
 
         What the cache holds of the conversation is not computed again.
         """
-        return self.generate([self.encode_chat(messages)], params)[0]
+        return self.generate([self.encode_chat(messages, tools)], params)[0]
 
     def stream_chat(
         self,
         messages: Messages,
         params: SamplingParams | None = None,
         on_prompt: OnPrompt | None = None,
+        tools: Messages | None = None,
     ) -> TokenStream:
         """Yield the answer to a conversation token by token, as `stream` does."""
-        return self.stream(self.encode_chat(messages), params, on_prompt)
+        return self.stream(self.encode_chat(messages, tools), params, on_prompt)
 
-    def encode_chat(self, messages: Messages) -> list[int]:
+    def encode_chat(
+        self, messages: Messages, tools: Messages | None = None, special_tokens: bool = False
+    ) -> list[int]:
         """The conversation as the model's chat template writes it, in token ids.
 
-        Raises ValueError for a model without a template, one that cannot be used, or messages
-        that it refuses.
+        tools: what the model may call, as definitions of OpenAI's API.
+        special_tokens: whether such tokens may be spelled out in messages and tools; else they are
+            ordinary text there, and nobody but the template writes them.
+
+        Raises ValueError for a model without a template, one that cannot be used or writes no
+        tools, or messages that it refuses.
         """
-        if self._chat_template is None:
+        if self._chat is None:
             raise ValueError(
                 f"{self.model_name} has no chat template; use generate() with a plain prompt"
             )
-        text = self._chat_template.render(messages)
-        # The template writes the special tokens itself.
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._chat.encode(messages, tools, special_tokens=special_tokens)
+
+    @property
+    def tool_style(self) -> str | None:
+        """How the chat template has the model write calls of tools, for `parse_tool_calls`.
+
+        None where there is no template, it takes no tools, or its way is not known.
+        """
+        try:
+            template = None if self._chat is None else self._chat.template
+            return tool_style(template.text) if template and template.takes_tools else None
+        except ValueError:  # a template that cannot be used; it says so when it is
+            return None
 
     def feature(self, prompt: Prompt) -> torch.Tensor:
         """What a router compares of a prompt: a unit vector [C] float32, on the CPU.
@@ -263,6 +290,11 @@ class LLM:
     def model(self) -> Llama:
         """The model; with its int8 form from the moment that a plan needs one."""
         return self._passes.drafter
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's, for the text of single tokens and the like."""
+        return self._tokenizer
 
     @property
     def speculative(self) -> Speculative:
@@ -312,15 +344,20 @@ class LLM:
         params = (params or SamplingParams()).with_defaults(self.generation)
         end_ids = choose_end_ids(params, config)
         check_logprobs(params.logprobs, config.vocab_size)
+        grammar = None
+        if params.grammar is not None:
+            grammar = GrammarState(params.grammar, tokenizer, config.vocab_size, end_ids)
         seed = self._seeds.randint(0, MAX_SEED) if params.seed is None else params.seed
         wanted = params.speculative
         plans, router = self._choose_plans(self._speculative if wanted is None else wanted)
         text = TextStream(
-            tokenizer, params.stop or (), min_tokens=params.min_tokens, prompt=token_ids
-        )
+            tokenizer, params.stop or (), min_tokens=params.min_tokens, prompt=token_ids,
+            is_exact=grammar is not None,
+        )  # fmt: skip
         return RunningSequence(
-            token_ids, params, seed, text, end_ids, self.max_length, plans, router, on_prompt
-        )
+            token_ids, params, seed, text, end_ids, self.max_length, plans, router, on_prompt,
+            grammar,
+        )  # fmt: skip
 
     def _choose_plans(
         self, speculative: Speculative

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str
     """Copies of `messages` made of plain values, and their length in characters.
 
     As Hugging Face gives them to a template: a key whose value is None is left out, and reasoning
-    has each of its names. A message has a "role", and "content" or something in its place; values
-    are strings, numbers, booleans, None, and lists and dictionaries of those. Raises ValueError
-    for all else.
+    has each of its names. The arguments of tool calls, a JSON text in OpenAI's API, are the objects
+    that templates expect, as in vLLM. A message has a "role", and "content" or something in its
+    place; values are strings, numbers, booleans, None, and lists and dictionaries of those. Raises
+    ValueError for all else.
     """
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(
@@ -29,6 +31,27 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str
         )
     copier = _Copier()
     return [_plain(copier, index, each) for index, each in enumerate(messages)], copier.size
+
+
+def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[list[Any] | None, int]:
+    """Copies of the definitions of tools, as OpenAI's API has them, and their length likewise.
+
+    None, and an empty list, are None. Raises ValueError for what is no definition of a function.
+    """
+    if isinstance(tools, (str, bytes)) or not isinstance(tools, (Sequence, type(None))):
+        raise ValueError(f"tools must be a list of definitions, got {quoted(tools)}")
+    copier = _Copier()
+    for index, tool in enumerate(tools or ()):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name or tool.get("type", "function") != "function":
+            raise ValueError(
+                f"tools[{index}] must be {{'type': 'function', 'function': {{'name': ..., ...}}}}, "
+                f"got {quoted(tool)}"
+            )
+    return [
+        copier.copy(t, f"tools[{i}]", 0) for i, t in enumerate(tools or ())
+    ] or None, copier.size
 
 
 def _plain(copier: _Copier, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +73,24 @@ def _plain(copier: _Copier, index: int, message: Mapping[str, Any]) -> dict[str,
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
     if reasoning is not None:
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    calls = plain.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function["arguments"] = _arguments(copier, name, function["arguments"])
     return plain
+
+
+def _arguments(copier: _Copier, name: str, text: str) -> Any:
+    try:
+        value = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{name}['tool_calls'] has the arguments {quoted(text)}, expected a JSON object"
+        )
+    return copier.copy(value, f"{name}['tool_calls']", 0)
 
 
 class _Copier:

@@ -6,16 +6,16 @@ the sandbox of `template_sandbox`, on a budget that grows only with the messages
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jinja2 import Template
+from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-from models.chat_messages import plain_messages
+from models.chat_messages import plain_messages, plain_tools
 from models.messages import cause_of, quoted
 from models.model_files import find_file, read_bounded, read_json
 from models.special_tokens import special_tokens
@@ -42,6 +42,13 @@ _TEMPLATE_FAILURES = (
 )  # fmt: skip
 
 
+class _Compiled(NamedTuple):
+    template: Template
+    num_nodes: int
+    takes_tools: bool
+    constants: frozenset[str]
+
+
 class ChatTemplate:
     """One model's chat template. Rendering is safe from several threads."""
 
@@ -60,47 +67,84 @@ class ChatTemplate:
         self._named_tokens = dict(named_tokens or {})
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        rewrite: Callable[[list[Any]], list[Any]] = list,
     ) -> str:
-        """The prompt for `messages`, each with "role" and "content".
+        """The prompt for `messages`, each with "role" and "content", and for the tools on offer.
 
-        `add_generation_prompt` ends it with the header of the assistant's answer. Raises ValueError
-        for malformed messages, and when the template cannot be compiled, fails, refuses the
-        messages, touches something forbidden or runs out of its budget.
+        `tools` are definitions as OpenAI's API has them. `add_generation_prompt` ends the prompt
+        with the header of the assistant's answer. `rewrite` is given [messages, tools] as copies
+        of plain values, and returns what the template finds in their place, strings of the same
+        length. Raises ValueError for malformed messages or tools, for tools that the template would
+        not write, and when the template cannot be compiled, fails, refuses the messages, touches
+        something forbidden or runs out of its budget.
         """
         plain, size = plain_messages(messages)
-        template, num_nodes = self._compiled
-        per_call = 4 + num_nodes // 2
+        plain_definitions, size_of_tools = plain_tools(tools)
+        compiled = self._compiled
+        if plain_definitions is not None and not compiled.takes_tools:
+            raise ValueError(
+                f"{self.source}: the chat template writes no tools, got {len(plain_definitions)}; "
+                "leave tools out, or use a model that was trained with them"
+            )
+        per_call = 4 + compiled.num_nodes // 2
         # A giant template earns no more from a message than a published one does.
         per_message = min(per_call, 1000)
-        units = _BASE_UNITS + _PASSES * (size // CHARS_PER_UNIT + len(plain) * per_message)
+        size_units = (size + size_of_tools) // CHARS_PER_UNIT
+        units = _BASE_UNITS + _PASSES * (size_units + len(plain) * per_message)
+        shown = rewrite([plain, plain_definitions])
         values = {
             **self._named_tokens,
-            "messages": plain,
-            "tools": None,
+            "messages": shown[0],
+            "tools": shown[1],
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return copy_context().run(_run, template, Meter(units, per_call), values)
+            return copy_context().run(_run, compiled.template, Meter(units, per_call), values)
         except _TEMPLATE_FAILURES as error:
             raise ValueError(f"{self.source}: the chat template failed: {_cause(error)}") from error
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it writes the tools it is given. ValueError where it cannot be compiled."""
+        return self._compiled.takes_tools
+
+    @property
+    def constants(self) -> frozenset[str]:
+        """The texts in its code: what it writes, and looks for. Raises ValueError likewise."""
+        return self._compiled.constants
+
     @cached_property
-    def _compiled(self) -> tuple[Template, int]:
-        """The template, and how many nodes it has."""
+    def text(self) -> str:
+        """The template itself. Raises ValueError where the model's files hold none that is text."""
         text = _text_of(self._given, self.source)
         if len(text) > MAX_SOURCE:
             raise ValueError(
                 f"{self.source}: the chat template has {len(text)} characters, expected at most "
                 f"{MAX_SOURCE}; {_REMEDY}"
             )
-        environment = TemplateSandbox()
+        return text
+
+    @cached_property
+    def _compiled(self) -> _Compiled:
+        text, environment = self.text, TemplateSandbox()
         try:
             tree = environment.parse(text)
             check_size(tree)
+            takes_tools = any(node.name == "tools" for node in tree.find_all(nodes.Name))
+            constants = [node.value for node in tree.find_all(nodes.Const)]
             num_nodes = add_meters(tree, environment)
-            return environment.from_string(tree), num_nodes
+            return _Compiled(
+                environment.from_string(tree),
+                num_nodes,
+                takes_tools,
+                frozenset(each for each in constants if isinstance(each, str)),
+            )
         except _TEMPLATE_FAILURES as error:
             raise ValueError(
                 f"{self.source}: the chat template cannot be read: {_cause(error)}; {_REMEDY}"

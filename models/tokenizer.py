@@ -28,7 +28,8 @@ _TOKEN_FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 class Tokenizer:
     """Encodes and decodes the text of one model. Made by `load_tokenizer`.
 
-    `special_ids` are the tokens that stand for no text. `first_id` is what encoding puts before a
+    `special_ids` are the tokens that stand for no text. `whole` are those, by id, that encoding
+    finds in a text before all else, special and others. `first_id` is what encoding puts before a
     text. `vocab_size` counts ids and is at least the codec's; ids without a token (padding of the
     model's vocabulary) stand for b"".
     """
@@ -47,6 +48,7 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.special_ids = codec.special_ids
+        self.whole = codec.whole
         self.vocab_size = max(vocab_size, len(codec.contents))
         self.is_leading_space_dropped = codec.is_leading_space_dropped
 
@@ -69,6 +71,15 @@ class Tokenizer:
         if not add_special_tokens or self._first_id is None or ids[:1] == [self._first_id]:
             return ids
         return [self._first_id, *ids]
+
+    def encode_renamed(self, text: str, names: Mapping[int, str]) -> list[int]:
+        """Token ids of `text` where tokens of `whole` have other `names`, by id; "" is none at all.
+
+        Their own texts are ordinary ones then, with the ids they would have if there were no such
+        tokens. Nothing comes first. Raises ValueError for a text that cannot be encoded.
+        """
+        assert self._codec.encode_renamed is not None, "a codec with whole tokens has this"
+        return self._codec.encode_renamed(text, names)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to the text; b"" for special tokens and for ids with no token.

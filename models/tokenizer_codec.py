@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,10 @@ class Codec:
     special_ids: frozenset[int]
     # SentencePiece puts a space before the text it encodes, so decoding takes one off again.
     is_leading_space_dropped: bool
+    # The tokens, by id, that are found in a text before anything else is done with it, and how to
+    # encode where some of these are written in another way, those named "" in none.
+    whole: Mapping[int, str] = field(default_factory=dict)
+    encode_renamed: Callable[[str, Mapping[int, str]], list[int]] | None = None
 
     def find(self, text: str) -> int | None:
         """The token that is written `text`, a special one before others; None without any."""
@@ -43,6 +47,11 @@ class AddedToken:
     content: str
     is_special: bool
     options: Mapping[str, bool] = field(default_factory=dict)
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """A regular expression that finds the longest of these texts; of none, it matches nowhere."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
 class LibraryErrors(AbstractContextManager[None]):

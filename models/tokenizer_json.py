@@ -64,10 +64,13 @@ def codec_of(
     contents = [b""] * size
     for token, token_id in vocab.items():
         contents[token_id] = to_bytes(token)
-    for token_id, added_token in backend.get_added_tokens_decoder().items():
-        contents[token_id] = added_token.content.encode("utf-8")
+    whole = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+    for token_id, content in whole.items():
+        contents[token_id] = content.encode("utf-8")
     codec = Codec(
         encode=partial(_encode, backend, source),
+        encode_renamed=partial(_encode_renamed, backend, source),
+        whole=whole,
         contents=tuple(contents),
         special_ids=special_ids,
         is_leading_space_dropped=is_leading_space_dropped,
@@ -160,6 +163,25 @@ def _encode(backend: Backend, source: str, text: str) -> list[int]:
     with LibraryErrors(f"{source}: this tokenizer cannot encode the text"):
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids
     return ids
+
+
+def _encode_renamed(
+    backend: Backend, source: str, text: str, names: Mapping[int, str]
+) -> list[int]:
+    """Takes a moment more than `_encode`: the vocabulary is shared, the added tokens are not."""
+    renamed = Backend(backend.model)
+    if backend.normalizer is not None:
+        renamed.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        renamed.pre_tokenizer = backend.pre_tokenizer
+    tokens = {}
+    for token_id, token in sorted(backend.get_added_tokens_decoder().items()):
+        token.content = names.get(token_id, token.content)
+        if token.content:
+            tokens[token_id] = token
+    renamed.add_tokens(list(tokens.values()))
+    ids = {renamed.token_to_id(token.content): token_id for token_id, token in tokens.items()}
+    return [ids.get(token_id, token_id) for token_id in _encode(renamed, source, text)]
 
 
 def _state(component: Any) -> dict[str, Any]:

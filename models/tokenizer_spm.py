@@ -18,6 +18,7 @@ from models.tokenizer_codec import (
     AddedToken,
     Codec,
     LibraryErrors,
+    any_of,
     sentencepiece_bytes,
 )
 
@@ -55,8 +56,11 @@ def codec_from_spm(
         pieces = processor.encode("a", out_type=str)
     for token_id, token in added.items():
         contents[token_id] = token.content.encode("utf-8")
+    whole = {token_id: token.content for token_id, token in added.items() if token.content}
     return Codec(
-        encode=_encoder(processor, {t.content: i for i, t in added.items() if t.content}, source),
+        encode=_encoder(processor, whole, source),
+        encode_renamed=lambda text, names: _encoder(processor, {**whole, **names}, source)(text),
+        whole=whole,
         contents=tuple(contents),
         special_ids=frozenset(i for i, token in added.items() if token.is_special),
         is_leading_space_dropped="".join(pieces).startswith("\u2581"),
@@ -64,19 +68,18 @@ def codec_from_spm(
 
 
 def _encoder(
-    processor: SentencePieceProcessor, whole: Mapping[str, int], source: str
+    processor: SentencePieceProcessor, whole: Mapping[int, str], source: str
 ) -> Callable[[str], list[int]]:
     """Text to ids, whole tokens first, the library for the text between them."""
-    longest_first = sorted(whole, key=len, reverse=True)
-    # (?!) matches nowhere: a model without such tokens has nothing to find.
-    split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
+    whole_ids = {text: token_id for token_id, text in whole.items() if text}
+    split = re.compile(f"({any_of(whole_ids)})").split
 
     def encode(text: str) -> list[int]:
         ids: list[int] = []
         with LibraryErrors(f"{source}: this tokenizer cannot encode the text"):
             for index, part in enumerate(split(text)):
                 if index % 2 == 1:
-                    ids.append(whole[part])
+                    ids.append(whole_ids[part])
                 elif part:
                     ids.extend(processor.encode(part))
         return ids

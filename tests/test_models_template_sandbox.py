@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -140,3 +143,29 @@ def test_bombs_end_soon(bomb: str) -> None:
     assert (
         time.process_time() - begin < 5.0
     )  # about 0.5 here; without a budget, minutes or all memory
+
+
+ALL_BOMBS_IN_LITTLE_MEMORY = """
+import resource
+from pathlib import Path
+from test_models_template_sandbox import BOMBS, USER, ChatTemplate
+
+ChatTemplate("{{ messages }}", "t").render([USER])
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (256 << 20),) * 2)
+for name, bomb in BOMBS.items():
+    try:
+        ChatTemplate(bomb, "bomb").render([USER])
+    except ValueError as error:
+        assert "MemoryError" not in str(error), name
+"""
+
+
+def test_bombs_take_less_than_256_megabytes() -> None:
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(tests), str(tests.parent)]}\n"
+         + ALL_BOMBS_IN_LITTLE_MEMORY],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-999:]
