@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.async_llm import AsyncLLM
+    from engine.grammar import Grammar
     from engine.llm import LLM
     from engine.params import SamplingParams
     from engine.types import CompletionOutput, RequestOutput, RequestStats, TokenEvent
@@ -15,13 +16,19 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "Grammar",
     "RequestOutput",
     "RequestStats",
     "SamplingParams",
     "TokenEvent",
 ]
 
-_HOME = {"LLM": "engine.llm", "AsyncLLM": "engine.async_llm", "SamplingParams": "engine.params"}
+_HOME = {
+    "LLM": "engine.llm",
+    "AsyncLLM": "engine.async_llm",
+    "SamplingParams": "engine.params",
+    "Grammar": "engine.grammar",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
-"""What the commands have in common: numbers as arguments, exit codes, notes and bars on stderr,
-and a start without collecting garbage.
+"""What the commands have in common: the engine's arguments, numbers as arguments, exit codes, notes
+and bars on stderr, and a start without collecting garbage.
 
 Colour and cursor control are used only on a terminal, and no colour at all where NO_COLOR is set.
 `rich` is imported when something is drawn, because importing it would slow down `--help`.
@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 Report = Callable[[str, int, int], None]  # (what, steps or bytes done, all of them or 0)
 
+DISTRIBUTION = "knn-ssd-engine"
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 FAILURES = (ValueError, RuntimeError, OSError, MemoryError)  # what ends in one line on stderr
+_ENGINE_OPTIONS = (
+    "model", "revision", "device", "dtype", "weights", "activations", "kv_dtype", "max_length",
+    "threads", "speculative", "router", "profile",
+)  # fmt: skip
 # C0 without tab and newline, DEL, and C1, whose U+009B starts an escape sequence like ESC [.
 _CONTROLS = {
     code: "\N{REPLACEMENT CHARACTER}"
@@ -40,6 +45,46 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         (file or sys.stdout).write(self.format_help())
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it is loaded and run: what `engine_options` reads."""
+    add = parser.add_argument
+    add("-m", "--model", metavar="MODEL", help="folder, GGUF file or model name")
+    add("--revision", metavar="REV", help="commit, tag or branch of the model's repository")
+    add("--max-length", type=number(int, 1), metavar="N",
+        help="context in tokens, prompt and answers")  # fmt: skip
+    add("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (default: auto)")
+    add("--dtype", default="auto", metavar="TYPE", help="auto or a torch type (default: auto)")
+    add("--weights", default="auto", metavar="HOW",
+        help="auto, stored (as in the file) or float (default: auto)")  # fmt: skip
+    add("--activations", default="auto", metavar="HOW",
+        help="for quantised weights: auto, int8, int16 or float (default: auto)")  # fmt: skip
+    add("--kv-dtype", default="auto", metavar="TYPE",
+        help="of keys and values on a CPU: auto, float32 or float16 (default: auto)")  # fmt: skip
+    add("--threads", type=int, metavar="N",
+        help="on a CPU (default: one for each core that may be used)")  # fmt: skip
+    add("--speculative", default="auto", metavar="HOW",
+        help="drafts: auto, off, ngram, int8 or a plan file (default: auto)")  # fmt: skip
+    picks = "library that picks drafts by prompt, or none (default: the model's own, if any)"
+    add("--router", metavar="FILE", help=picks)
+    add("--no-profile", dest="profile", action="store_false",
+        help="estimate, do not measure, what drafts cost here")  # fmt: skip
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `add_engine_arguments` as those of `LLM`."""
+    return {name: getattr(args, name) for name in _ENGINE_OPTIONS}
+
+
+def version() -> str:
+    """Of this distribution; "unknown" where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def number(

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.costs import PassCosts
+from engine.grammar_state import GrammarState
+from engine.sources.grammar import as_allowed
 from engine.sources.source import DraftSource, Proposal
 from models.plan import DraftPlan
 
@@ -53,8 +55,10 @@ PLAIN = Choice()
 class Controller:
     """Chooses among the proposals of one sequence's sources, round by round."""
 
-    def __init__(self, sources: Sequence[DraftSource]):
+    def __init__(self, sources: Sequence[DraftSource], grammar: GrammarState | None = None):
+        """grammar: of the answer; drafts that are known go no further than it allows."""
         self.sources = tuple(sources)
+        self._grammar = grammar
         self._rounds_without_passes = 0
 
     def start(self, token_ids: Sequence[int]) -> None:
@@ -70,6 +74,8 @@ class Controller:
         best, best_speed_up, probe = PLAIN, MIN_SPEED_UP, PLAIN
         for source in self.sources:
             proposal = source.propose(room)
+            if proposal is not None and self._grammar is not None:
+                proposal = as_allowed(proposal, self._grammar)
             if proposal is None:
                 continue
             num_tokens, speed_up = costs.best_length(

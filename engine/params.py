@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import Any, NamedTuple
 
+from engine.grammar import Grammar
 from models.messages import quoted
 from models.plan import DraftPlan
 
@@ -74,6 +75,7 @@ class SamplingParams:
         they are there; 0 is off, more discourages them.
     speculative: how to draft, as `LLM` takes it; None is what the LLM was made with. It changes
         the speed of an answer and never its tokens.
+    grammar: what the answer must be, see `Grammar`; None is anything.
     """
 
     max_tokens: int | None = None
@@ -91,6 +93,7 @@ class SamplingParams:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -118,6 +121,10 @@ class SamplingParams:
             raise ValueError(
                 f"speculative: got {quoted(self.speculative)}, expected a name, a DraftPlan or a "
                 "path"
+            )
+        if not isinstance(self.grammar, Grammar | None):
+            raise ValueError(
+                f"grammar: got {quoted(self.grammar)}, expected a Grammar, as Grammar.json_object()"
             )
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos: got {quoted(self.ignore_eos)}, expected True or False")

@@ -19,8 +19,10 @@ from engine.graphs import GraphRunner, run_eagerly
 from engine.kv_cache import KVCache
 from engine.round_buffers import MAX_WIDTH, RoundRow, make_round_buffers
 from engine.token_counts import TokenCounts
+from engine.token_masks import GrammarMasks
 from kernels.operands import RoundBuffers, Rows
 from kernels.ops import Ops
+from kernels.round.allow import TokenMasks
 from kernels.round.penalties import SeenTokens, penalise
 from models.llama import Llama, forward, full_precisions, logits, operands, precision_table
 from models.plan import DraftPlan
@@ -41,15 +43,23 @@ class Verified(NamedTuple):
     result: torch.Tensor  # [B, T + 2] int64
 
 
-def draft_pass(
-    model: Llama, cache: KVCache, buffers: RoundBuffers, seen: SeenTokens | None
-) -> None:
+class Filters(NamedTuple):
+    """What is done to logits before a token is drawn, for the sequences that have such things."""
+
+    seen: SeenTokens | None = None  # for penalties
+    masks: TokenMasks | None = None  # of grammars
+
+
+UNFILTERED = Filters()
+
+
+def draft_pass(model: Llama, cache: KVCache, buffers: RoundBuffers, filters: Filters) -> None:
     """One more token for every sequence that wants one, by the plan of its slot.
 
     All of them, where the operations run a draft in one launch.
     """
     ops = model.decode_ops
-    if ops.draft_round is not None and seen is None:
+    if ops.draft_round is not None and filters == UNFILTERED:
         ops.draft_round(operands(model, cache.k, cache.v, cache.states), buffers)
         return
     rows, precisions = ops.draft_rows(
@@ -58,7 +68,7 @@ def draft_pass(
     )  # fmt: skip
     x = forward(model, rows, cache.k, cache.v, precisions, ops)
     scores = logits(model, x, precisions, ops)
-    drawn = _draw(ops, scores, rows, buffers, seen)
+    drawn = _draw(ops, scores, rows, buffers, filters)
     ops.keep_drafted(
         scores, drawn, buffers.token_ids, buffers.num_drafted, buffers.num_wanted,
         buffers.sampling.end_ids, buffers.stop_probability,
@@ -71,11 +81,11 @@ def verify_pass(
     buffers: RoundBuffers,
     width: int,
     precisions: torch.Tensor,
-    seen: SeenTokens | None,
+    filters: Filters,
 ) -> Verified:
     """The model itself over the newest token and the draft; `precisions` [B, 2L + 1] are FULL."""
     ops, batch = model.decode_ops, buffers.first.shape[0]
-    if ops.verify_round is not None and seen is None:
+    if ops.verify_round is not None and filters == UNFILTERED:
         pair = ops.verify_round(
             operands(model, cache.k, cache.v, cache.states), buffers, width, precisions
         )
@@ -87,7 +97,7 @@ def verify_pass(
     x = forward(model, rows, cache.k, cache.v, precisions, ops)
     ops.keep_states(x, rows, cache.states)
     scores = logits(model, x, precisions, ops)
-    target = _draw(ops, scores, rows, buffers, seen).view(batch, width)
+    target = _draw(ops, scores, rows, buffers, filters).view(batch, width)
     result = ops.accept(target, buffers.token_ids, buffers.num_drafted)
     return Verified(scores.view(batch, width, -1), result)
 
@@ -97,14 +107,17 @@ def _draw(
     scores: torch.Tensor,  # [R, V] float32
     rows: Rows,
     buffers: RoundBuffers,
-    seen: SeenTokens | None,
+    filters: Filters,
 ) -> torch.Tensor:
-    """The token [R] int64 after each row. seen: for penalties; None where no row has any."""
-    if seen is not None:
-        num_before = rows.positions - buffers.first[:, None]
-        scores = penalise(
-            scores, buffers.sampling, seen, buffers.slots, buffers.token_ids, num_before
-        )
+    """The token [R] int64 after each row."""
+    if filters != UNFILTERED:
+        num_before, (seen, masks) = rows.positions - buffers.first[:, None], filters
+        if seen is not None:
+            scores = penalise(
+                scores, buffers.sampling, seen, buffers.slots, buffers.token_ids, num_before
+            )
+        if masks is not None:
+            scores = ops.allow(scores, masks, num_before)
     assert rows.next_position is not None, "rows whose tokens are not drawn"
     return ops.sample(scores, rows.next_position, buffers.sampling)
 
@@ -137,8 +150,9 @@ class Passes:
         self._plans: dict[int, DraftPlan] = {}  # what each slot's row of slot_precisions holds
         self._rows: dict[int, RoundBuffers] = {}  # views, which take a while to make
         self._counts = TokenCounts(max_sequences, model.config.vocab_size, model.device)
+        self._masks = GrammarMasks(max_sequences, model.config.vocab_size, model.device)
         self._is_closed = False
-        self._seen: SeenTokens | None = None  # what the passes over the staged rows read of it
+        self._filters = UNFILTERED  # what the passes over the staged rows read
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -199,7 +213,7 @@ class Passes:
     def stage(self, rows: Sequence[RoundRow]) -> None:
         """Write a round's inputs, padded to a bucket, and start their copy to the device."""
         self.staging.fill(rows, self.num_rows(len(rows)))
-        self._seen = self._counts.update(rows)
+        self._filters = Filters(self._counts.update(rows), self._masks.stage(rows))
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """The token [1] int64 after a prompt: logits [1, V] float32, and the staged row."""
@@ -208,7 +222,7 @@ class Passes:
             buffers.token_ids, buffers.first, buffers.num_drafted, buffers.slots, 1,
             self.cache.k.shape[3],
         )  # fmt: skip
-        return _draw(ops, logits, rows, buffers, self._seen)
+        return _draw(ops, logits, rows, buffers, self._filters)
 
     def draft(self, steps: Sequence[int], *, is_stopping: bool) -> int:
         """Draft up to so many tokens in each of the first rows of the buffers, the most first.
@@ -219,19 +233,21 @@ class Passes:
         is_host = self.staging.device.device.type == "cpu"  # looking costs nothing
         for i in range(max(steps)):
             batch = sum(n > i for n in steps)
-            if is_stopping or is_host:
+            if is_stopping or is_host or self._masks.is_used:
                 is_drafting = num_drafted[:batch] < num_wanted[:batch]
                 if not is_drafting.any():
                     return max(int(num_drafted[: len(steps)].max()), 0)
             self.draft_step(batch)
+            if self._masks.is_used:
+                self._masks.follow(self.buffers)
         return max(steps)
 
     def draft_step(self, batch: int) -> None:
         """Run `draft_pass` over the first `batch` rows of the buffers."""
         batch = self.num_rows(batch)
         key = ("draft", batch, self.drafter is not self.target)
-        rows, seen = self._first_rows(batch), self._seen
-        self._run(self._key(*key), lambda: draft_pass(self.drafter, self.cache, rows, seen))
+        rows, filters = self._first_rows(batch), self._filters
+        self._run(self._key(*key), lambda: draft_pass(self.drafter, self.cache, rows, filters))
 
     def verify(self, batch: int, width: int) -> Verified:
         """Run `verify_pass` over the first `batch` rows and `width` columns of the buffers.
@@ -239,11 +255,11 @@ class Passes:
         The result has `batch` rows, and on CUDA as many columns as the width's bucket.
         """
         padded, width = self.num_rows(batch), self._width_bucket(width)
-        rows, seen = self._first_rows(padded), self._seen
+        rows, filters = self._first_rows(padded), self._filters
         precisions = self._full_precisions[:padded]
         verified = self._run(
             self._key("verify", padded, width),
-            lambda: verify_pass(self.target, self.cache, rows, width, precisions, seen),
+            lambda: verify_pass(self.target, self.cache, rows, width, precisions, filters),
         )
         return Verified(verified.logits[:batch], verified.result[:batch])
 
@@ -264,7 +280,9 @@ class Passes:
         return min(bucket(batch), self._max_sequences) if self.is_padded else batch
 
     def _key(self, *parts: Hashable) -> Hashable:
-        return parts if self._seen is None else (*parts, "penalties")
+        seen, masks = self._filters
+        names = () if seen is None else ("penalties",)
+        return (*parts, *names, *(() if masks is None else ("grammar",)))
 
     def _first_rows(self, batch: int) -> RoundBuffers:
         if batch not in self._rows:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from engine.grammar_state import GrammarState
 from engine.params import MAX_END_IDS, Sampling
 from kernels.operands import RoundBuffers
 from kernels.round.sample import SAMPLE_DTYPES, SampleParams
@@ -36,6 +37,7 @@ class RoundRow(NamedTuple):
     sampling: Sampling = Sampling()
     history: Sequence[int] = ()  # all tokens so far, for penalties on them
     num_prompt: int = 0  # of these
+    grammar: GrammarState | None = None
 
 
 def _round_buffers(columns: Iterable[torch.Tensor], slot_precisions: torch.Tensor) -> RoundBuffers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from engine.drafting import Drafting
+from engine.grammar_state import GrammarState
 from engine.params import SamplingParams
 from engine.round_buffers import RoundRow
 from engine.stream import TextStream
@@ -33,6 +34,7 @@ class RunningSequence:
         plans: tuple[DraftPlan, ...] = (),
         router: Router | None = None,
         on_prompt: OnPrompt | None = None,
+        grammar: GrammarState | None = None,
     ):
         """router: chooses the plans once the prompt is read; `plans` are in force until then."""
         self.num_prompt = len(prompt)
@@ -44,7 +46,8 @@ class RunningSequence:
         self.sampling = params.sampling(seed, end_ids, may_end)
         room = max_length - len(prompt)
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        self.drafting = Drafting(plans, router)
+        self.drafting = Drafting(plans, router, grammar)
+        self.grammar = grammar
         self.on_prompt = on_prompt or (lambda done, total: None)
         self.slot = -1
         self.num_reused = 0  # prompt tokens found in the cache
@@ -84,7 +87,7 @@ class RunningSequence:
         """The sequence's inputs of a round."""
         return RoundRow(
             (self.token_ids[-1], *drafted), len(self.token_ids) - 1, self.slot, num_wanted,
-            stop_probability, self.sampling, self.token_ids, self.num_prompt,
+            stop_probability, self.sampling, self.token_ids, self.num_prompt, self.grammar,
         )  # fmt: skip
 
     def forget_undelivered(self) -> None:
@@ -107,7 +110,8 @@ class RunningSequence:
             self.finish_reason = "stop"
         else:
             piece = self.text.push(token_id)
-            if self.text.is_stopped:
+            is_complete = self.grammar is not None and self.grammar.append(token_id)
+            if self.text.is_stopped or is_complete:
                 self.finish_reason = "stop"
             elif self.num_generated >= self.max_tokens:
                 self.finish_reason = "length"

@@ -30,11 +30,13 @@ class TextStream:
         *,
         min_tokens: int = 0,
         prompt: Sequence[int] = (),
+        is_exact: bool = False,
     ) -> None:
         """min_tokens: no stop string ends the text that is completed by one of so many tokens.
 
         prompt: what the text follows. After a text it goes on with it, spaces and all; after a
         special token, or nothing, a text begins, and SentencePiece put a space before that.
+        is_exact: take no such space off, as the text is that of a grammar.
 
         Raises ValueError unless `stop` is a sequence of non-empty strings.
         """
@@ -47,7 +49,8 @@ class TextStream:
         self._num_unstopped = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         is_beginning = not prompt or prompt[-1] in tokenizer.special_ids
-        self._is_space_due = tokenizer.is_leading_space_dropped and is_beginning
+        is_space_put = tokenizer.is_leading_space_dropped and not is_exact
+        self._is_space_due = is_space_put and is_beginning
         self._held = ""
         self._shown: list[str] = []
         self._is_finished = False

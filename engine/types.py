@@ -31,8 +31,9 @@ class TokenEvent:
     from_draft: whether the token was drafted before the model confirmed it.
     logprob: the token's natural log-probability under the unfiltered model, when asked for.
     logprobs: the same of the token and of the likeliest, by token id.
-    finish_reason: None but on the last event: "stop" (end token or stop string), "length",
-        "timeout" (its deadline passed) or "abort" (the engine was told to end).
+    finish_reason: None but on the last event: "stop" (an end token, a stop string, or the end of
+        the grammar), "length", "timeout" (its deadline passed) or "abort" (the engine was told to
+        end).
     stats: None but on the last event: what the whole request cost.
     """
 

@@ -16,6 +16,7 @@ from kernels.layer.norm_lm_head import norm_lm_head_ref
 from kernels.layer.norm_qkv_rope import norm_qkv_rope_append_ref
 from kernels.operands import LayerCache, ModelOperands, RotaryTable, RoundBuffers, Rows
 from kernels.round.accept import accept_ref
+from kernels.round.allow import TokenMasks, allow_ref
 from kernels.round.keep_drafted import keep_drafted_ref
 from kernels.round.keep_states import keep_states_ref
 from kernels.round.rows import draft_rows_ref, verify_rows_ref
@@ -60,8 +61,8 @@ class Ops:
     between launches. Where several programs share a tile's sum they count themselves there, and the
     last one adds it up; every kernel leaves zeros behind. The other implementations do not look.
     `run_layers` is all layers of a pass in one launch, where an implementation has that. So are
-    `verify_round` and `draft_round`, of a whole draft, for sequences without penalties. `pool` are
-    the threads that it runs on, where it has its own.
+    `verify_round` and `draft_round`, of a whole draft, without penalties and grammars.
+    `pool` are the threads that it runs on, where it has its own.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Ops:
     keep_drafted: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     verify_rows: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Rows]
     accept: Callable[[Tensor, Tensor, Tensor], Tensor]
+    allow: Callable[[Tensor, TokenMasks, Tensor], Tensor]
     pool_states: Callable[[Tensor, Tensor, float], Tensor]
     nearest_anchor: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor], Tensor]
     run_layers: RunLayers | None = None
@@ -99,6 +101,7 @@ TORCH = Ops(
     keep_drafted=keep_drafted_ref,
     verify_rows=verify_rows_ref,
     accept=accept_ref,
+    allow=allow_ref,
     pool_states=pool_states_ref,
     nearest_anchor=nearest_anchor_ref,
 )

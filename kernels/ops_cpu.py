@@ -25,6 +25,7 @@ from kernels.checks import (
 from kernels.cpu import attention as cpu_attention
 from kernels.cpu import layers as cpu_layers
 from kernels.cpu import matmul, rounds
+from kernels.cpu.allow import allow
 from kernels.cpu.embedding import embedding_numbers
 from kernels.cpu.sample import MAX_VOCAB, sample, sampling_numbers
 from kernels.cpu.table import weight_numbers
@@ -302,6 +303,7 @@ def numba_ops(pool: ThreadPool) -> Ops:
         norm_gated_mlp=partial(norm_gated_mlp, pool),
         norm_lm_head=partial(norm_lm_head, pool),
         sample=partial(sample, pool),
+        allow=allow,
         run_layers=partial(run_layers, pool),
         verify_round=partial(verify_round, pool),
         draft_round=partial(draft_round, pool),

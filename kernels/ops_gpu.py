@@ -24,6 +24,7 @@ from kernels.layer.norm_qkv_rope import norm_qkv_rope_append
 from kernels.layer.norm_qkv_rope_prefill import norm_qkv_rope_prefill
 from kernels.ops import Ops
 from kernels.round.accept import accept
+from kernels.round.allow import allow_ref
 from kernels.round.keep_drafted import keep_drafted
 from kernels.round.keep_states import keep_states
 from kernels.round.rows import draft_rows, verify_rows
@@ -44,6 +45,7 @@ TRITON = Ops(
     keep_drafted=keep_drafted,
     verify_rows=verify_rows,
     accept=accept,
+    allow=allow_ref,
     pool_states=pool_states,
     nearest_anchor=nearest_anchor_triton,
 )

@@ -34,7 +34,9 @@ def keep_drafted_ref(
     old = token_ids.gather(1, column)
     token_ids.scatter_(1, column, torch.where(is_drafting[:, None], drawn[:, None], old))
     num_drafted += is_drafting
-    stops = (end_ids == drawn[:, None]).any(1) | (top_probability_ref(logits) < stop_probability)
+    stops = (end_ids == drawn[:, None]).any(1)
+    if stop_probability.any():
+        stops |= top_probability_ref(logits) < stop_probability
     num_wanted.copy_(torch.where(is_drafting & stops, num_drafted, num_wanted))
 
 
