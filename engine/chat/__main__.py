@@ -22,12 +22,15 @@ from engine.chat.conversation import Conversation, check_text, unix_text
 from engine.chat.once import answer_json, answer_text, read_prompt
 from engine.chat.terminal import print_stats
 from engine.command import (
+    DISTRIBUTION,
     EXIT_OK,
     Parser,
+    add_engine_arguments,
+    engine_options,
     note,
-    number,
     progress_bar,
     run_program,
+    version,
     without_collection,
 )
 from engine.interrupts import noted_interrupts
@@ -36,10 +39,6 @@ from engine.params import FLOATS, INTEGERS, SamplingParams
 if TYPE_CHECKING:
     from engine.llm import LLM
 
-_OPTIONS = (
-    "revision", "device", "dtype", "weights", "activations", "kv_dtype", "max_length", "threads",
-    "speculative", "router", "profile",
-)  # fmt: skip
 _EPILOG = """\
 Without --prompt, the text on a pipe or in a redirected file is the prompt, less the newlines that
 end it. With --prompt, standard input is not read: a loop such as `while read line` can call this
@@ -63,7 +62,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.version:
-        print(f"knn-ssd-engine {_version()}")
+        print(f"{DISTRIBUTION} {version()}")
         return EXIT_OK
     try:
         params = SamplingParams(**{name: getattr(args, name) for name in (*INTEGERS, *FLOATS)})
@@ -108,17 +107,7 @@ def load_llm(args: argparse.Namespace) -> LLM:
             raise KeyboardInterrupt
         if not is_compiled():
             note("compiling kernels for this processor: once, about half a minute")
-        options = {name: getattr(args, name) for name in _OPTIONS}
-        return LLM(args.model, on_progress=on_progress, **options)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("knn-ssd-engine")
-    except PackageNotFoundError:
-        return "unknown"
+        return LLM(on_progress=on_progress, **engine_options(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,8 +120,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="MODEL", help="folder, GGUF file or model name")
-    add("--revision", metavar="REV", help="commit, tag or branch of the model's repository")
     add("-p", "--prompt", metavar="TEXT", help="answer this once and leave")
     add("-s", "--system", metavar="TEXT", help="system prompt")
     add("--max-tokens", type=int, metavar="N",
@@ -146,24 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--presence-penalty", type=float, metavar="P", help="in [-2, 2] (default: 0)")
     add("--frequency-penalty", type=float, metavar="F", help="in [-2, 2] (default: 0)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    add("--max-length", type=number(int, 1), metavar="N",
-        help="context in tokens, prompt and answers")  # fmt: skip
-    add("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (default: auto)")
-    add("--dtype", default="auto", metavar="TYPE", help="auto or a torch type (default: auto)")
-    add("--weights", default="auto", metavar="HOW",
-        help="auto, stored (as in the file) or float (default: auto)")  # fmt: skip
-    add("--activations", default="auto", metavar="HOW",
-        help="for quantised weights: auto, int8, int16 or float (default: auto)")  # fmt: skip
-    add("--kv-dtype", default="auto", metavar="TYPE",
-        help="of keys and values on a CPU: auto, float32 or float16 (default: auto)")  # fmt: skip
-    add("--threads", type=int, metavar="N",
-        help="on a CPU (default: one for each core that may be used)")  # fmt: skip
-    add("--speculative", default="auto", metavar="HOW",
-        help="drafts: auto, off, ngram, int8 or a plan file (default: auto)")  # fmt: skip
-    picks = "library that picks drafts by prompt, or none (default: the model's own, if any)"
-    add("--router", metavar="FILE", help=picks)
-    add("--no-profile", dest="profile", action="store_false",
-        help="estimate, do not measure, what drafts cost here")  # fmt: skip
+    add_engine_arguments(parser)
     add("--json", action="store_true", help="print one JSON document instead of the text")
     add("--stats", action="store_true", help="print statistics of the answer on stderr")
     add("--version", action="store_true", help="print the version and leave")
