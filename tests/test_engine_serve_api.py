@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_async_llm import STATS, FakeAsyncLLM, Round, events
-from serve_app import CHAT, COMPLETIONS, HELLO, chunks_of, client_of, recorder
+from serve_app import CHAT, COMPLETIONS, HELLO, ascii_llm, chunks_of, client_of, recorder
 
+from engine import AsyncLLM
 from engine.types import TokenEvent
 
 STORY: list[Round] = [
@@ -73,6 +75,16 @@ def test_usage_comes_last_where_it_is_asked_for() -> None:
     assert last["choices"] == []
     assert last["usage"]["prompt_tokens"] == 5  # of one prompt, though it has two answers
     assert last["usage"]["completion_tokens"] == 8
+
+
+def test_usage_of_every_chunk_where_it_is_asked_for() -> None:
+    with closing(AsyncLLM(ascii_llm())) as llm:
+        wanted = {"include_usage": True, "continuous_usage_stats": True}
+        body = {"messages": HELLO, "stream": True, "max_tokens": 8, "stream_options": wanted}
+        *chunks, last = chunks_of(client_of(llm).post(CHAT, json=body).text)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert len(counts) > 1 and counts == sorted(counts) and 1 <= counts[0] <= counts[-1] == 8
+    assert last["usage"] == chunks[-1]["usage"]
 
 
 def test_answers_come_as_they_are_made() -> None:

@@ -131,8 +131,8 @@ class Answers:
                 log.prompt, log.answer = str(self._prompt), "".join(self._texts)
 
     def usage(self, num_choices: int) -> dict[str, Any]:
-        """Tokens of all answers, each prompt counted once for its `num_choices` of them."""
-        stats = [self._stats[index] for index in range(len(self))]
+        """Tokens of all answers by now, each prompt counted once for its `num_choices` of them."""
+        stats = [self._stats.get(i) or stream.stats for i, stream in enumerate(self._streams)]
         firsts = stats[::num_choices]
         num_prompt = sum(each.prompt_tokens for each in firsts)
         num_generated = sum(each.generated_tokens for each in stats)

@@ -24,6 +24,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: in every chunk, not in one at the end
 
 
 class Speculation(Body):

@@ -15,7 +15,7 @@ from engine.serve.answers import Answers, until_left
 from engine.serve.errors import LEFT, ApiError
 from engine.serve.logs import LOG
 from engine.serve.sampling import wants_detail
-from engine.serve.schemas import GenerationBody
+from engine.serve.schemas import GenerationBody, StreamOptions
 from engine.serve.serving import Serving
 from engine.types import TokenEvent
 
@@ -57,7 +57,8 @@ async def _chunks(
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream. head: what every chunk begins with, as JSON without its end."""
     is_detailed = wants_detail(body)
-    counts_usage = bool(body.stream_options and body.stream_options.include_usage)
+    wanted = body.stream_options or StreamOptions()
+    counts_usage, counts_always = wanted.include_usage, wanted.continuous_usage_stats
     try:
         async for index, events in answers.rounds():
             choice = form.delta(index, events)
@@ -65,7 +66,7 @@ async def _chunks(
                 continue
             content: dict[str, Any] = {"choices": [choice]}
             if counts_usage:
-                content["usage"] = None
+                content["usage"] = answers.usage(body.n or 1) if counts_always else None
             if is_detailed:
                 choice["pieces"] = [
                     {"text": event.text, "drafted": event.from_draft}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.cpu.compile import device, kernel
+from kernels.cpu.compile import device, device_for, kernel
 from kernels.cpu.parallel import over_blocks
 from kernels.cpu.product import TILES, make_rows_product
 from kernels.cpu.scalars import (
@@ -56,7 +56,7 @@ def _make_weighted_sum(element: str) -> Any:
         for rows, vectors in ((1, 4), (1, 1), (4, 2), (4, 1))
     )
 
-    @device
+    @device_for(element)
     def tail(p, v, head_dim, first, length, out):
         ps, ys, one = floats_at(p, length), floats_at(out, head_dim), np.empty(1, np.float32)
         for d in range(first, head_dim):
@@ -66,7 +66,7 @@ def _make_weighted_sum(element: str) -> Any:
                 acc = fma(ps[s], one[0], acc)
             ys[d] = acc
 
-    @device
+    @device_for(element)
     def weighted_sum(p, p_stride, rows, v, head_dim, length, out, out_stride, total):
         """out[r] = sum_s p[r, s] v[s], total[r] = sum_s p[r, s], for 1 or TILE_ROWS rows."""
         stride, d = head_dim * item, 0
@@ -112,7 +112,7 @@ def _make_attend(element: str) -> Any:
     scores_of = make_rows_product(element, TILES, True)
     weighted_sum = _make_weighted_sum(element)
 
-    @device
+    @device_for(element)
     def attend(q, q_stride, rows, k, v, head_dim, length, out, out_stride):
         """One head: rows (1 or TILE_ROWS) of q, the last at position length - 1."""
         scores = np.empty((rows, length), np.float32)

@@ -21,10 +21,29 @@ from numba.core.sigutils import normalize_signature
 
 from kernels.cpu.cache import KernelCache, cache_path
 
-# For functions that only kernels call: entry points for Python would take time to compile.
-device = numba.njit(
+_compile_device = numba.njit(
     boundscheck=False, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
 )
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """A function that only kernels call: entry points for Python would take time to compile."""
+    assert "<locals>" not in function.__qualname__, f"{function.__qualname__}: use device_for"
+    return _compile_device(function)
+
+
+def device_for(*parameters: object) -> Callable[[Callable[..., Any]], Any]:
+    """The same for a function that a maker makes one of for each of these parameters.
+
+    Machine code on disk calls such functions by name, and numba tells those of one name apart by
+    the order in which a process compiled them: kernels of two processes would call each other's.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        function.__qualname__ += repr(parameters)
+        return _compile_device(function)
+
+    return decorate
 
 
 @functools.cache  # every kernel asks
@@ -52,6 +71,7 @@ def is_compiled() -> bool:
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile on the first call; keep the machine code on disk where that can be."""
+    assert "<locals>" not in function.__qualname__, function.__qualname__
     dispatcher: Any = numba.njit(boundscheck=False, error_model="numpy", nogil=True)(function)
     dispatcher._cache = KernelCache(function, _folder_name())
     return dispatcher
@@ -64,6 +84,7 @@ def callback(name: str, function: Callable[..., None], num_args: int = 9) -> Cal
     that of its machine code on disk.
     """
 
+    function.__qualname__ += f"({name})"  # as `device_for` does it
     kept: list[Any] = []  # threads may compile at the same time: no code at an address may go
 
     @functools.cache

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from llvmlite.binding import get_host_cpu_features
 
-from kernels.cpu.compile import callback, device
+from kernels.cpu.compile import callback, device, device_for
 from kernels.cpu.scalars import F, addresses_at, bytes_at, floats_at, keep_alive
 from kernels.cpu.tiles import ELEMENTS, LANES, call, fma, make_dot_panels, make_widen
 from kernels.weight import INT8
@@ -46,7 +46,7 @@ def _make_tail(element: str) -> Any:
     """out[r, c] += the products of the last elements of a row, which fill no vector."""
     item, widen_one = ELEMENTS[element][1], make_widen(element, 1)
 
-    @device
+    @device_for(element)
     def tail(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
         whole = num_k // LANES * LANES
         if whole == num_k:
@@ -74,7 +74,7 @@ def make_rows_product(element: str, columns: dict[int, int], is_adjacent: bool =
     largest, item, tail = max(columns), ELEMENTS[element][1], _make_tail(element)
     panels = make_dot_panels(columns, element, is_adjacent)
 
-    @device
+    @device_for(element, columns, is_adjacent)
     def product(x, x_stride, rows, w, num_k, num_cols, out, out_stride):
         whole, r = num_k // LANES * LANES, 0
         while r < rows:
@@ -96,7 +96,7 @@ def make_widen_run(element: str) -> Any:
     """Write `count` weights of that type, from an address on, as float32 to `out`."""
     widen, widen_one = make_widen(element), make_widen(element, 1)
 
-    @device
+    @device_for(element)
     def widen_run(w, count, out):
         whole = count // LANES * LANES
         for i in range(0, whole, LANES):
