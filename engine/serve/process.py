@@ -184,7 +184,9 @@ class _Process:
             await self._engine.drain(seconds)
 
     async def _close_idle(self) -> None:
-        """Close connections that have not sent a whole head for a while: uvicorn lets them be."""
+        """Close connections that have not sent a whole head for a while, or that wait to be closed
+        for a reader who reads no more: uvicorn lets them be.
+        """
         since: dict[object, tuple[object, float]] = {}  # connection: its last request, from when on
         while True:
             await asyncio.sleep(HEAD_SECONDS / 10)
@@ -192,7 +194,8 @@ class _Process:
             since = {}
             for connection in list(self._server.server_state.connections):
                 request = connection.cycle  # type: ignore[union-attr]
-                if request is None or request.response_complete:
+                is_closing = connection.transport.is_closing()  # type: ignore[union-attr]
+                if is_closing or request is None or request.response_complete:
                     last, begin = seen.get(connection, (None, now))
                     since[connection] = request, begin if last is request else now
                     if now - since[connection][1] > HEAD_SECONDS:
