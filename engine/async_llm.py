@@ -71,7 +71,9 @@ class AsyncLLM:
         self.llm = llm
         self._max_requests = llm.max_sequences + max_queue
         is_cpu = llm.model.device.type == "cpu"
-        self._scheduler = llm.scheduler(ORDERS[order], CPU_CHUNK_TOKENS if is_cpu else None)
+        self._scheduler = llm.scheduler(
+            ORDERS[order], CPU_CHUNK_TOKENS if is_cpu else None, is_shared=True
+        )
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         # Weak: a stream that its consumer drops must not live on here.
@@ -254,11 +256,11 @@ class AsyncTokenStream(AsyncIterator[TokenEvent]):
 
     def __init__(self, owner: AsyncLLM, make: Callable[[], RunningSequence], timeout: float | None):
         """make: checks the request and tokenises its prompt; it runs in a thread."""
+        self._sequence: RunningSequence | None = None
         is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
         if timeout is not None and not (is_number and timeout > 0):
             raise ValueError(f"timeout: got {timeout!r}, expected seconds above 0, or None")
         self._owner, self._make, self._timeout = owner, make, timeout
-        self._sequence: RunningSequence | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._has_news = asyncio.Event()
         self._events: deque[TokenEvent | Exception] = deque()

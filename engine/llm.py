@@ -321,9 +321,16 @@ class LLM:
         """How many requests can hold a slot of the cache at once."""
         return self._cache.states.shape[0]
 
-    def scheduler(self, score: Score = first_come, chunk_tokens: int | None = None) -> Scheduler:
+    def scheduler(
+        self,
+        score: Score = first_come,
+        chunk_tokens: int | None = None,
+        is_shared: bool = False,
+    ) -> Scheduler:
         """A new batch of requests on this engine; see `Scheduler`."""
-        return Scheduler(self._passes, self._pool, lambda: self.costs, score, chunk_tokens)
+        return Scheduler(
+            self._passes, self._pool, lambda: self.costs, score, chunk_tokens, is_shared
+        )
 
     def let_others_in(self) -> None:
         """For a thread that steps a scheduler without a pause: other threads may have a turn."""

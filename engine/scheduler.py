@@ -40,18 +40,21 @@ class Scheduler:
         costs: Callable[[], PassCosts],
         score: Score = first_come,
         chunk_tokens: int | None = None,
+        is_shared: bool = False,
     ):
         """costs: what passes cost by now. score: who goes first, see order.py.
 
         chunk_tokens: of a prompt in one step at most, fewer where a round takes less than half the
             time of so many; None is always as many as prefill takes at once, where bits depend on
             it.
+        is_shared: whether many callers wait, each for its own answer. Else all prompts for which
+            there is room are read before the next round, so that rounds are of as many as can be.
         """
         self.waiting: list[RunningSequence] = []
         self.reading: list[RunningSequence] = []
         self.running: list[RunningSequence] = []
         self.num_preempted = 0
-        self._is_round_due = False
+        self._is_shared, self._is_round_due = is_shared, False
         self.pace = Pace()
         self._passes, self._pool, self._costs = passes, pool, costs
         self._score, self._chunk_tokens = score, chunk_tokens
@@ -74,14 +77,14 @@ class Scheduler:
     def step(self) -> list[Event]:
         """At most a chunk and a round; what they yield, in order. See `Event` for failures.
 
-        A first token is told at once: the round is the next step then, before another chunk.
+        What there is to tell is told at once: a first token's round is the next step, before
+        another chunk.
         """
         self.retire()
         events = self._end_late()
-        if not self._is_round_due:
-            self._read(events)
-        self._is_round_due = bool(events) and not self._is_round_due
-        if not self._is_round_due:
+        has_read = not self._is_round_due and self._read(events)
+        self._is_round_due = self._is_shared and has_read and bool(events)
+        if not events and not (has_read and not self._is_shared):
             self._run(events)
         return events
 
@@ -122,11 +125,11 @@ class Scheduler:
     def _end(self, sequences: Iterable[RunningSequence], reason: FinishReason) -> list[Event]:
         return [(sequence, sequence.end(reason)) for sequence in sequences]
 
-    def _read(self, events: list[Event]) -> None:
-        """A chunk of the prompt whose turn it is; it gets its slot first, if it has none."""
+    def _read(self, events: list[Event]) -> bool:
+        """A chunk of the prompt whose turn it is, which gets its slot first; False without one."""
         sequence = self._next_to_read()
         if sequence is None:
-            return
+            return False
         if sequence.num_unread:
             started, num_cached = time.perf_counter(), sequence.num_cached
             with Failure(sequence, events):
@@ -138,6 +141,7 @@ class Scheduler:
         if not sequence.is_over and not sequence.num_unread:
             self.running.append(sequence)
             self.reading.remove(sequence)
+        return True
 
     def _chunk_size(self) -> int | None:
         """Of the next chunk: those that run shall wait for it no longer than for two rounds."""

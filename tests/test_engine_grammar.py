@@ -52,6 +52,7 @@ def test_a_choice_allows_exactly_what_continues_one(texts, data):
             assert state.mask() is None and answer in wanted
             break
         assert tokens_of(state) == next_bytes | ({EOS} if answer in wanted else set())
+        assert state.num_allowed([EOS, *next_bytes]) == (answer in wanted)  # nothing after an end
         byte = data.draw(st.sampled_from(sorted(next_bytes)))
         is_complete = state.append(byte)
         answer += bytes([byte])

@@ -72,7 +72,7 @@ def test_sequences_join_and_leave_between_rounds():
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_long_prompt_holds_others_up_by_one_chunk(order):
     llm = tiny_llm(config(), max_sequences=3)
-    scheduler = llm.scheduler(ORDERS[order], chunk_tokens=8)
+    scheduler = llm.scheduler(ORDERS[order], chunk_tokens=8, is_shared=True)
     runner = request(llm, "runs", replace(GREEDY, max_tokens=60, speculative="off"))
     scheduler.submit(runner)
     while not runner.num_generated:
@@ -91,7 +91,7 @@ def test_a_short_prompt_passes_a_long_one_by_slack_and_not_by_first_come():
     finished = {}
     for order in ORDERS:
         llm = tiny_llm(config(), max_sequences=3)
-        scheduler = llm.scheduler(ORDERS[order], chunk_tokens=8)
+        scheduler = llm.scheduler(ORDERS[order], chunk_tokens=8, is_shared=True)
         long = request(llm, "y" * 120, replace(GREEDY, max_tokens=2))
         short = request(llm, "z", replace(GREEDY, max_tokens=2))
         scheduler.submit(long)
@@ -127,7 +127,7 @@ def test_more_tokens_a_round_mean_less_that_remains():
 
 def test_a_deadline_ends_what_waits_reads_and_runs():
     llm = tiny_llm(config(), max_sequences=2)
-    scheduler = llm.scheduler(chunk_tokens=4)
+    scheduler = llm.scheduler(chunk_tokens=4, is_shared=True)
     running = request(llm, "runs", replace(GREEDY, max_tokens=200))
     scheduler.submit(running)
     while running.num_generated < 5:
@@ -231,7 +231,7 @@ def test_short_conversations_share_the_room_of_few_long_ones():
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_outgrows_the_room_waits_and_keeps_its_tokens(order):
     llm = tiny_llm(config(max_positions=128), max_sequences=4, cache_tokens=160)
-    scheduler = llm.scheduler(ORDERS[order], chunk_tokens=8)
+    scheduler = llm.scheduler(ORDERS[order], chunk_tokens=8, is_shared=True)
     prompts = ["a" * 10, "b" * 11, "c" * 12]
     params = [replace(GREEDY, max_tokens=90, temperature=0.9, seed=i) for i in range(3)]
     sequences = [request(llm, p, each) for p, each in zip(prompts, params, strict=True)]
@@ -272,7 +272,7 @@ class Requests(RuleBasedStateMachine):
     @initialize(order=st.sampled_from(sorted(ORDERS)), capacity=st.integers(96, 300))
     def begin(self, order, capacity):
         self.llm = tiny_llm(config(max_positions=96), max_sequences=3, cache_tokens=capacity)
-        self.scheduler = self.llm.scheduler(ORDERS[order], chunk_tokens=8)
+        self.scheduler = self.llm.scheduler(ORDERS[order], chunk_tokens=8, is_shared=True)
         self.requests, self.broken, self.cut = {}, set(), set()
 
     @property
