@@ -295,7 +295,7 @@ def verify_all(subject: Subject, passes: Passes, context: int, width: int) -> li
     logits = []
     for i in range(0, MAX_WIDTH, width):
         passes.stage([RoundRow(subject.token_ids[i : i + width], first + i)])
-        logits.append(_copy(passes.verify(1, width).logits[0, :width]))
+        logits.append(_copy(passes.verify(1, width).logits[0][:width]))
     return [torch.cat(logits), *map(_copy, parts_of(passes.cache, first, context))]
 
 

@@ -49,17 +49,23 @@ class PassCosts:
         """The draft length up to `longest` with the largest expected speed-up, and that.
 
         draft: R of the plan. first, later: how likely a draft's first and a later token is right.
-        num_running: sequences that share the passes; they are taken to draft alike.
+        num_running: sequences that share the passes. They are taken to draft alike, except where
+            a draft costs nothing and a pass no padding: then they are taken to draft nothing.
         """
         plain = self.of_pass(num_running, 1)
+        others = 0 if draft or self.is_padded else num_running - 1
         best_length, best = 1, 0.0
         reached, tokens = first, 1.0
         for g in range(1, longest + 1):
             tokens += reached
             reached *= later
-            cost = g * draft * plain + self.of_pass(num_running, g + 1)
-            if tokens * plain / cost > best:
-                best_length, best = g, tokens * plain / cost
+            if others:
+                speed_up = (others + tokens) / num_running * plain / self.of_verify(others + g + 1)
+            else:
+                cost = g * draft * plain + self.of_pass(num_running, g + 1)
+                speed_up = tokens * plain / cost
+            if speed_up > best:
+                best_length, best = g, speed_up
         return best_length, best
 
     def with_draft(self, plan: DraftPlan, cost: float) -> PassCosts:

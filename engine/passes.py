@@ -36,10 +36,11 @@ Runner = Callable[[Hashable, Callable[[], Any]], Any]
 class Verified(NamedTuple):
     """What the model says after each row of a verify pass, valid until the next pass.
 
+    logits: [T, V] float32 of each sequence; T is at least its number of rows.
     result: what `accept` returned: number accepted, number drafted, the round's tokens.
     """
 
-    logits: torch.Tensor  # [B, T, V] float32
+    logits: Sequence[torch.Tensor] | torch.Tensor
     result: torch.Tensor  # [B, T + 2] int64
 
 
@@ -89,7 +90,7 @@ def verify_pass(
         pair = ops.verify_round(
             operands(model, cache.k, cache.v, cache.states), buffers, width, precisions
         )
-        return Verified(pair[0].view(batch, width, -1), pair[1])
+        return Verified(*pair)
     rows = ops.verify_rows(
         buffers.token_ids, buffers.first, buffers.num_drafted, buffers.slots, width,
         cache.k.shape[3],
@@ -261,7 +262,11 @@ class Passes:
             self._key("verify", padded, width),
             lambda: verify_pass(self.target, self.cache, rows, width, precisions, filters),
         )
-        return Verified(verified.logits[:batch], verified.result[:batch])
+        logits, result = verified
+        if isinstance(logits, torch.Tensor) and logits.ndim == 2:  # packed: without padding
+            counts = (result[:, 1] + 1).tolist()
+            logits = logits[: sum(counts)].split(counts)
+        return Verified(logits[:batch], result[:batch])
 
     def warm_up(self, router: Router | None = None) -> None:
         """Run every pass of one sequence once over padding: what is to be captured is, now."""

@@ -41,7 +41,8 @@ class RunLayers(Protocol):
 class VerifyRound(Protocol):
     """A verify pass of a round over T = `width` columns, in one launch.
 
-    Returns logits [B*T, V] float32, and what accept.py does.
+    Returns logits [B*T, V] float32, those of the sequences' rows one after the other and without
+    padding, and what accept.py does.
     """
 
     def __call__(

@@ -261,7 +261,11 @@ def verify_round(
     width: int,
     precisions: torch.Tensor,  # [B, 2L + 1] uint8
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `verify_rows`, a pass, `keep_states`, `sample` and `accept` do in turn, bit for bit."""
+    """What `verify_rows`, a pass, `keep_states`, `sample` and `accept` do in turn, bit for bit.
+
+    The logits [B * T, V] are packed: those of each sequence's rows follow each other, and padding
+    has none.
+    """
     batch, vocab = len(buffers.first), model.lm_head.shape[0]
     assert batch > 0 and 0 < width <= buffers.token_ids.shape[1], (batch, width)
     assert precisions.shape == (batch, 2 * len(model.table) + 1), (precisions.shape, batch)

@@ -170,3 +170,15 @@ def test_padded_passes_cost_what_their_buckets_cost():
     # Drafts go to the end of a bucket: four rows cost as much as three.
     always = replace(costs, verify=((1, 1.0), (2, 1.0), (4, 1.0), (8, 9.0)))
     assert always.best_length(0.1, 0.99, 0.99, 8)[0] == 3
+
+
+def test_what_is_drafted_for_free_among_others_costs_its_own_rows():
+    """7 of 8 draft nothing: 3 more tokens, right with certainty, in a pass of 11 rows, not 32."""
+    costs = PassCosts(((1, 1.0), (8, 2.0), (32, 5.0)))
+    length, speed_up = costs.best_length(0.0, 1.0, 1.0, 3, 8)
+    assert (length, speed_up) == (3, pytest.approx((11 / 8) * 2.0 / 2.375))
+    assert costs.best_length(0.0, 0.3, 0.3, 3, 8)[1] < 1.02
+    # Passes that draft are of all, and so are rows that are padded.
+    assert costs.best_length(0.01, 1.0, 1.0, 3, 8)[1] == pytest.approx(4 * 2.0 / (0.06 + 5.0))
+    padded = replace(costs, is_padded=True)
+    assert padded.best_length(0.0, 1.0, 1.0, 3, 8)[1] == pytest.approx(4 * 2.0 / 5.0)

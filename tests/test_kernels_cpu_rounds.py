@@ -59,7 +59,12 @@ def outcome(model: Llama, ops, rows: list[RoundRow], plans: list[DraftPlan]) -> 
         logits, result = passes.verify(len(rows), width)
         buffers = passes.buffers
         drafts = buffers.token_ids, buffers.num_drafted, buffers.num_wanted
-        return [part.clone() for part in (logits, result, *drafts, cache.k, cache.v, cache.states)]
+        counts = (result[:, 1] + 1).tolist()  # padding is none of a round's business
+        logits = torch.cat([each[:n] for each, n in zip(logits, counts, strict=True)])
+        states = torch.cat(
+            [cache.states[row.slot, : row.first + n] for row, n in zip(rows, counts, strict=True)]
+        )
+        return [part.clone() for part in (logits, result, *drafts, cache.k, cache.v, states)]
 
 
 def rows_for(case: str, sampling: Sampling) -> list[RoundRow]:
@@ -107,3 +112,16 @@ def test_a_draft_reaches_past_its_first_step():
         plans = [DraftPlan.int8(model.config.num_layers)]
         _, result, *_ = outcome(model, NUMBA, rows_for("drafted", Sampling()), plans)
     assert result[0, 1] == 5
+
+
+@torch.inference_mode()
+def test_a_round_runs_the_rows_that_there_are():
+    """Beside a draft of three tokens a sequence without one costs one row."""
+    model = tiny_llama(family_config("llama2"))
+    passes, _ = make_passes(model, NUMBA)
+    rows = [rows_for("known", Sampling())[0], rows_for("plain", Sampling())[0]]
+    with passes.alone():
+        passes.stage(rows)
+        logits, result = passes.verify(2, 4)
+    assert [len(each) for each in logits] == [4, 1]
+    assert result[1, 2:].tolist()[1:] == [-1, -1, -1]

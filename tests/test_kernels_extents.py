@@ -194,7 +194,7 @@ ROUNDS = [
     {"embedding": torch.randn(C, V).T}, {"lm_head": dense(V, C + 1)},
     {"final_norm": torch.ones(C + 1)}, {"table": layer_table([layer()])}, cache(L + 1),
     {"v_cache": cache(L + 1)["v_cache"]}, {"k_cache": cache(L)["k_cache"].to(HALF)},
-    {"cos": torch.ones(S - 2, D // 2), "sin": torch.ones(S - 2, D // 2)},
+    {"cos": torch.ones(S - 3, D // 2), "sin": torch.ones(S - 3, D // 2)},
     {"sin": torch.ones(S, D // 2 - 1)},
 ]  # fmt: skip
 BEYOND: dict[str, list[dict[str, Any]]] = {

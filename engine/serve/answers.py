@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from engine.async_llm import AsyncTokenStream
+from engine.failure import Failure
 from engine.params import SamplingParams
 from engine.serve.errors import ApiError, bad_input, failure
 from engine.serve.logs import RequestLog
@@ -88,6 +89,14 @@ class Answers:
 
         Raises ApiError, 500, when one of them fails.
         """
+        if len(self) == 1:  # as most are: nothing has to be waited for side by side
+            while 0 not in self._stats:
+                with Failure(None, []) as failed:
+                    first = await self._streams[0].__anext__()
+                if failed.error is not None:
+                    raise self._failed(0, failed.error) from failed.error
+                yield 0, self._account(0, [first, *self._streams[0].take()])
+            return
         for index in range(len(self)):
             self._expect(index)
         while self._next:
@@ -95,12 +104,8 @@ class Answers:
             for future in sorted(done, key=self._next.__getitem__):
                 index, error = self._next.pop(future), future.exception()
                 if error is not None:
-                    self._running.discard(index)
-                    self._end = "failed"
-                    self._serving.metrics.failed(type(error).__name__)
-                    raise failure(error, self._log) from error
-                events = [future.result(), *self._streams[index].take()]
-                self._account(index, events)
+                    raise self._failed(index, error) from error
+                events = self._account(index, [future.result(), *self._streams[index].take()])
                 yield index, events
                 if events[-1].finish_reason is None:
                     self._expect(index)
@@ -157,7 +162,14 @@ class Answers:
     def _expect(self, index: int) -> None:
         self._next[asyncio.ensure_future(self._streams[index].__anext__())] = index
 
-    def _account(self, index: int, events: Sequence[TokenEvent]) -> None:
+    def _failed(self, index: int, error: BaseException) -> ApiError:
+        self._running.discard(index)
+        self._end = "failed"
+        self._serving.metrics.failed(type(error).__name__)
+        return failure(error, self._log)
+
+    def _account(self, index: int, events: list[TokenEvent]) -> list[TokenEvent]:
+        """Count what a round added; it is returned."""
         metrics, now, last = self._serving.metrics, perf_counter(), events[-1]
         num_tokens = sum(event.token_id is not None for event in events)
         self._num_generated += num_tokens
@@ -174,6 +186,7 @@ class Answers:
             self._running.discard(index)
             self._end = last.finish_reason
             metrics.finished(last.stats, last.finish_reason)
+        return events
 
 
 async def until_left(

@@ -33,14 +33,14 @@ def _keep_states(x, positions, slots, batch, width, hidden, cache_len, states):
 
 @device
 def _accept(b, target, token_ids, num_drafted, width, result):
-    """Row b of what accept.py returns; `token_ids` of the row."""
-    targets, drafted = addresses_at(target + b * width * 8, width), addresses_at(token_ids, width)
+    """Row b of what accept.py returns; `target` and `token_ids` of the row."""
+    targets, drafted = addresses_at(target, width), addresses_at(token_ids, width)
     found, count = addresses_at(result + b * (width + 2) * 8, width + 2), 0
     while count < min(num_drafted, width - 1) and drafted[count + 1] == targets[count]:
         count += 1
     found[0], found[1] = count, num_drafted
     for t in range(width):
-        found[2 + t] = targets[t] if t <= count else -1
+        found[2 + t] = targets[t] if t <= min(count, num_drafted) else -1
 
 
 @device
@@ -78,6 +78,31 @@ def _forward(pool, model, lm_head, rows, batch, width, precisions, slots, states
 
 
 @device
+def _pack_rows(rows, owners, buffers, batch, width, columns, cache_len):
+    """Write the rows that there are, without padding, and whose they are; False beyond bounds.
+
+    columns: `width`, where all sequences have so many rows, or 1: each row as a sequence.
+    """
+    token_ids, max_width, first, slots, num_drafted, row_slots = buffers
+    firsts, drafted = ints_at(first, batch), ints_at(num_drafted, batch)
+    lent, num_rows = ints_at(slots, batch), len(owners)
+    ids, positions = addresses_at(rows[0], num_rows), ints_at(rows[1], num_rows)
+    num_tokens, next_position = ints_at(rows[2], num_rows), addresses_at(rows[3], num_rows)
+    r = 0
+    for b in range(batch):
+        if drafted[b] >= width or firsts[b] + drafted[b] >= cache_len:
+            return False
+        tokens = addresses_at(token_ids + b * max_width * 8, width)
+        for t in range(drafted[b] + 1):
+            ids[r], next_position[r] = tokens[t], firsts[b] + t + 1
+            positions[r] = firsts[b] + t
+            num_tokens[r // columns], row_slots[r // columns] = columns, lent[b]
+            owners[r] = b
+            r += 1
+    return True
+
+
+@device
 def _room(batch, width):
     """int64s for what a pass knows of its rows, see `_rows_in`."""
     return 4 * batch * width + batch
@@ -96,26 +121,38 @@ def _rows_in(room, batch, width):
 @kernel
 def verify_round(pool, model, lm_head, sampling, buffers, batch, width, precisions, logits, result):
     token_ids, max_width, first, slots, num_drafted = buffers[:5]
-    firsts, drafted = ints_at(first, batch), ints_at(num_drafted, batch)
-    vocab, cache_len, states = model[VOCAB], model[CACHE_LEN], model[STATES]
-    room = np.empty(_room(batch, width), np.int64)
-    rows = _rows_in(np.int64(room.ctypes.data), batch, width)
-    ids, positions = addresses_at(rows[0], batch * width), ints_at(rows[1], batch * width)
-    num_tokens, next_position = ints_at(rows[2], batch), addresses_at(rows[3], batch * width)
+    drafted, num_rows = ints_at(num_drafted, batch), 0
     for b in range(batch):
-        columns = addresses_at(token_ids + b * max_width * 8, width)
-        num_tokens[b] = drafted[b] + 1
-        for t in range(width):
-            ids[b * width + t] = columns[t]
-            positions[b * width + t] = min(firsts[b] + t, cache_len - 1)
-            next_position[b * width + t] = firsts[b] + t + 1
-    if not _forward(pool, model, lm_head, rows, batch, width, precisions, slots, states, logits):
+        num_rows += drafted[b] + 1
+    # Where some have drafted more than others, a row that is there costs, and no padding.
+    columns = width if num_rows == batch * width else 1
+    sequences, stride_p = num_rows // columns, 2 * model[NUM_LAYERS] + 1
+    room, owners = np.empty(_room(sequences, columns), np.int64), np.empty(num_rows, np.int64)
+    rows = _rows_in(np.int64(room.ctypes.data), sequences, columns)
+    row_slots = np.empty(sequences, np.int32)
+    packed = (token_ids, max_width, first, slots, num_drafted, row_slots)
+    if not _pack_rows(rows, owners, packed, batch, width, columns, model[CACHE_LEN]):
         return False
-    sample_rows(pool, logits, batch * width, vocab, width, sampling, rows[3], rows[4])
+    asked, full = bytes_at(precisions, batch * stride_p), np.empty((sequences, stride_p), np.uint8)
+    for s in range(sequences):
+        for p in range(stride_p):
+            full[s, p] = asked[owners[s * columns] * stride_p + p]
+    full_at, slots_at = np.int64(full.ctypes.data), np.int64(row_slots.ctypes.data)
+    if not _forward(
+        pool, model, lm_head, rows, sequences, columns, full_at, slots_at, model[STATES], logits
+    ):
+        return False
+    owners_at = np.int64(owners.ctypes.data)
+    sample_rows(pool, logits, num_rows, model[VOCAB], owners_at, sampling, rows[3], rows[4])
+    start = 0
     for b in range(batch):
-        columns = token_ids + b * max_width * 8
-        _accept(b, rows[4], columns, drafted[b], width, result)
+        columns_at = token_ids + b * max_width * 8
+        _accept(b, rows[4] + start * 8, columns_at, drafted[b], width, result)
+        start += drafted[b] + 1
     keep_alive(room)
+    keep_alive(owners)
+    keep_alive(row_slots)
+    keep_alive(full)
     return True
 
 
@@ -144,7 +181,7 @@ def draft_round(pool, model, lm_head, sampling, buffers, batch, slot_precisions,
     wanted = ints_at(num_wanted, batch)
     vocab, stride_p = model[VOCAB], 2 * model[NUM_LAYERS] + 1
     room = np.empty(_room(batch, 1), np.int64)
-    precisions = np.empty((batch, stride_p), np.uint8)
+    precisions, owners = np.empty((batch, stride_p), np.uint8), np.arange(batch)
     rows = _rows_in(np.int64(room.ctypes.data), batch, 1)
     ids, positions = addresses_at(rows[0], batch), ints_at(rows[1], batch)
     num_tokens, next_position = ints_at(rows[2], batch), addresses_at(rows[3], batch)
@@ -171,10 +208,12 @@ def draft_round(pool, model, lm_head, sampling, buffers, batch, slot_precisions,
         precisions_at = np.int64(precisions.ctypes.data)
         if not _forward(pool, model, lm_head, rows, batch, 1, precisions_at, slots, 0, logits):
             return False
-        sample_rows(pool, logits, batch, vocab, 1, sampling, rows[3], rows[4])
+        owners_at = np.int64(owners.ctypes.data)
+        sample_rows(pool, logits, batch, vocab, owners_at, sampling, rows[3], rows[4])
         for b in range(batch):
             token = addresses_at(rows[4], batch)[b]
             _keep_drafted(b, batch, sampling, buffers, token, logits + b * vocab * 4, vocab)
     keep_alive(room)
+    keep_alive(owners)
     keep_alive(precisions)
     return True

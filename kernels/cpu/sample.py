@@ -276,10 +276,11 @@ def _draw(row, num_v, maxima, first, floor, temperature, seed, position):
 
 
 @device
-def _sample_row(r, logits, num_rows, num_v, width, sampling, position, tokens):
-    """Draw the token of row r, one of `width` rows of its sequence."""
+def _sample_row(r, logits, num_rows, num_v, owners, sampling, position, tokens):
+    """Draw the token of row r, of the sequence that `owners` names."""
     temperature, top_k, top_p, min_p, seed, end_ids, num_ends, min_position = sampling
-    b, batch = r // width, num_rows // width
+    b = addresses_at(owners, num_rows)[r]
+    batch = b + 1
     row, temp = logits + r * num_v * 4, floats_at(temperature, batch)[b]
     drawn, ends = addresses_at(position, num_rows)[r], ints_at(end_ids + b * num_ends * 4, num_ends)
     is_early = drawn < ints_at(min_position, batch)[b]
@@ -304,9 +305,9 @@ def _sample_row(r, logits, num_rows, num_v, width, sampling, position, tokens):
 
 
 @kernel
-def sample_rows(pool, logits, num_rows, num_v, width, sampling, position, tokens):
+def sample_rows(pool, logits, num_rows, num_v, owners, sampling, position, tokens):
     over_blocks(
-        pool, num_rows, _sample_row, (logits, num_rows, num_v, width, sampling, position, tokens)
+        pool, num_rows, _sample_row, (logits, num_rows, num_v, owners, sampling, position, tokens)
     )
 
 
@@ -342,8 +343,9 @@ def sample(
     assert_params(logits, position, params)
     assert logits.device.type == "cpu", logits.device
     tokens = torch.empty(num_rows, dtype=torch.int64)
+    owners = torch.arange(num_rows) // (num_rows // params.seed.shape[0])
     pool.launch(
-        sample_rows, logits.data_ptr(), num_rows, vocab_size, num_rows // params.seed.shape[0],
+        sample_rows, logits.data_ptr(), num_rows, vocab_size, owners.data_ptr(),
         sampling_numbers(params), position.data_ptr(), tokens.data_ptr(),
     )  # fmt: skip
     return tokens
