@@ -19,7 +19,9 @@ class TokenCounts:
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device):
         self._shape, self._device = (num_slots, vocab_size), device
         self._seen: SeenTokens | None = None
-        self._num_counted = [0] * num_slots  # tokens of each slot's sequence
+        # The tokens of each slot's sequence, by which it is known, and how many are counted.
+        self._histories: list[Sequence[int] | None] = [None] * num_slots
+        self._num_counted = [0] * num_slots
 
     def update(self, rows: Sequence[RoundRow]) -> SeenTokens | None:
         """What a pass over these rows must know: None where no sequence has penalties."""
@@ -35,13 +37,15 @@ class TokenCounts:
         return self._seen if penalised else None
 
     def _count(self, in_prompt: torch.Tensor, in_answer: torch.Tensor, row: RoundRow) -> None:
-        """Count what came since the last round; a prompt alone is a sequence that begins."""
-        if len(row.history) == row.num_prompt:
+        """Count what came since the last round, or all of a sequence that is new to the slot."""
+        if self._histories[row.slot] is not row.history:
             in_answer.zero_()
             in_prompt.zero_()
-            in_prompt[torch.tensor(row.history, device=self._device)] = True
-        else:
-            new = row.history[self._num_counted[row.slot] :]
+            prompt = torch.tensor(row.history[: row.num_prompt], device=self._device)
+            in_prompt[prompt] = True
+            self._histories[row.slot], self._num_counted[row.slot] = row.history, row.num_prompt
+        new = row.history[self._num_counted[row.slot] :]
+        if new:
             token_ids = torch.tensor(new, device=self._device)
             in_answer.index_add_(0, token_ids, torch.ones_like(token_ids, dtype=torch.int32))
         self._num_counted[row.slot] = len(row.history)

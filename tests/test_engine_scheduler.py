@@ -233,7 +233,10 @@ def test_what_outgrows_the_room_waits_and_keeps_its_tokens(order):
     llm = tiny_llm(config(max_positions=128), max_sequences=4, cache_tokens=160)
     scheduler = llm.scheduler(ORDERS[order], chunk_tokens=8, is_shared=True)
     prompts = ["a" * 10, "b" * 11, "c" * 12]
-    params = [replace(GREEDY, max_tokens=90, temperature=0.9, seed=i) for i in range(3)]
+    params = [
+        replace(GREEDY, max_tokens=90, temperature=0.9, seed=i, frequency_penalty=0.3 * i)
+        for i in range(3)
+    ]
     sequences = [request(llm, p, each) for p, each in zip(prompts, params, strict=True)]
     for sequence in sequences:
         scheduler.submit(sequence)
