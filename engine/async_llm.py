@@ -142,6 +142,11 @@ class AsyncLLM:
             pool.num_hits, pool.num_hit_tokens, scheduler.num_preempted,
         )  # fmt: skip
 
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are answered: not after `close`, nor where the worker itself failed."""
+        return not self._is_closed
+
     async def drain(self, seconds: float) -> None:
         """Take no new requests; let the others end, after so many seconds with what they have."""
         self._is_draining = True

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import shlex
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -38,6 +39,7 @@ def log(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     yield stream
     logging.basicConfig(handlers=before, level=level, force=True)
     logging.raiseExceptions = can_raise
+    threading.excepthook = threading.__excepthook__
     LOG.setLevel(logging.NOTSET)
 
 

@@ -83,12 +83,13 @@ def test_states_of_a_start(model: Path) -> None:
 
 
 def test_a_signal_while_loading_ends_the_process_at_once(model: Path) -> None:
+    """Not when the model is there, nor after the time that requests would have."""
+    before = "import engine.llm, time\nengine.llm.LLM.__init__ = lambda *a, **b: time.sleep(1000)"
     for number in (signal.SIGTERM, signal.SIGINT):
-        with served(model) as server:
+        with served(model, "--shutdown-timeout", "1000", before=before) as server:
+            assert server.ask("/ready").json == {"status": "loading"}
             server.process.send_signal(number)
-            begin = time.monotonic()
             assert server.wait() == 0
-            assert time.monotonic() - begin < 30 + 2, "not even the shutdown timeout"
 
 
 def ended(server: Server, chunks: bytes) -> str:
@@ -344,6 +345,25 @@ def test_a_failure_of_the_machine_is_another_code(model: Path) -> None:
     with served(model, before=before) as server:
         assert server.wait() == 1
         assert server.lines[-1] == "error: no room\n"
+
+
+def test_an_engine_that_fails_by_itself_ends_the_process(model: Path) -> None:
+    """What a request alone fails of does not; this is an error of the program's own."""
+    before = (
+        "from engine.scheduler import Scheduler\nread = Scheduler._read\n"
+        "def fail(self, events):\n"
+        f"    assert all(s.num_prompt < 9 for s in self.waiting), {SECRET!r}\n"
+        "    read(self, events)\nScheduler._read = fail"
+    )
+    with served(model, before=before) as server:
+        server.wait_until_ready()
+        assert server.ask("/v1/completions", {**ASKED, "prompt": "short"}).status == 200
+        reply = server.ask("/v1/completions", ASKED)
+        assert (reply.status, error_of(reply)["type"]) == (500, "server_error")
+        assert server.wait() == 1
+    assert server.lines[-1].startswith("error: the engine has failed")
+    said = "".join(server.lines)
+    assert "AssertionError" in said and "scheduler.py" in said and "4711" not in said
 
 
 def test_a_port_in_use_is_said(model: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -66,6 +67,7 @@ def start_logging(form: str, stream: TextIO | None = None) -> None:
     handler.setFormatter(LineFormatter(form))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.raiseExceptions = False  # a line that cannot be written is lost, and no more
+    threading.excepthook = _log_thread_error
     LOG.setLevel(logging.INFO)
     # Its warnings are of clients that speak no HTTP: whoever sends such bytes would fill the log.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
@@ -74,6 +76,10 @@ def start_logging(form: str, stream: TextIO | None = None) -> None:
 def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """An event loop's handler of exceptions: its own writes their messages, too."""
     LOG.error(context["message"], exc_info=context.get("exception"))
+
+
+def _log_thread_error(error: threading.ExceptHookArgs) -> None:
+    LOG.error("a thread has failed", exc_info=error.exc_value)
 
 
 class LineFormatter(logging.Formatter):

@@ -102,17 +102,17 @@ class _Process:
         await server.startup([self._listener])
         beside = [asyncio.create_task(server.main_loop()), asyncio.create_task(self._close_idle())]
         self._say_where()
-        starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(self._stop.wait())
+        steps = [asyncio.create_task(step) for step in (self._start(), self._watch_engine())]
         try:
-            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                starting.result()  # raises what has ended the start
-            await stopping
+            for step in steps:
+                await asyncio.wait((step, stopping), return_when=asyncio.FIRST_COMPLETED)
+                if step.done():
+                    step.result()  # raises what has ended it
             await self._drain()
         finally:
             await server.shutdown([self._listener])
-            for task in (*beside, starting, stopping):
+            for task in (*beside, *steps, stopping):
                 task.cancel()
         if self._engine is not None:
             self._engine.close()
@@ -182,6 +182,14 @@ class _Process:
         LOG.info(f"stopping: requests have {seconds:g} seconds; Ctrl-C ends them at once")
         if self._engine is not None:
             await self._engine.drain(seconds)
+
+    async def _watch_engine(self) -> None:
+        """Raises RuntimeError where the engine ends by itself: whoever started the server can see
+        that, and start another one.
+        """
+        while self._engine is None or self._engine.is_open:
+            await asyncio.sleep(1)
+        raise RuntimeError("the engine has failed; the log says where")
 
     async def _close_idle(self) -> None:
         """Close connections that have not sent a whole head for a while, or that wait to be closed
