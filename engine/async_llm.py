@@ -153,8 +153,8 @@ class AsyncLLM:
         end = time.monotonic() + seconds
         while self._num_requests and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        self._post(lambda: self._tell(self._scheduler.end_all("abort")))
-        while self._num_requests and self._worker.is_alive():
+        while self._num_requests and self.is_open:  # again for what was tokenised meanwhile
+            self._post(lambda: self._tell(self._scheduler.end_all("abort")))
             await asyncio.sleep(0.01)
 
     def close(self) -> None:
@@ -189,18 +189,23 @@ class AsyncLLM:
         with self._wake:
             self._num_requests -= 1
 
-    def _post(self, action: Callable[[], None]) -> None:
-        """Let the worker run `action` before its next step."""
+    def _post(self, action: Callable[[], None]) -> bool:
+        """Let the worker run `action` before its next step; False where it takes none any more."""
         with self._wake:
+            if self._is_closed:
+                return False
             self._inbox.append(action)
             self._wake.notify()
+            return True
 
     def _submit(self, stream: weakref.ref[AsyncTokenStream], sequence: RunningSequence) -> None:
         def action() -> None:
             self._streams[sequence] = stream
             self._scheduler.submit(sequence)
 
-        self._post(action)
+        if not self._post(action):
+            self._leave()
+            raise RuntimeError(CLOSED)
 
     def _cancel(self, sequence: RunningSequence) -> None:
         def action() -> None:
@@ -220,7 +225,8 @@ class AsyncLLM:
                     time.sleep(STUCK_SECONDS)
                 self.llm.let_others_in()
         finally:
-            self._is_closed = True
+            with self._wake:
+                self._is_closed = True
             self._run_actions()  # requests that came meanwhile end with the others
             for sequence in list(self._streams):
                 sequence.error = RuntimeError(CLOSED)
@@ -370,6 +376,7 @@ class AsyncTokenStream(AsyncIterator[TokenEvent]):
         if self._sequence is not None and not self._is_over:
             self._is_over = True
             self._events.clear()
+            self._has_news.set()  # another task may wait for an event
             self._owner._cancel(self._sequence)
 
     def __del__(self) -> None:

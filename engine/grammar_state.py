@@ -33,7 +33,9 @@ class _Next(NamedTuple):
     is_dead: bool = False
 
     def allows(self, token_id: int) -> bool:
-        return self.mask is not None and bool(self.mask[token_id >> 3] >> (token_id & 7) & 1)
+        if self.mask is None or token_id >> 3 >= len(self.mask):
+            return False
+        return bool(self.mask[token_id >> 3] >> (token_id & 7) & 1)
 
 
 class GrammarState:

@@ -114,8 +114,9 @@ class SlotPool:
             del self._free[slot]
             if len(held) > len(tokens):
                 self._cache.give_back(slot, len(tokens), len(held))
-            self.num_hits += shared > 0
-            self.num_hit_tokens += sequence.num_cached
+            if shared >= MIN_COPIED:
+                self.num_hits += 1
+                self.num_hit_tokens += sequence.num_cached
             return True
 
     def make_room(self, num_tokens: int) -> bool:
@@ -154,22 +155,31 @@ class SlotPool:
         return slot if has_room or not self._lent else None
 
     def _make_room(self, num_tokens: int, kept: Collection[int] = ()) -> bool:
+        num_slots, length, _ = self._cache.states.shape
         missing = self.num_tokens + num_tokens - self.capacity
-        for slot, held in self._free.items():
-            if missing <= 0:
-                break
-            if held and slot not in kept:
-                self._cache.give_back(slot, 0, len(held))
-                self._free[slot] = []
-                missing -= len(held)
-        return missing <= 0
+        if missing <= 0 or self.capacity >= num_slots * length:  # each slot has its own room
+            return True
+        spare = {slot: len(held) for slot, held in self._free.items() if slot not in kept}
+        if sum(spare.values()) < missing:
+            return False  # and nothing is forgotten in vain
+        for slot, num_held in spare.items():
+            if missing > 0 and num_held:
+                self._free[slot] = []  # before the pages go, whatever interrupts
+                self._cache.give_back(slot, 0, num_held)
+                missing -= num_held
+        return True
 
     def _take_back(self) -> None:
         while self._released:
-            sequence = self._released.popleft()
-            slot = sequence.slot
+            sequence = self._released[0]  # until all is done, whatever interrupts
+            slot, num_cached = sequence.slot, sequence.num_cached
             if slot >= 0:
                 self._lent.pop(slot, None)  # not there, had an interrupt struck in acquire
                 self._free.pop(slot, None)
-                self._free[slot] = sequence.token_ids[: sequence.num_cached]
+                self._free[slot] = sequence.token_ids[:num_cached]
                 sequence.slot = -1
+                # What an earlier prompt had left there, and this one did not come to read.
+                end = min(len(sequence.token_ids) + MAX_WIDTH, self._cache.states.shape[1])
+                if end - num_cached > 2 * MAX_WIDTH:
+                    self._cache.give_back(slot, num_cached, end)
+            self._released.popleft()

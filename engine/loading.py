@@ -214,6 +214,11 @@ def assemble(
     if max_sequences < 1:
         raise ValueError(f"max_sequences: got {max_sequences}, expected at least 1")
     length, is_int = model.num_positions, type(cache_tokens) is int
+    if cache_tokens is not None and model.device.type == "cuda":
+        raise ValueError(
+            f"cache_tokens: got {cache_tokens!r} on CUDA, where each slot has its memory from the "
+            "start, expected None; make max_sequences or max_length smaller for less"
+        )
     if cache_tokens is not None and (not is_int or cache_tokens < length):
         raise ValueError(
             f"cache_tokens: got {cache_tokens!r}, expected an integer of at least the {length} "

@@ -171,10 +171,17 @@ class Passes:
         """Hold the lock; `let_others_in` knows of those that wait for it."""
         with self._waiting_lock:
             self._num_waiting += 1
-        with self.lock:
-            with self._waiting_lock:
-                self._num_waiting -= 1
-            yield
+        is_waiting = True
+        try:
+            with self.lock:
+                with self._waiting_lock:
+                    self._num_waiting -= 1
+                is_waiting = False
+                yield
+        finally:
+            if is_waiting:
+                with self._waiting_lock:
+                    self._num_waiting -= 1
 
     def let_others_in(self) -> None:
         """Called by a thread that takes the lock again at once, which would keep others out."""

@@ -90,10 +90,10 @@ class Scheduler:
 
     def drop(self, sequence: RunningSequence) -> None:
         """Forget a request that nobody waits for any more; its slot is free, also if it is over."""
+        self._pool.release(sequence)
         for group in (self.waiting, self.reading, self.running):
             if sequence in group:
                 group.remove(sequence)
-        self._pool.release(sequence)
 
     def retire(self) -> None:
         """Drop what is over; every step begins with it, so that its events can be told before."""
@@ -191,13 +191,14 @@ class Scheduler:
         """Let who would go last wait again, until the rest have room for a round."""
         while True:
             held = self._by_turn([*self.reading, *self.running])
-            if len(held) < 2 or self._pool.make_room(MAX_WIDTH * len(held)):
+            if self._pool.make_room(MAX_WIDTH * len(held)) or len(held) < 2:
                 return
+            # In one group at least, whatever interrupts: `close` gives back slots of these.
+            self.waiting.append(held[-1])
+            self._pool.release(held[-1])
             for group in (self.reading, self.running):
                 if held[-1] in group:
                     group.remove(held[-1])
-            self._pool.release(held[-1])
-            self.waiting.append(held[-1])
             self.num_preempted += 1
 
     def _by_turn(self, sequences: Iterable[RunningSequence]) -> list[RunningSequence]:

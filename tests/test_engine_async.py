@@ -18,6 +18,7 @@ from tiny import family_config, tiny_llm
 from tokenizers_for_tests import CHAT_TEMPLATE, byte_tokenizer
 
 from engine import AsyncLLM, SamplingParams
+from engine import llm as llm_module
 from engine.async_llm import Draining, QueueFull
 from models.chat_template import ChatTemplate
 
@@ -290,6 +291,53 @@ def test_a_request_that_fails_raises_and_the_others_go_on():
             outputs = [(await task).outputs[0] for task in tasks]
             assert outputs == [alone(p) for p in PROMPTS[:3]]
             await until(lambda: is_idle(llm))
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_another_task_closes_ends():
+    async def main():
+        with engine(max_sequences=1) as llm:
+            slow_down(llm)
+            stream = llm.stream("x" * 300, LONG)
+            reader = asyncio.create_task(anext(stream, "the end"))
+            await until(lambda: llm.load.running == 1)
+            await stream.aclose()
+            assert await asyncio.wait_for(reader, 5) == "the end"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("end", ["close", "drain"])
+def test_a_request_that_is_tokenised_while_the_engine_ends(end, monkeypatch):
+    """It comes to an engine that takes nothing any more, or to one that aborts everything."""
+    is_encoding, may_end = threading.Event(), threading.Event()
+    encode = llm_module.encode_prompt
+
+    def encode_slowly(*args):
+        is_encoding.set()
+        assert may_end.wait(20)
+        return encode(*args)
+
+    async def main():
+        llm = engine(max_sequences=1)
+        slow_down(llm)
+        monkeypatch.setattr(llm_module, "encode_prompt", encode_slowly)
+        task = asyncio.create_task(llm.generate("late", LONG))
+        await until(is_encoding.is_set)
+        if end == "close":
+            await asyncio.to_thread(llm.close)
+            may_end.set()
+            with pytest.raises(RuntimeError, match="the engine is closed"):
+                await asyncio.wait_for(task, 20)
+        else:
+            draining = asyncio.create_task(llm.drain(0))
+            await asyncio.sleep(0.05)
+            may_end.set()
+            await asyncio.wait_for(draining, 20)
+            assert (await task).outputs[0].finish_reason == "abort"
+            llm.close()
+        assert llm._num_requests == 0
 
     asyncio.run(main())
 

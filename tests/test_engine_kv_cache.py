@@ -87,6 +87,16 @@ def test_memory_of_forgotten_positions_goes_back_to_the_system():
     assert (part[:, 1:] == 2).all()
 
 
+def test_nothing_is_forgotten_for_what_does_not_fit_even_so(llm):
+    pool = llm.slots
+    stream = llm.stream("x" * 60, GREEDY)
+    next(stream)
+    llm.generate("y" * 50, GREEDY)
+    pool.capacity, held = pool.num_tokens, pool.num_tokens
+    assert not pool.make_room(80) and pool.num_tokens == held
+    assert pool.make_room(40) and pool.num_tokens < held
+
+
 def test_a_slot_that_is_forgotten_gives_its_memory_back(llm, monkeypatch):
     given = []
     monkeypatch.setattr(
@@ -94,6 +104,7 @@ def test_a_slot_that_is_forgotten_gives_its_memory_back(llm, monkeypatch):
     )
     llm.generate(["x" * 50, "y" * 60], GREEDY)
     assert llm.slots.num_tokens > 110 and not given
+    llm.slots.capacity = llm.slots.num_tokens
     assert llm.slots.make_room(llm.slots.capacity)
     assert llm.slots.num_tokens == 0 and len(given) == 2
     assert all(first == 0 and end > 50 for first, end in given)

@@ -376,3 +376,13 @@ def test_a_key_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(ValueError, match="--api-key-file"):
             read_keys(str(path))
+
+
+def test_without_a_key_a_request_must_call_this_machine_by_its_own_name() -> None:
+    app = guarded(hosts=("127.0.0.1", "localhost", "::1", "[::1]"))
+    for host in ("127.0.0.1:8000", "localhost", "LOCALHOST:80", "[::1]:8000", "[::1]"):
+        assert asked(app, [("Host", host)]).status == 200, host
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "localhost."):
+        answer = asked(app, [("Host", host)])
+        assert (answer.status, answer.num_received) == (421, 0), host
+    assert asked(guarded(), [("Host", "any.example")]).status == 200

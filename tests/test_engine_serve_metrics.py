@@ -65,7 +65,7 @@ def test_a_request_is_counted_where_it_belongs() -> None:
     metrics.first_token(0.4)
     metrics.tokens(1, 0.0)
     metrics.tokens(4, 0.008)
-    metrics.finished(STATS, "stop")
+    metrics.finished(STATS, "stop", 0.875)
     metrics.cancelled()
     metrics.rejected("full")
     metrics.failed("MemoryError")
@@ -100,7 +100,7 @@ def test_a_request_is_counted_where_it_belongs() -> None:
 )  # fmt: skip
 def test_drafts_are_counted_by_the_kind_of_their_plans(rounds: Any, plan: str) -> None:
     metrics = Metrics(engine_of())
-    metrics.finished(replace(STATS, rounds_by_plan=rounds), "stop")
+    metrics.finished(replace(STATS, rounds_by_plan=rounds), "stop", 1.0)
     labels = (("domain", "code"), ("plan", plan))
     assert samples(metrics)["spec_decode_num_draft_tokens_total", labels] == 14
 
@@ -125,7 +125,7 @@ def test_there_are_at_most_500_series_whatever_is_told() -> None:
             for second in plans:
                 rounds = {first: 1, second: 1}
                 metrics.finished(
-                    replace(STATS, domain=domain, rounds_by_plan=rounds), f"because {domain}"
+                    replace(STATS, domain=domain, rounds_by_plan=rounds), f"because {domain}", 1.0
                 )
         metrics.rejected(f"user {domain}")
         metrics.failed(f"Error{domain}")

@@ -30,6 +30,7 @@ from engine.command import (
 from engine.serve.logs import FORMATS
 from engine.serve.options import ServeOptions
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # this machine, and how requests call it
 ORDERS = ("slack", "fcfs")
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 _LIMITS = (
@@ -76,7 +77,8 @@ def _main(argv: Sequence[str] | None) -> int:
         keys = read_keys(args.api_key_file) if args.api_key_file else ()
         limits = {name: getattr(args, name) for name in _LIMITS}
         names = tuple(args.served_model_name or ())
-        options = ServeOptions(model_names=names, api_keys=keys, **limits)
+        hosts = LOOPBACK if args.host in LOOPBACK and not keys else ()
+        options = ServeOptions(model_names=names, api_keys=keys, hosts=hosts, **limits)
     except ValueError as error:
         parser.error(str(error))
     return serve(args, options)

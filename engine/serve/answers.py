@@ -185,7 +185,7 @@ class Answers:
             self._stats[index] = last.stats
             self._running.discard(index)
             self._end = last.finish_reason
-            metrics.finished(last.stats, last.finish_reason)
+            metrics.finished(last.stats, last.finish_reason, now - self._begin)
         return events
 
 

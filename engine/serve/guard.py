@@ -107,6 +107,7 @@ class Guard:
         if scope["path"] in PUBLIC:
             await self._app(scope, receive, send)
             return
+        self._check_host(headers)
         log.key = self._key_name(scope["path"], headers)
         if scope["path"] in STATUS_PATHS:  # also of a client whose other requests are too many
             await self._app(scope, receive, send)
@@ -127,6 +128,17 @@ class Guard:
                 return {"type": "http.request", "body": body, "more_body": False}
 
             await self._app(scope, receive_again, send)
+
+    def _check_host(self, headers: Headers) -> None:
+        """A page of another site that has its name point here must not read answers."""
+        given = headers.get("host", "").lower()
+        name = given if given.endswith("]") else given.rpartition(":")[0] or given
+        if self._options.hosts and name not in self._options.hosts:
+            message = (
+                f"host: expected one of {', '.join(self._options.hosts)} where no key is needed; "
+                "start the server with --api-key-file for other names"
+            )
+            raise Refused("bad_request", 421, message)
 
     def _key_name(self, path: str, headers: Headers) -> str | None:
         """Which key the request shows; None where none is needed.

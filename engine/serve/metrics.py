@@ -98,11 +98,12 @@ class Metrics:
             for _ in range(count):
                 self._gap.observe(gap_seconds / count)
 
-    def finished(self, stats: RequestStats, reason: str) -> None:
+    def finished(self, stats: RequestStats, reason: str, seconds: float) -> None:
+        """seconds: since the request was received."""
         self._finished.labels(reason if reason in FINISH_REASONS else OTHER).inc()
         self._prompt.inc(stats.prompt_tokens)
         self._queue.observe(stats.queue_seconds)
-        self._latency.observe(stats.queue_seconds + stats.prefill_seconds + stats.decode_seconds)
+        self._latency.observe(seconds)
         if stats.rounds:
             self._round.observe(stats.tokens_per_round)
         if stats.drafted:

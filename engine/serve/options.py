@@ -13,6 +13,7 @@ class ServeOptions:
 
     model_names: what requests may call the model, the first being its id; () is the LLM's own name.
     api_keys: of which a request must show one; () asks for none.
+    hosts: names by which requests may call the server; () is any.
     max_prompt_tokens: of one prompt; None is what the context holds.
     max_tokens: of one answer: requests that ask for more, or do not say, get so many at most; None
         is the rest of the context.
@@ -28,6 +29,7 @@ class ServeOptions:
 
     model_names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
     max_choices: int = 32

@@ -144,6 +144,8 @@ class _Process:
         app.state.serving.plain_speed = speed
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection during an answer looks through it
+        if self._stop.is_set():
+            return
         self._status.app, self._status.phase = app, "ready"
         LOG.info(f"ready: {self._engine.llm.model_name}, {speed:.1f} tokens/s without drafts")
 
@@ -195,19 +197,21 @@ class _Process:
         """Close connections that have not sent a whole head for a while, or that wait to be closed
         for a reader who reads no more: uvicorn lets them be.
         """
-        since: dict[object, tuple[object, float]] = {}  # connection: its last request, from when on
+        # Connection: its last request and what was left to write of the answer, from when on.
+        since: dict[object, tuple[object, float]] = {}
         while True:
             await asyncio.sleep(HEAD_SECONDS / 10)
             now, seen = time.monotonic(), since
             since = {}
             for connection in list(self._server.server_state.connections):
                 request = connection.cycle  # type: ignore[union-attr]
-                is_closing = connection.transport.is_closing()  # type: ignore[union-attr]
-                if is_closing or request is None or request.response_complete:
+                transport = connection.transport  # type: ignore[union-attr]
+                if transport.is_closing() or request is None or request.response_complete:
+                    state = request, transport.get_write_buffer_size()
                     last, begin = seen.get(connection, (None, now))
-                    since[connection] = request, begin if last is request else now
+                    since[connection] = state, begin if last == state else now
                     if now - since[connection][1] > HEAD_SECONDS:
-                        connection.transport.abort()  # type: ignore[union-attr]
+                        transport.abort()
 
     def _say_where(self) -> None:
         host, port = self._listener.getsockname()[:2]

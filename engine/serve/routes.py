@@ -12,15 +12,21 @@ from pydantic_core import from_json
 
 from engine.serve.serving import Serving
 
+MAX_FIELDS = 64  # of a body; each unknown one is an error of its own
+
 
 class _JsonRequest(Request):
     """Its JSON is what the standard allows: no NaN, no half of a surrogate pair, no depth > 200."""
 
     async def json(self) -> Any:
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            body = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
             raise json.JSONDecodeError(str(error), "", 0) from error
+        if isinstance(body, dict) and len(body) > MAX_FIELDS:
+            message = f"got {len(body)} fields, expected at most {MAX_FIELDS}"
+            raise json.JSONDecodeError(message, "", 0)
+        return body
 
 
 class _JsonRoute(APIRoute):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 MAX_N = 8
 MAX_STOP_LENGTH = 256  # characters: each token is compared with as many beginnings of a stop string
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 
-Ids = list[int]
+# The first wrong element is told, and not each of half a million.
+Ids = Annotated[list[int], FailFast()]
+Texts = Annotated[list[str], FailFast()]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 Method = Literal["auto", "off", "ngram", "int8"]
@@ -56,7 +58,7 @@ class GenerationBody(Body):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Annotated[list[Stop], FailFast()] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     top_k: int | None = None
@@ -66,19 +68,19 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     stop_token_ids: Ids | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Texts | None = None
     guided_json: dict[str, Any] | str | None = None
     speculative: Method | Speculation | None = None
     timeout: float | None = Field(None, gt=0)
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions. `prompt`: a text or its token ids, or a list of either."""
 
-    prompt: str | list[str] | Ids | list[Ids]
+    prompt: str | Texts | Ids | Annotated[list[Ids], FailFast()]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -105,9 +107,9 @@ class Message(Body):
     """refusal to annotations: as OpenAI's clients send an answer back, with nothing in them."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], FailFast()] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FailFast()] | None = None
     tool_call_id: str | None = None
     refusal: None = None
     audio: None = None
@@ -148,8 +150,8 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+Tools = Annotated[list[Tool], FailFast(), Field(max_length=MAX_TOOLS)]
 
 
 class ChatBody(GenerationBody):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from engine.grammar import Grammar
 from engine.serve.errors import ApiError
 from engine.serve.schemas import ChatBody, Function
+from models.messages import quoted
 from models.tool_calls import ToolCall
 
 FORCED_STYLE = "llama"  # of a call that a grammar forces: the bare JSON
@@ -55,13 +56,24 @@ def call_grammar(functions: Sequence[Function]) -> Grammar:
     for function in functions:
         parameters = dict(function.parameters or {"type": "object"})
         for name in ("$defs", "definitions"):  # references find them at the root
-            shared.setdefault(name, {}).update(parameters.pop(name, {}))
+            _share(shared.setdefault(name, {}), parameters.pop(name, {}), name)
         call = {"name": {"const": function.name}, "parameters": {"type": "object", **parameters}}
         calls.append({
             "type": "object", "properties": call, "required": list(call),
             "additionalProperties": False,
         })  # fmt: skip
     return Grammar.json_schema({"anyOf": calls, **shared})
+
+
+def _share(shared: dict[str, Any], definitions: object, name: str) -> None:
+    if not isinstance(definitions, dict):
+        raise ValueError(f"{name}: got {quoted(definitions)}, expected schemas by their names")
+    for key, schema in definitions.items():
+        if shared.setdefault(key, schema) != schema:
+            raise ValueError(
+                f"{name}: got two tools with a {quoted(key)} of their own, expected the same one; "
+                "rename one, or force one function"
+            )
 
 
 def as_openai(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
