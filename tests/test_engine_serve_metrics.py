@@ -149,7 +149,12 @@ EVENTS = st.one_of(
     st.tuples(st.just("tokens"), st.integers(0, 16), st.floats(0, 100)),
     st.tuples(st.just("rejected"), st.sampled_from(REJECTIONS) | st.text()),
     st.tuples(st.just("failed"), st.sampled_from(ERRORS) | st.text()),
-    st.tuples(st.just("finished"), st.just(STATS), st.sampled_from(FINISH_REASONS) | st.text()),
+    st.tuples(
+        st.just("finished"),
+        st.just(STATS),
+        st.sampled_from(FINISH_REASONS) | st.text(),
+        st.floats(0, 9),
+    ),
 )
 
 

@@ -142,7 +142,7 @@ def test_what_does_not_finish_in_time_is_aborted(model: Path, seconds: str) -> N
             server.process.terminate()
             assert ended(server, streamed.read()) == "abort"
             (choice,) = json.loads(whole.getresponse().read())["choices"]
-            assert choice["finish_reason"] == "abort" and 0 < len(choice["text"]) < LONG
+            assert choice["finish_reason"] == "abort" and len(choice["text"]) < LONG
             whole.close()
             assert server.wait() == 0, "though one client reads nothing"
             assert time.monotonic() - begin < float(seconds) + 2

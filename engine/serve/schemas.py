@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 MAX_N = 8
 MAX_STOP_LENGTH = 256  # characters: each token is compared with as many beginnings of a stop string
@@ -12,8 +12,8 @@ MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 
 # The first wrong element is told, and not each of half a million.
-Ids = Annotated[list[int], FailFast()]
-Texts = Annotated[list[str], FailFast()]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 Method = Literal["auto", "off", "ngram", "int8"]
@@ -58,7 +58,7 @@ class GenerationBody(Body):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: Stop | Annotated[list[Stop], FailFast()] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     top_k: int | None = None
@@ -73,14 +73,14 @@ class GenerationBody(Body):
     speculative: Method | Speculation | None = None
     timeout: float | None = Field(None, gt=0)
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
     store: Literal[False] | None = None
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions. `prompt`: a text or its token ids, or a list of either."""
 
-    prompt: str | Texts | Ids | Annotated[list[Ids], FailFast()]
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -107,9 +107,9 @@ class Message(Body):
     """refusal to annotations: as OpenAI's clients send an answer back, with nothing in them."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], FailFast()] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], FailFast()] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: None = None
     audio: None = None
@@ -150,8 +150,8 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
-Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
-Tools = Annotated[list[Tool], FailFast(), Field(max_length=MAX_TOOLS)]
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
 
 
 class ChatBody(GenerationBody):
