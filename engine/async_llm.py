@@ -27,7 +27,7 @@ from router.route import Route
 
 Tools = Sequence[Mapping[str, Any]]
 # Of a prompt in one step on a CPU, where bits do not depend on it: what others wait for it.
-CPU_CHUNK_TOKENS = 64
+CPU_CHUNK_TOKENS = 48
 STUCK_SECONDS = 2e-3  # between two looks for a slot, while synchronous requests hold all of them
 
 
