@@ -25,8 +25,8 @@ from engine.serve.metrics import Metrics
 from engine.serve.options import ServeOptions
 from engine.serve.status import STATUS_PATHS
 
-SECRET = "the launch code is 4711"
-ANSWER = "never tell 0815"
+SECRET = "the launch code is xyzzy"
+ANSWER = "never tell plugh"
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_no_line_holds_text_or_keys(log: io.StringIO) -> None:
         asked("/fails")
     said = log.getvalue()
     assert [str(line["status"]) for line in lines(log)[:4]] == ["200", "200", "401", "413"]
-    assert not any(text in said for text in ("4711", "0815", "sk-secret", "sk-another"))
+    assert not any(text in said for text in ("xyzzy", "plugh", "sk-secret", "sk-another"))
     asked(log_text=True)
     assert SECRET in log.getvalue() and ANSWER in log.getvalue(), "where it was asked for"
 
@@ -112,7 +112,7 @@ def test_an_exception_is_logged_by_its_type_and_frames(log: io.StringIO) -> None
     except ValueError:
         logging.getLogger("uvicorn.error").exception("Exception in ASGI application\n")
     (line,) = lines(log)
-    assert line["error"] == "ValueError" and "4711" not in log.getvalue()
+    assert line["error"] == "ValueError" and "xyzzy" not in log.getvalue()
     assert "test_an_exception_is_logged_by_its_type_and_frames" in str(line["frames"])
 
 
@@ -129,7 +129,7 @@ def test_what_an_event_loop_catches_is_logged_like_that(log: io.StringIO) -> Non
     asyncio.run(lose_a_task())
     (line,) = lines(log)
     assert (line["level"], line["error"]) == ("ERROR", "ValueError")
-    assert "4711" not in log.getvalue() and "never retrieved" in log.getvalue()
+    assert "xyzzy" not in log.getvalue() and "never retrieved" in log.getvalue()
 
 
 @both

@@ -21,7 +21,7 @@ import engine.serve.__main__
 from engine.order import ORDERS as ENGINE_ORDERS
 from engine.serve.__main__ import ORDERS, main
 
-SECRET = "the launch code is 4711"
+SECRET = "the launch code is xyzzy"
 ASKED = {"prompt": SECRET, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 LONG_ONE = {**ASKED, "max_tokens": LONG, "speculative": "off"}
 
@@ -239,7 +239,7 @@ def test_metrics_of_a_server_grow_and_are_bounded(server: Server) -> None:
         assert after["prompt_tokens_total", "{}"] > before["prompt_tokens_total", "{}"]
         before = after
     assert len(before) <= 500
-    assert not any("someone" in labels or "4711" in labels for _, labels in before)
+    assert not any("someone" in labels or "xyzzy" in labels for _, labels in before)
 
 
 def test_lines_are_json_and_hold_no_text(server: Server) -> None:
@@ -251,7 +251,7 @@ def test_lines_are_json_and_hold_no_text(server: Server) -> None:
     server.ask("/v1/completions", json.dumps(ASKED).encode()[:-9])
     assert all(json.loads(each) for each in server.lines)
     said = "".join(server.lines)
-    assert "4711" not in said and reply.json["choices"][0]["text"] not in said
+    assert "xyzzy" not in said and reply.json["choices"][0]["text"] not in said
 
 
 def test_keys_and_a_warning_where_there_are_none(model: Path, tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_an_engine_that_fails_by_itself_ends_the_process(model: Path) -> None:
         assert server.wait() == 1
     assert server.lines[-1].startswith("error: the engine has failed")
     said = "".join(server.lines)
-    assert "AssertionError" in said and "scheduler.py" in said and "4711" not in said
+    assert "AssertionError" in said and "scheduler.py" in said and "xyzzy" not in said
 
 
 def test_a_port_in_use_is_said(model: Path) -> None:
