@@ -69,7 +69,7 @@ class Controller:
     def choose(self, costs: PassCosts, num_running: int, room: int) -> Choice:
         """The best draft for the next round, of at most `room` tokens.
 
-        num_running: sequences that share the passes; they are taken to choose alike.
+        num_running: sequences that share the passes; what they do is `best_length`'s to assume.
         """
         best, best_speed_up, probe = PLAIN, MIN_SPEED_UP, PLAIN
         for source in self.sources:

@@ -13,7 +13,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 
 def page_router() -> APIRouter:
-    """GET and HEAD of `/`. The page holds no secret: it needs no key, its requests do."""
+    """GET and HEAD of `/`. The page holds no secret; the guard wants a key for it all the same."""
     page = PAGE.read_bytes()
     policy = content_security_policy(page)
     headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
