@@ -220,7 +220,6 @@ class AsyncLLM:
         try:
             while self._run_actions():
                 self._tell(self._scheduler.step())
-                self._scheduler.retire()
                 if self._scheduler.is_stuck:
                     time.sleep(STUCK_SECONDS)
                 self.llm.let_others_in()

@@ -80,7 +80,7 @@ class Scheduler:
         What there is to tell is told at once: a first token's round is the next step, before
         another chunk.
         """
-        self.retire()
+        self._retire()
         events = self._end_late()
         has_read = not self._is_round_due and self._read(events)
         self._is_round_due = self._is_shared and has_read and bool(events)
@@ -95,7 +95,7 @@ class Scheduler:
             if sequence in group:
                 group.remove(sequence)
 
-    def retire(self) -> None:
+    def _retire(self) -> None:
         """Drop what is over; every step begins with it, so that its events can be told before."""
         for sequence in self._all():
             if sequence.is_over:
@@ -105,7 +105,7 @@ class Scheduler:
 
     def end_all(self, reason: FinishReason) -> list[Event]:
         """End every request with what it has."""
-        self.retire()
+        self._retire()
         return self._end(self._all(), reason)
 
     def close(self) -> None:

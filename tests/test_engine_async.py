@@ -155,8 +155,8 @@ def test_a_request_is_cancelled_while_it_waits_and_while_its_prompt_is_read():
             slow_down(llm)
             first, second = llm.stream("x" * 400, LONG), llm.stream("y", GREEDY)
             await first.start()
+            await until(lambda: llm.load.running == 1)  # or the shorter one might pass it
             await second.start()
-            await until(lambda: llm.load.running == 1)
             await second.aclose()
             await first.aclose()
             await until(lambda: is_idle(llm))

@@ -50,6 +50,16 @@ def run_through(llm, runner):
         runner.state = llm._passes.staging.device
 
 
+def record_mixed_drafts(llm, monkeypatch):
+    """Record the engine's passes from now on, and let drafts of all kinds and lengths alternate."""
+    runner = RecordedRunner()
+    run_through(llm, runner)
+    plans = itertools.cycle([DraftPlan("all", "self", (16, 16)), NGRAM, random_plan(1, 1)])
+    lengths = itertools.cycle([2, 3, 1])
+    force_drafts(monkeypatch, lambda: next(lengths), plans)
+    return runner
+
+
 def tokens(outputs):
     return [output.outputs[0].token_ids for output in outputs]
 

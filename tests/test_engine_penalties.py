@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from forced import force_drafts, random_plan
-from recorded_passes import RecordedRunner
-from test_engine_passes import CPU_ONLY, run_through, triton_llm
+from test_engine_passes import CPU_ONLY, record_mixed_drafts, triton_llm
 from tiny import family_config, rows_of, tiny_llm
 from tokenizers_for_tests import byte_tokenizer
 
@@ -136,11 +135,7 @@ def test_recorded_passes_with_penalties_and_without(device, monkeypatch):
     each = [replace(SAMPLED, max_tokens=6, **values) for values in ({}, PENALTIES)]
     expected = [answers_of(llm, params) for params in each]
     llm.generate("x", replace(GREEDY, speculative="int8", max_tokens=1))
-    runner = RecordedRunner()
-    run_through(llm, runner)
-    plans = itertools.cycle([DraftPlan("all", "self", (16, 16)), NGRAM, random_plan(1, 1)])
-    lengths = itertools.cycle([2, 3, 1])
-    force_drafts(monkeypatch, lambda: next(lengths), plans)
+    runner = record_mixed_drafts(llm, monkeypatch)
     for _ in range(2):
         got = [answers_of(llm, replace(params, speculative="auto")) for params in each]
         assert got == expected

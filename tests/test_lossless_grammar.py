@@ -11,8 +11,7 @@ from forced import force_drafts, random_plan
 from grammars import CASES, fits
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from recorded_passes import RecordedRunner
-from test_engine_passes import CPU_ONLY, run_through, triton_llm
+from test_engine_passes import CPU_ONLY, record_mixed_drafts, triton_llm
 from tiny import family_config, tiny_llm
 from tokenizers_for_tests import EOS, byte_tokenizer
 
@@ -137,11 +136,7 @@ def test_recorded_passes_with_a_grammar_and_without(device, monkeypatch):
     each = [params, *(replace(params, grammar=Grammar.regex(r)) for r in ("[ab]+", "[cd]{3}"))]
     expected = [answers(llm, q) for q in each]
     llm.generate("x", replace(GREEDY, speculative="int8", max_tokens=1))
-    runner = RecordedRunner()
-    run_through(llm, runner)
-    plans = itertools.cycle([DraftPlan("all", "self", (16, 16)), NGRAM, random_plan(1, 1)])
-    lengths = itertools.cycle([2, 3, 1])
-    force_drafts(monkeypatch, lambda: next(lengths), plans)
+    runner = record_mixed_drafts(llm, monkeypatch)
     assert [answers(llm, replace(q, speculative="auto")) for q in each] == expected
     keys = {key[:1] + key[3:] for key in runner.num_runs}
     assert keys == {("draft",), ("draft", "grammar"), ("verify",), ("verify", "grammar")}
